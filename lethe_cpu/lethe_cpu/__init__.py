@@ -1,0 +1,1 @@
+"""A portable CPU platform for SGLang: plain torch, no AMX, no CPU build of sgl-kernel."""

@@ -1,0 +1,1 @@
+"""SGLang's attention backends with decode over packed rows."""

@@ -1,0 +1,152 @@
+"""The portable backend: SGLang's ``torch_native`` with a decode that is vectorised over the batch and scores."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+
+from lethe_sglang.kernels.indices import token_lists
+from lethe_sglang.kernels.score import accumulate, attend, observation_scores
+
+if TYPE_CHECKING:
+    from lethe_sglang.cache.ledger import Ledger
+    from lethe_sglang.cache.pool import PackedKVPool
+    from lethe_sglang.cache.shadow import Shadow
+    from lethe_sglang.policies.base import Accumulation
+
+OBSERVATION_WINDOW = 32
+"""Queries of a private prefill that initialise its scores (algorithm.md)."""
+
+
+class DecodeLists(NamedTuple):
+    """Token lists of one decode step.
+
+    Attributes
+    ----------
+    cells
+        int64 ``[L, B, n]``.
+    length
+        int64 ``[L, B]``.
+    scored
+        int64 ``[L, B, n - first]``: the cells to score from list position ``first`` on, 0 where none is.
+    first
+        First list position that any request scores.
+    """
+
+    cells: torch.Tensor
+    length: torch.Tensor
+    scored: torch.Tensor | None
+    first: int
+
+
+class LetheTorchNativeBackend(TorchNativeAttnBackend):  # type: ignore[misc]
+    """Decode reads packed rows and adds the step's attention to the score of own cells; extend is stock.
+
+    Parameters
+    ----------
+    model_runner
+        SGLang's runner.
+    pool
+        The packed pool.
+    ledger
+        Layouts of decoding requests.
+    accumulation
+        What the policy accumulates; None scores nothing.
+    shadow
+        Uncompressed copy to compare gathered cells with (``debug.shadow``).
+    """
+
+    def __init__(
+        self,
+        model_runner: Any,
+        pool: PackedKVPool,
+        ledger: Ledger,
+        accumulation: Accumulation | None,
+        shadow: Shadow | None = None,
+    ) -> None:
+        super().__init__(model_runner)
+        self.pool = pool
+        self.ledger = ledger
+        self.accumulation = accumulation
+        self.shadow = shadow
+        self.lists: DecodeLists | None = None
+
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        """Zero the scores of the cells this forward writes and resolve the token lists of every layer."""
+        super().init_forward_metadata(forward_batch)
+        cells = self.pool.cells
+        if cells.score is not None and forward_batch.out_cache_loc is not None:
+            cells.score.view(cells.num_layers, cells.blocks)[:, forward_batch.out_cache_loc] = 0
+        self.lists = self._decode_lists(forward_batch) if forward_batch.forward_mode.is_decode() else None
+
+    def _decode_lists(self, forward_batch: Any) -> DecodeLists:
+        rows, seq_lens = forward_batch.req_pool_indices, forward_batch.seq_lens
+        table = self.ledger.table[rows]
+        prefix, tail, score_from = table[:, 0], table[:, 1], table[:, 2]
+        kept = self.ledger.kept_of(table)
+        width = int((prefix + kept.amax(1) + seq_lens - tail).max())
+        cells, length = token_lists(
+            self.req_to_token_pool.req_to_token, rows, seq_lens, prefix, tail, kept,
+            self.ledger.offsets_of(table), self.pool.cells.blocks, width,
+        )  # fmt: skip
+        scored, first = None, 0
+        if self.accumulation is not None:
+            first = min(int(score_from.min()), width)
+            own = torch.arange(first, width, device=cells.device) >= score_from.unsqueeze(1)
+            if self.accumulation.every > 1:
+                own &= (seq_lens % self.accumulation.every == 0).unsqueeze(1)
+            scored = torch.where(own, cells[:, :, first:], 0)
+        return DecodeLists(cells, length, scored, first)
+
+    def forward_decode(
+        self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True
+    ) -> torch.Tensor:
+        """One query per request over its layer's token list; see the base class for shapes."""
+        assert self.lists is not None
+        if save_kv_cache and k is not None and v is not None:
+            self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
+        store, lists, index = self.pool.cells, self.lists, layer.layer_id - self.pool.start_layer
+        if self.shadow is not None:
+            self.shadow.check_decode(index, forward_batch, lists.cells[index], lists.length[index])
+        query = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        output, attention = attend(
+            query, store.key, store.value, lists.cells[index], lists.length[index], layer.scaling
+        )
+        if lists.scored is not None and lists.first < attention.shape[1]:
+            assert store.score is not None and self.accumulation is not None
+            accumulate(store.score, lists.scored[index], attention[:, lists.first :], self.accumulation.step_decay)
+        return output.reshape(-1, layer.tp_q_head_num * layer.v_head_dim)
+
+    def forward_extend(
+        self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True
+    ) -> torch.Tensor:
+        """Stock extend; private tokens of an observed prefill are scored from its last queries."""
+        output: torch.Tensor = super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
+        index = layer.layer_id - self.pool.start_layer
+        if self.shadow is not None:
+            self.shadow.write_extend(index, forward_batch)
+        if self.accumulation is not None and self.ledger.observed:
+            self._observe(q.view(-1, layer.tp_q_head_num, layer.qk_head_dim), index, layer.scaling, forward_batch)
+        return output
+
+    def _observe(self, query: torch.Tensor, index: int, scaling: float, forward_batch: Any) -> None:
+        store, start = self.pool.cells, 0
+        assert store.score is not None and self.accumulation is not None
+        lens = zip(
+            forward_batch.req_pool_indices.tolist(), forward_batch.extend_prefix_lens_cpu,
+            forward_batch.extend_seq_lens_cpu, strict=True,
+        )  # fmt: skip
+        for row, prefix_len, extend_len in lens:
+            first = self.ledger.observed.get(row)
+            if first is not None and extend_len > 0:
+                slots = self.req_to_token_pool.req_to_token[row, : prefix_len + extend_len].to(torch.int64)
+                cells = index * store.blocks + slots
+                score = observation_scores(
+                    query[start : start + extend_len], store.key, cells, scaling,
+                    self.accumulation.decay, OBSERVATION_WINDOW,
+                )  # fmt: skip
+                store.score[cells[first:]] = score[first:]
+            start += extend_len

@@ -1,0 +1,1 @@
+"""Packed blocks: layout, ledger, pool and rounds."""

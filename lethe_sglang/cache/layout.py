@@ -1,0 +1,109 @@
+"""Packed blocks: pure index arithmetic, no tensors.
+
+Vocabulary (docs/vocabulary.md): SGLang's slot ``b`` is a *block* of L cells, one a layer; *cell* ``(l, b)`` has the flat
+index ``l * rows + b``. The row of a request (its line of ``req_to_token``) is divided into
+
+    [0 .. P)         prefix: owned by the radix tree; read, never written, never freed
+    [P .. P+m)       packed blocks: kept cells of all layers, densely
+    [P+m .. T)       dead: entries are 0, blocks are free
+    [T .. seq)       tail: recent tokens, intact in every layer, appended by SGLang's decode
+
+P, m and T are multiples of the page size. Before its first round a request has m = 0 and T = P.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+Range = tuple[int, int]
+
+
+def ceil_div(value: int, divisor: int) -> int:
+    """``value / divisor`` rounded up."""
+    return -(-value // divisor)
+
+
+def page_ceil(length: int, page_size: int) -> int:
+    """``length`` rounded up to whole pages."""
+    return ceil_div(length, page_size) * page_size
+
+
+def page_floor(length: int, page_size: int) -> int:
+    """``length`` rounded down to whole pages."""
+    return length // page_size * page_size
+
+
+def packed_blocks(kept: Sequence[int], page_size: int) -> int:
+    """Blocks that hold ``sum(kept)`` cells when packed densely over all layers, in whole pages."""
+    return page_ceil(ceil_div(sum(kept), len(kept)), page_size)
+
+
+def packed_offsets(kept: Sequence[int]) -> tuple[int, ...]:
+    """``off_l``: packed cells of the layers below l. Cell q of layer l is number ``off_l + q``."""
+    return (0, *accumulate(kept))[: len(kept)]
+
+
+def packed_cell(number: int, num_layers: int) -> tuple[int, int]:
+    """Packed cell number -> (layer whose buffer holds it, block's position among the packed blocks)."""
+    return number % num_layers, number // num_layers
+
+
+def request_bound(budget: int, interval: int, page_size: int) -> int:
+    """Most own blocks a decoding request ever holds (architecture.md): mean budget + interval + 2 pages."""
+    return budget + page_ceil(interval, page_size) + 2 * page_size
+
+
+@dataclass(slots=True)
+class RowLayout:
+    """Who owns which positions of one row.
+
+    Attributes
+    ----------
+    prefix
+        P, positions owned by the radix tree.
+    packed
+        m, packed blocks (a page multiple).
+    tail
+        T, first position of the intact tail.
+    """
+
+    prefix: int
+    packed: int
+    tail: int
+
+    @property
+    def dead(self) -> Range:
+        """Positions whose blocks went back to the allocator."""
+        return self.prefix + self.packed, self.tail
+
+    @property
+    def dead_len(self) -> int:
+        """Number of dead positions."""
+        lo, hi = self.dead
+        return hi - lo
+
+    def live(self, ranges: Iterable[Range]) -> list[Range]:
+        """``ranges`` less the dead positions; empty pieces are dropped."""
+        dead_lo, dead_hi = self.dead
+        pieces = []
+        for lo, hi in ranges:
+            pieces.append((lo, min(hi, dead_lo)))
+            pieces.append((max(lo, dead_hi), hi))
+        if dead_lo >= dead_hi:
+            return [(lo, hi) for lo, hi in ranges if lo < hi]
+        return [(lo, hi) for lo, hi in pieces if lo < hi]
+
+    def check(self, page_size: int, num_layers: int, kept: Sequence[int], committed: int) -> None:
+        """Raise if the layout contradicts itself.
+
+        Raises
+        ------
+        AssertionError
+            With the numbers.
+        """
+        where = f"{self} {kept=} {committed=} {page_size=}"
+        assert all(x % page_size == 0 for x in (self.prefix, self.packed, self.tail)), f"not page multiples: {where}"
+        assert 0 <= self.prefix and 0 <= self.packed and self.prefix + self.packed <= self.tail <= committed, where
+        assert sum(kept) <= num_layers * self.packed, f"packed cells do not fit their blocks: {where}"

@@ -1,0 +1,261 @@
+"""What the host knows of every decoding request, and its mirror on the device.
+
+Owns: per-request layout and counters, the decision when a round is due, the device table that attention reads.
+Does not own: slots (SGLang's allocator), row entries (``req_to_token``), cells (the pool).
+
+All decisions use host numbers only; identities of kept tokens stay on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from lethe_sglang.cache.layout import RowLayout, packed_blocks, packed_offsets, page_ceil, page_floor
+
+NEVER = 2**31 - 1
+
+
+@dataclass(slots=True)
+class RequestState:
+    """One request that may be evicted from.
+
+    Attributes
+    ----------
+    rid
+        SGLang's request id.
+    row
+        Its row in ``req_to_token``.
+    layout
+        Owners of the row's positions.
+    kept
+        k_l: packed cells per layer.
+    budgets
+        Largest k_l a round may leave, per layer.
+    due_at
+        Committed length (tokens) at which the next round is due; ``NEVER`` for a request that is not evicted from.
+    rounds
+        Rounds so far.
+    evicted
+        Cells evicted so far, per layer.
+    peak
+        Most blocks held at once, shared prefix included (blocks).
+    length
+        Most row positions in use at once: what stock would hold (tokens).
+    thresholds
+        Per layer, the candidates above which a round is due. Equal to ``budgets`` but under breakpoint allocation.
+    pending
+        Breakpoint allocation: the last round's counts on their way to the host.
+    """
+
+    rid: str
+    row: int
+    layout: RowLayout
+    kept: tuple[int, ...]
+    budgets: tuple[int, ...]
+    due_at: int = NEVER
+    rounds: int = 0
+    evicted: list[int] = field(default_factory=list)
+    peak: int = 0
+    length: int = 0
+    thresholds: list[int] = field(default_factory=list)
+    pending: object | None = None
+
+    def observe(self, allocated: int, page_size: int) -> None:
+        """Note the blocks held with ``allocated`` row positions in use."""
+        self.length = max(self.length, page_ceil(allocated, page_size))
+        self.peak = max(self.peak, page_ceil(allocated, page_size) - self.layout.dead_len)
+
+
+class RoundPlan(NamedTuple):
+    """What one round will do to one request. Host numbers only.
+
+    ``candidates[l]`` of layer l's own cells are ranked and ``kept[l]`` survive.
+    """
+
+    row: int
+    prefix: int
+    old_packed: int
+    old_tail: int
+    new_packed: int
+    new_tail: int
+    old_kept: tuple[int, ...]
+    candidates: tuple[int, ...]
+    kept: tuple[int, ...]
+
+    @property
+    def moved_pages(self) -> int:
+        """Blocks of the old tail that become packed blocks."""
+        return max(self.new_packed - self.old_packed, 0)
+
+
+class Ledger:
+    """Per-request state on the host and its device table.
+
+    Parameters
+    ----------
+    num_rows
+        Rows of ``req_to_token``, row 0 (padding) included.
+    num_layers
+        Layers of the pool.
+    page_size
+        SGLang's page size (tokens).
+    recent
+        R: the recent window (tokens), never evicted.
+    interval
+        Tokens that must leave the recent window between two rounds.
+    device
+        Where the table lives.
+
+    Attributes
+    ----------
+    requests
+        Row -> state of every request that is followed.
+    observed
+        Row -> first private position, for rows whose prefill initialises scores (private prompts and re-prefills).
+
+    Notes
+    -----
+    ``table`` is int32 ``[num_rows, 3 + 2L]``: prefix P, tail T, first scored list position, ``k_l`` and ``off_l``.
+    A zero line describes an intact row, so rows the ledger has not seen yet (and padding) need no special case.
+    """
+
+    PREFIX, TAIL, SCORE_FROM, KEPT = 0, 1, 2, 3
+
+    def __init__(
+        self, num_rows: int, num_layers: int, page_size: int, recent: int, interval: int, device: torch.device | str
+    ) -> None:
+        self.num_layers = num_layers
+        self.page_size = page_size
+        self.recent = recent
+        self.interval = page_ceil(interval, page_size)
+        self.table = torch.zeros((num_rows, 3 + 2 * num_layers), dtype=torch.int32, device=device)
+        self.requests: dict[int, RequestState] = {}
+        self.observed: dict[int, int] = {}
+        self._dirty: dict[int, list[int]] = {}
+
+    # -- life of a row ----------------------------------------------------------------------------------------------
+
+    def open(self, rid: str, row: int, prefix: int, budgets: tuple[int, ...] | None) -> RequestState:
+        """Start following a request whose prefill is done; ``budgets`` None means it is never evicted from."""
+        state = RequestState(
+            rid=rid,
+            row=row,
+            layout=RowLayout(prefix=prefix, packed=0, tail=prefix),
+            kept=(0,) * self.num_layers,
+            budgets=budgets or (),
+            evicted=[0] * self.num_layers,
+            thresholds=list(budgets or ()),
+        )
+        if budgets is not None:
+            state.due_at = self._due_at(state)
+        self.requests[row] = state
+        self._mark(state)
+        return state
+
+    def close(self, rows: Iterable[int]) -> list[RequestState]:
+        """Forget rows that SGLang frees; returns what was known of them."""
+        closed = []
+        for row in rows:
+            self.observed.pop(row, None)
+            state = self.requests.pop(row, None)
+            if state is not None:
+                closed.append(state)
+                self._dirty[row] = [0] * self.table.shape[1]
+        return closed
+
+    def dead_len(self, row: int | None) -> int:
+        """Dead positions of a row (0 for a row that is not followed)."""
+        state = self.requests.get(row) if row is not None else None
+        return state.layout.dead_len if state is not None else 0
+
+    def live(self, row: int | None, ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """``ranges`` of a row less its dead positions."""
+        state = self.requests.get(row) if row is not None else None
+        return list(ranges) if state is None else state.layout.live(ranges)
+
+    # -- rounds -----------------------------------------------------------------------------------------------------
+
+    def plan(self, state: RequestState, committed: int, budgets: Sequence[int]) -> RoundPlan:
+        """Plan a due round of one request.
+
+        Parameters
+        ----------
+        state
+            The request.
+        committed
+            Tokens whose KV is written or in flight.
+        budgets
+            Most cells each layer keeps this round.
+        """
+        layout = state.layout
+        new_tail = page_floor(committed - self.recent, self.page_size)
+        candidates = tuple(k + new_tail - layout.tail for k in state.kept)
+        kept = tuple(min(b, n) for b, n in zip(budgets, candidates, strict=True))
+        return RoundPlan(
+            row=state.row,
+            prefix=layout.prefix,
+            old_packed=layout.packed,
+            old_tail=layout.tail,
+            new_packed=packed_blocks(kept, self.page_size),
+            new_tail=new_tail,
+            old_kept=state.kept,
+            candidates=candidates,
+            kept=kept,
+        )
+
+    def commit(self, state: RequestState, plan: RoundPlan) -> None:
+        """Record a round that has been carried out."""
+        state.layout = RowLayout(prefix=plan.prefix, packed=plan.new_packed, tail=plan.new_tail)
+        state.kept = plan.kept
+        state.rounds += 1
+        for layer, (n, k) in enumerate(zip(plan.candidates, plan.kept, strict=True)):
+            state.evicted[layer] += n - k
+        state.due_at = self._due_at(state)
+        self._mark(state)
+
+    def _due_at(self, state: RequestState) -> int:
+        """Committed length at which ``interval`` tokens have left the window and the request is over its budget.
+
+        That is: some layer over its threshold, or all layers together over the sum of their budgets.
+        """
+        layer_room = min(t - k for t, k in zip(state.thresholds, state.kept, strict=True))
+        mean_room = (sum(state.budgets) - sum(state.kept)) // self.num_layers
+        leaving = page_ceil(max(self.interval, min(layer_room, mean_room) + 1), self.page_size)
+        return state.layout.tail + leaving + self.recent
+
+    # -- device table -----------------------------------------------------------------------------------------------
+
+    def _mark(self, state: RequestState) -> None:
+        layout = state.layout
+        score_from = layout.prefix if state.budgets else NEVER
+        self._dirty[state.row] = [
+            layout.prefix, layout.tail, score_from, *state.kept, *packed_offsets(state.kept),
+        ]  # fmt: skip
+
+    @property
+    def dirty(self) -> bool:
+        """Whether the device table lags behind the host."""
+        return bool(self._dirty)
+
+    def flush(self) -> None:
+        """Write the lines that changed to the device table: one copy, no synchronisation."""
+        if not self._dirty:
+            return
+        device = self.table.device
+        pin = device.type == "cuda"
+        rows = torch.tensor(list(self._dirty), dtype=torch.int64, pin_memory=pin)
+        lines = torch.tensor(list(self._dirty.values()), dtype=torch.int32, pin_memory=pin)
+        self.table[rows.to(device, non_blocking=True)] = lines.to(device, non_blocking=True)
+        self._dirty.clear()
+
+    def kept_of(self, table: torch.Tensor) -> torch.Tensor:
+        """The ``k_l`` columns of (lines of) the table, int32 ``[..., L]``."""
+        return table[..., self.KEPT : self.KEPT + self.num_layers]
+
+    def offsets_of(self, table: torch.Tensor) -> torch.Tensor:
+        """The ``off_l`` columns of (lines of) the table, int32 ``[..., L]``."""
+        return table[..., self.KEPT + self.num_layers :]

@@ -1,0 +1,97 @@
+"""``lethe show``: what a set of flags resolves to, which presets exist, what is supported."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from lethe_sglang.config import ConfigError, EvictionConfig, presets, resolve
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+_WIDE = 1_000_000
+"""Columns before the YAML writer breaks a line: a list of one number per layer stays on its line."""
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Register ``lethe show``."""
+    parser = subparsers.add_parser(
+        "show",
+        help="print the resolved configuration, the presets or the support matrix",
+        description="Print the configuration that the flags resolve to, as YAML that --kv-evict-config accepts.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--kv-evict", metavar="NAME", help="policy; beats the one in the configuration")
+    parser.add_argument(
+        "--kv-evict-config",
+        metavar="FILE|JSON|PRESET",
+        help="a YAML or JSON file, JSON text starting with '{', or a preset's name (default: the built-in defaults)",
+    )
+    parser.add_argument(
+        "--kv-evict-budget", metavar="N", type=int, help="mean tokens kept per layer; beats budget.tokens"
+    )
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--presets", action="store_true", help="list the presets instead")
+    instead.add_argument("--support", action="store_true", help="print the support matrix instead")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what was asked for and return the exit status.
+
+    Raises
+    ------
+    ConfigError
+        If the flags resolve to no legal configuration.
+    """
+    flags = (args.kv_evict, args.kv_evict_config, args.kv_evict_budget)
+    if args.presets or args.support:
+        if any(flag is not None for flag in flags):
+            option = "--presets" if args.presets else "--support"
+            raise ConfigError(f"{option}: takes no --kv-evict option; give one or the other")
+        print(list_presets() if args.presets else importlib.import_module("lethe_sglang.engine.guard").support_matrix())
+        return 0
+    if args.kv_evict == "none":
+        raise ConfigError("--kv-evict none: SGLang runs unpatched, so there is no configuration to show")
+    print(render(resolve(*flags)))
+    return 0
+
+
+def render(config: EvictionConfig) -> str:
+    """Write ``config`` as YAML, below comments that hold the values derived from it."""
+    derived = (
+        f"R = {config.recent} tokens of recent window (retain.recent_ratio x budget.tokens, rounded up)",
+        f"K = {config.scored} tokens per layer besides it, on average, sinks included (budget.tokens - R)",
+        f"gamma = {config.rasr.gamma:.6g} per decode step",
+        f"a request may ask for {config.min_request_budget} to {config.max_request_budget} tokens",
+    )
+    body = yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=_WIDE)
+    return "".join(f"# {line}\n" for line in derived) + body.rstrip("\n")
+
+
+def list_presets() -> str:
+    """Write one line per preset: its name and the first comment of its file."""
+    found = presets()
+    width = max((len(name) for name in found), default=0)
+    return "\n".join(f"{name:<{width}}  {_first_comment(path)}" for name, path in found.items())
+
+
+def _first_comment(path: Path) -> str:
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    return first.lstrip("# ")
+
+
+class _Dumper(yaml.SafeDumper):
+    """The safe writer of YAML, with lists on one line."""
+
+
+def _represent_list(dumper: _Dumper, values: list[Any]) -> yaml.Node:
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=True)
+
+
+_Dumper.add_representer(list, _represent_list)

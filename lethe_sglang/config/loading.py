@@ -1,0 +1,183 @@
+"""Find a configuration (preset, file or inline JSON), read it, lay the command line's flags over it, check it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from lethe_sglang.config.errors import ConfigError, explain, one_line, show
+from lethe_sglang.config.schema import EvictionConfig
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_PRESET_FOLDERS = (_PACKAGE / "presets", _PACKAGE.parent / "configs")
+"""Where presets lie: in an installed wheel, else in a checkout."""
+
+
+def presets() -> dict[str, Path]:
+    """Return the named presets: name -> file, in the order of their names."""
+    for folder in _PRESET_FOLDERS:
+        if folder.is_dir():
+            return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {}
+
+
+def resolve(policy: str | None = None, source: str | None = None, budget: int | None = None) -> EvictionConfig:
+    """Return the configuration that the three flags ask for.
+
+    Parameters
+    ----------
+    policy
+        ``--kv-evict``: beats the file's ``policy``. None keeps the file's.
+    source
+        ``--kv-evict-config``: the name of a preset, the path of a YAML or JSON file, or JSON text that starts with
+        ``{``. A preset's name wins over a file of the same name; write ``./name`` for the file. None is the schema's
+        defaults.
+    budget
+        ``--kv-evict-budget``: tokens, beats the file's ``budget.tokens``. None keeps the file's.
+
+    Raises
+    ------
+    ConfigError
+        With one line that names every option at fault, the value given and what is legal.
+
+    Examples
+    --------
+    >>> resolve("h2o", '{"rounds": {"interval": 64}}', 512).rounds.interval
+    64
+    """
+    flags = []
+    data: dict[Any, Any] = {}
+    if source is not None:
+        data = _read(source)
+        name = "JSON text" if _is_json(source) else source
+        flags.append(f"--kv-evict-config {name}")
+    if policy is not None:
+        data["policy"] = policy
+        flags.append(f"--kv-evict {policy}")
+    if budget is not None:
+        section = data.get("budget", {})
+        if isinstance(section, Mapping):
+            if section.get("allocation") == "list":
+                raise one_line(
+                    [
+                        f"--kv-evict-budget {budget}: not usable with budget.allocation list, where budget.layers "
+                        "fixes the tokens of every layer; change budget.layers, or set budget.allocation to weights"
+                    ]
+                )
+            data["budget"] = {**section, "tokens": budget}
+        flags.append(f"--kv-evict-budget {budget}")
+    return from_mapping(data, where=" ".join(flags))
+
+
+def from_mapping(data: Mapping[str, Any], where: str = "") -> EvictionConfig:
+    """Check ``data``, the content of a configuration file, and return it as an object.
+
+    Parameters
+    ----------
+    data
+        Sections and options; what is missing takes the schema's default.
+    where
+        Put before the message of an error: the file or the flags that ``data`` came from.
+
+    Raises
+    ------
+    ConfigError
+        With one line that holds every problem found.
+    """
+    try:
+        return EvictionConfig.model_validate(dict(data))
+    except ValidationError as error:
+        message = "; ".join(explain(error, EvictionConfig))
+        raise one_line([f"{where}: {message}" if where else message]) from None
+
+
+def _is_json(source: str) -> bool:
+    return source.lstrip().startswith("{")
+
+
+def _read(source: str) -> dict[Any, Any]:
+    """Read ``source`` into a new mapping, without checking its keys."""
+    if _is_json(source):
+        label = "--kv-evict-config JSON text"
+        data = _parse_json(source, label)
+    else:
+        label = f"--kv-evict-config {source}"
+        path = presets().get(source, Path(source))
+        text = _read_text(path, label)
+        data = _parse_json(text, label) if path.suffix == ".json" else _parse_yaml(text, label)
+    if not isinstance(data, dict):
+        given = "nothing" if data is None else show(data)
+        raise one_line([f"{label}: holds {given}, expected a mapping of sections such as 'budget:'"])
+    return dict(data)
+
+
+def _read_text(path: Path, label: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        names = ", ".join(presets()) or "none installed"
+        raise one_line([f"{label}: no such file, and no preset of that name (presets: {names})"]) from None
+    except OSError as error:
+        raise one_line([f"{label}: cannot be read: {error.strerror}"]) from None
+    except ValueError as error:
+        raise one_line([f"{label}: cannot be read: {error}"]) from None
+
+
+def _parse_json(text: str, label: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=lambda pairs: _no_repeats(pairs, label))
+    except json.JSONDecodeError as error:
+        raise one_line([f"{label}: not JSON at line {error.lineno}, column {error.colno}: {error.msg}"]) from None
+    except RecursionError:
+        raise one_line([f"{label}: nested too deeply"]) from None
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise one_line([f"{label}: holds a value that cannot be read: {error}"]) from None
+
+
+def _parse_yaml(text: str, label: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise one_line([f"{label}: not YAML{place}: {error.problem}"]) from None
+    except yaml.YAMLError as error:
+        raise one_line([f"{label}: not YAML: {error}"]) from None
+    except RecursionError:
+        raise one_line([f"{label}: nested too deeply"]) from None
+    except ValueError as error:
+        raise one_line([f"{label}: holds a value that cannot be read: {error}"]) from None
+
+
+def _no_repeats(pairs: Iterable[tuple[str, Any]], label: str) -> dict[str, Any]:
+    """Build a JSON object, refusing a key that appears twice: the last one would silently win."""
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise one_line([f"{label}: key {show(key)} is given twice in one mapping"])
+        result[key] = value
+    return result
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader of YAML, which also refuses a key that appears twice in one mapping."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """Build a mapping from ``node``."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {show(key.value)} is given twice in one mapping", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)

@@ -1,0 +1,101 @@
+"""What one request may change for itself: ``custom_params.kv_evict`` of the OpenAI and the native API."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lethe_sglang.config.errors import one_line, show, unknown_key
+from lethe_sglang.config.schema import EvictionConfig
+
+_PATH = "custom_params.kv_evict"
+_KNOWN = {_PATH: ("mode", "budget")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestOverride:
+    """How one request is treated.
+
+    Attributes
+    ----------
+    mode
+        ``on``: it is pruned by the server's policy. ``none``: its whole cache is kept and ``budget`` means nothing.
+    budget
+        Mean tokens kept per layer after a round, recent window included, shared prefix not. The recent window stays
+        the server's, so K of this request is ``budget - config.recent``.
+    """
+
+    mode: Literal["on", "none"]
+    budget: int
+
+
+def parse_request(
+    custom_params: Mapping[str, Any] | None, config: EvictionConfig, context_length: int | None = None
+) -> RequestOverride:
+    """Read the override in a request's ``custom_params``.
+
+    Accepted are ``{"kv_evict": {"mode": "on" | "none", "budget": N}}`` with either key left out, and the short forms
+    ``{"kv_evict": "on"}`` and ``{"kv_evict": "none"}``. Null counts as left out, and what is left out is the server's
+    default. Other keys of ``custom_params`` belong to others and are not looked at.
+
+    Parameters
+    ----------
+    custom_params
+        The request's ``custom_params``, or None.
+    config
+        The server's configuration: it bounds the budget and says whether mode none is allowed.
+    context_length
+        The model's context length in tokens, if known. No request may ask for more: such a budget would never evict.
+        The server's own budget is legal even when it is larger.
+
+    Raises
+    ------
+    ConfigError
+        With one line that names the option, the value given and the legal range; the server answers HTTP 400 with it.
+
+    Examples
+    --------
+    >>> parse_request({"kv_evict": {"budget": 2048}}, EvictionConfig(), 32768)
+    RequestOverride(mode='on', budget=2048)
+    """
+    default = RequestOverride(mode="on", budget=config.budget.tokens)
+    if custom_params is None:
+        return default
+    if not isinstance(custom_params, Mapping):
+        raise one_line([f"custom_params: got {show(custom_params)}, expected a mapping or null"])
+    asked = custom_params.get("kv_evict")
+    if asked is None:
+        return default
+    if isinstance(asked, str):
+        asked = {"mode": asked}
+    if not isinstance(asked, Mapping):
+        raise one_line(
+            [f'{_PATH}: got {show(asked)}, expected "on", "none" or a mapping such as {{"budget": {default.budget}}}']
+        )
+
+    mode, budget = asked.get("mode"), asked.get("budget")
+    problems = [unknown_key(_PATH, str(key), _KNOWN) for key in asked if key not in _KNOWN[_PATH]]
+    if mode not in (None, "on", "none"):
+        problems.append(f'{_PATH}.mode: got {show(mode)}, expected "on" or "none"')
+    elif mode == "none":
+        if not config.requests.allow_off:
+            problems.append(f'{_PATH}.mode: got "none", which this server forbids (requests.allow_off); expected "on"')
+        if budget is not None:
+            problems.append(f'{_PATH}.budget: got {show(budget)} together with mode "none"; leave one of them out')
+    elif budget is not None:
+        problems += _budget_problems(budget, config, context_length)
+    if problems:
+        raise one_line(problems)
+    if mode == "none":
+        return RequestOverride(mode="none", budget=default.budget)
+    return default if budget is None else RequestOverride(mode="on", budget=budget)
+
+
+def _budget_problems(budget: object, config: EvictionConfig, context_length: int | None) -> list[str]:
+    smallest, largest = config.min_request_budget, config.max_request_budget
+    if context_length is not None:
+        largest = max(config.budget.tokens, min(largest, context_length))
+    if type(budget) is int and smallest <= budget <= largest:
+        return []
+    return [f"{_PATH}.budget: got {show(budget)}, expected an integer from {smallest} to {largest} tokens"]

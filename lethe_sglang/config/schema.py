@@ -1,0 +1,322 @@
+"""The eviction configuration: every option, its unit, its range and its default.
+
+The lengths that follow from it, for one layer right after a round (the shared prefix is not counted)::
+
+    |<------------------ budget.tokens, mean over the layers ------------------>|
+    |<---------------- K, mean of k_l ---------------->|<----------- R -------->|
+    | sinks | best-ranked tokens; layer l keeps k_l - sinks | recent window      |
+
+R is common to all layers; only k_l differs from layer to layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+DEFAULT_DECAY = 0.998
+"""RASR decay per decode step when neither ``rasr.decay`` nor ``rasr.half_life`` is given."""
+
+DEFAULT_REQUEST_FACTOR = 4
+"""Largest per-request budget, in multiples of ``budget.tokens``, when ``requests.max_budget`` is not given."""
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, no unknown keys, no silent conversion between types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class BudgetConfig(Section):
+    """How many tokens a layer keeps, and how the layers share them."""
+
+    tokens: int = Field(
+        default=1024,
+        ge=2,
+        description="Mean number of tokens kept per layer after a round: sinks, best-ranked and recent tokens "
+        "together, not counting the shared prefix. Tokens, >= 2. "
+        "With allocation list it is the mean of layers, rounded down.",
+    )
+    allocation: Literal["uniform", "weights", "list", "breakpoint"] = Field(
+        default="uniform",
+        description="How the layers share the budget. uniform: all alike; weights: in proportion to weights; list: as "
+        "written in layers; breakpoint: measured from the scores at every round.",
+    )
+    weights: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
+        default=None,
+        strict=False,
+        min_length=1,
+        description="One weight per layer, first layer first; only their ratios matter. Positive and finite. Required "
+        "by allocation weights; with breakpoint it sets the first round; forbidden otherwise.",
+    )
+    layers: tuple[Annotated[int, Field(ge=2)], ...] | None = Field(
+        default=None,
+        strict=False,
+        min_length=1,
+        description="Tokens kept in each layer after a round, recent window included, first layer first. Tokens, >= 2. "
+        "Required by allocation list, forbidden otherwise.",
+    )
+    min_factor: float = Field(
+        default=0.25,
+        gt=0,
+        le=1,
+        description="Smallest share of a layer, as a multiple of the mean number of scored tokens K. "
+        "Allocation weights only. 0 < min_factor <= 1.",
+    )
+    max_factor: float = Field(
+        default=4.0,
+        ge=1,
+        description="Largest share of a layer, as a multiple of the mean number of scored tokens K. "
+        "Allocation weights only. >= 1.",
+    )
+    classes: int = Field(
+        default=4,
+        ge=1,
+        le=16,
+        description="Largest number of distinct per-layer budgets that weights may give (length classes; an attention "
+        "plan is made per class). 1 to 16.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _derive_tokens(cls, data: Any) -> Any:
+        """Derive ``tokens`` from ``layers`` where a list of budgets leaves it out."""
+        if not isinstance(data, Mapping) or data.get("allocation") != "list" or "tokens" in data:
+            return data
+        layers = data.get("layers")
+        if not isinstance(layers, list | tuple) or not layers or not all(type(tokens) is int for tokens in layers):
+            return data
+        return {**data, "tokens": max(2, sum(layers) // len(layers))}
+
+    @model_validator(mode="after")
+    def _check_allocation(self) -> BudgetConfig:
+        problems = []
+        if self.allocation == "weights" and self.weights is None:
+            problems.append("budget.weights: required by budget.allocation weights; give one positive number per layer")
+        if self.allocation not in ("weights", "breakpoint") and self.weights is not None:
+            problems.append(
+                f"budget.weights: not used by budget.allocation {self.allocation}; "
+                "leave it out or set budget.allocation to weights or breakpoint"
+            )
+        if self.allocation == "list" and self.layers is None:
+            problems.append("budget.layers: required by budget.allocation list; give the tokens to keep in each layer")
+        if self.allocation != "list" and self.layers is not None:
+            problems.append(
+                f"budget.layers: not used by budget.allocation {self.allocation}; "
+                "leave it out or set budget.allocation to list"
+            )
+        if self.allocation == "list" and self.layers is not None:
+            mean = sum(self.layers) // len(self.layers)
+            if self.tokens != mean:
+                problems.append(
+                    f"budget.tokens: got {self.tokens}, but the mean of budget.layers, rounded down, is {mean}; "
+                    f"set it to {mean} or leave it out"
+                )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+class RoundsConfig(Section):
+    """When a request is pruned."""
+
+    interval: int = Field(
+        default=128,
+        ge=1,
+        description="Tokens that leave the recent window between two rounds of a request, rounded up to a page "
+        "multiple. Decode tokens, >= 1.",
+    )
+
+
+class RetainConfig(Section):
+    """What is never evicted."""
+
+    sinks: int = Field(
+        default=4,
+        ge=0,
+        description="The first positions of the sequence, always kept. Tokens, >= 0.",
+    )
+    recent_ratio: float = Field(
+        default=0.3,
+        gt=0,
+        lt=1,
+        description="Recent window R as a fraction of the mean budget, rounded up to a token. 0 < recent_ratio < 1.",
+    )
+    prompt: Literal["shared", "private"] = Field(
+        default="shared",
+        description="shared: the prompt enters the prefix cache and is never evicted; private: only the part that was "
+        "found in the prefix cache is kept, the rest is evicted like generated tokens.",
+    )
+
+
+class RasrConfig(Section):
+    """The decay of the token score (RASR): ``S = gamma * S + attention of this step``."""
+
+    decay: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="gamma, the factor on the old score per decode step. 0 <= decay <= 1; 1 never forgets, 0 keeps the "
+        f"last step only. At most one of decay and half_life may be given; with neither, gamma is {DEFAULT_DECAY}.",
+    )
+    half_life: float | None = Field(
+        default=None,
+        gt=0,
+        description="The same as a half-life: attention this many decode steps old counts half, gamma = "
+        "0.5 ** (1 / half_life). Decode steps, > 0.",
+    )
+    score_every: int = Field(
+        default=1,
+        ge=1,
+        description="Score every n-th decode step of a request, with gamma ** n. Decode steps, >= 1; 1 is the paper.",
+    )
+
+    @model_validator(mode="after")
+    def _check_one_spelling(self) -> RasrConfig:
+        if self.decay is not None and self.half_life is not None:
+            raise ValueError(
+                f"rasr.half_life: got {self.half_life:g} together with rasr.decay {self.decay:g}; give only one of them"
+            )
+        return self
+
+    @property
+    def gamma(self) -> float:
+        """Factor on the old score per decode step, in [0, 1] (paper eq. 5)."""
+        if self.decay is not None:
+            return self.decay
+        if self.half_life is not None:
+            return float(0.5 ** (1.0 / self.half_life))
+        return DEFAULT_DECAY
+
+
+class BreakpointConfig(Section):
+    """The run-time allocation; read only with ``budget.allocation: breakpoint``."""
+
+    sparse_ratio: float = Field(
+        default=400.0,
+        gt=1,
+        description="A segment of the sorted scores is kept while its largest score is at least the largest score of "
+        "the layer divided by this. A ratio, > 1.",
+    )
+    segments: int = Field(
+        default=64,
+        ge=2,
+        description="Parts into which a layer's sorted scores are cut. A count, >= 2.",
+    )
+    reference: Literal["non_sink", "all"] = Field(
+        default="non_sink",
+        description="Tokens among which the largest score is looked for. non_sink: without the sinks, which would "
+        "dominate it; all: every token of the layer.",
+    )
+
+
+class RequestsConfig(Section):
+    """What one request may change for itself, with ``custom_params.kv_evict``."""
+
+    allow_off: bool = Field(
+        default=True,
+        description="Whether a request may ask for mode none, that is to keep its whole cache. true or false.",
+    )
+    max_budget: int | None = Field(
+        default=None,
+        ge=2,
+        description="Largest budget that a request may ask for. Tokens, >= budget.tokens; null is "
+        f"{DEFAULT_REQUEST_FACTOR} x budget.tokens.",
+    )
+
+
+class DebugConfig(Section):
+    """Checks and records that cost time or memory; all off in production."""
+
+    shadow: bool = Field(
+        default=False,
+        description="Keep an uncompressed copy of the cache and compare every gathered cell with it (tests). "
+        "true or false.",
+    )
+    fingerprints: bool = Field(
+        default=False,
+        description="Hash the kept set of every round, to compare tensor-parallel ranks. true or false.",
+    )
+    record_kept: bool = Field(
+        default=False,
+        description="Keep the logical positions that each layer kept, for the telemetry. true or false.",
+    )
+
+
+class EvictionConfig(Section):
+    """A whole configuration, as one YAML or JSON file holds it."""
+
+    policy: str = Field(
+        default="lethe",
+        min_length=1,
+        description="Name of the policy that ranks tokens; the policy registry knows the legal names.",
+    )
+    budget: BudgetConfig = Field(default_factory=BudgetConfig, description="How many tokens each layer keeps.")
+    rounds: RoundsConfig = Field(default_factory=RoundsConfig, description="When a request is pruned.")
+    retain: RetainConfig = Field(default_factory=RetainConfig, description="What is never evicted.")
+    rasr: RasrConfig = Field(default_factory=RasrConfig, description="The decay of the token score.")
+    breakpoint: BreakpointConfig = Field(default_factory=BreakpointConfig, description="The run-time allocation.")
+    requests: RequestsConfig = Field(default_factory=RequestsConfig, description="What one request may change.")
+    debug: DebugConfig = Field(default_factory=DebugConfig, description="Checks and records for tests.")
+
+    @property
+    def recent(self) -> int:
+        """R, tokens of the recent window: ``ceil(recent_ratio * budget.tokens)``, common to all layers.
+
+        The ratio counts as the decimal that was written, so that 0.07 of 100 is 7 and no rounding error makes it 8.
+        """
+        return math.ceil(Fraction(repr(self.retain.recent_ratio)) * self.budget.tokens)
+
+    @property
+    def scored(self) -> int:
+        """K, mean number of tokens that a layer keeps besides the recent window, sinks included."""
+        return self.budget.tokens - self.recent
+
+    @property
+    def floor(self) -> int:
+        """Smallest legal k_l: the sinks and one token that is ranked."""
+        return self.retain.sinks + 1
+
+    @property
+    def min_request_budget(self) -> int:
+        """Smallest budget that a request may ask for, in tokens; the recent window stays the server's."""
+        return self.recent + self.floor
+
+    @property
+    def max_request_budget(self) -> int:
+        """Largest budget that a request may ask for, in tokens."""
+        limit = self.requests.max_budget
+        return DEFAULT_REQUEST_FACTOR * self.budget.tokens if limit is None else limit
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> EvictionConfig:
+        problems = []
+        if self.budget.allocation == "list" and self.budget.layers is not None:
+            smallest = self.recent + self.floor
+            problems += [
+                f"budget.layers[{layer}]: got {tokens}, which leaves {tokens - self.recent} tokens beside the recent "
+                f"window of {self.recent} for {self.retain.sinks} sinks; "
+                f"the smallest legal value is {smallest} with this mean"
+                for layer, tokens in enumerate(self.budget.layers)
+                if tokens < smallest
+            ]
+        elif self.scored < self.floor:
+            smallest = math.ceil(self.floor / (1 - Fraction(repr(self.retain.recent_ratio))))
+            problems.append(
+                f"budget.tokens: got {self.budget.tokens}, which leaves {self.scored} tokens beside the recent window "
+                f"of {self.recent} for {self.retain.sinks} sinks; the smallest legal value is {smallest} with these "
+                "retain.sinks and retain.recent_ratio"
+            )
+        limit = self.requests.max_budget
+        if limit is not None and limit < self.budget.tokens:
+            problems.append(
+                f"requests.max_budget: got {limit}, less than the server's own budget; "
+                f"the smallest legal value is budget.tokens, {self.budget.tokens}"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self

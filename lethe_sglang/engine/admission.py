@@ -1,0 +1,99 @@
+"""Admission that knows the bound: a decoding request never holds more than its budget, an interval and two pages.
+
+SGLang charges a candidate ``extend + max_new_tokens`` and a running request what it may still generate. With eviction
+the first is ``extend + bound`` (at most; a private prompt is intact first, so it is charged ``max(bound, extend)``), the
+second is what the request still lacks of its bound. Without this correction freed memory admits nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sglang.srt.managers import schedule_policy
+from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
+
+from lethe_sglang.engine.runtime import Runtime, current
+
+
+def is_private(req: Any, tree_cache: Any) -> bool:
+    """Whether the prompt of a request never enters the radix tree, so that its tokens are own tokens."""
+    return bool(req.skip_radix_cache_insert or getattr(tree_cache, "disable", False))
+
+
+class LethePrefillAdder(PrefillAdder):  # type: ignore[misc]
+    """``PrefillAdder`` with the footprint of evicted requests."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.lethe: Runtime = current()
+        super().__init__(*args, **kwargs)
+
+    def _get_running_request_total_token_offset(self, req: Any) -> int:
+        growth = super()._get_running_request_total_token_offset(req)
+        if not req.kv.holds_kv or not self.lethe.evicts(req):
+            return int(growth)
+        # Between its prefill and the processing of that result, a prompt that will be shared still looks private.
+        seen = req.kv.req_pool_idx in self.lethe.ledger.requests
+        held = self.lethe.own_blocks(req) if seen or is_private(req, self.tree_cache) else 0
+        return int(min(growth, max(self.lethe.bound(req) - held, self.page_size)))
+
+    def _growth_after_prefill(self, req: Any) -> int:
+        """Most tokens a candidate adds to its footprint after its whole extend is charged."""
+        bound = self.lethe.bound(req)
+        if not is_private(req, self.tree_cache):
+            return bound
+        own = len(req.full_untruncated_fill_ids) - req.kv.cache_protected_len
+        return max(bound - own, 2 * self.page_size)
+
+    @contextmanager
+    def _clipped(self, req: Any) -> Iterator[None]:
+        """Rebind SGLang's clip on max_new_tokens to the candidate's own bound for the duration of one add call."""
+        if not self.lethe.evicts(req):
+            yield
+            return
+        stock = schedule_policy.CLIP_MAX_NEW_TOKENS
+        schedule_policy.CLIP_MAX_NEW_TOKENS = min(stock, self._growth_after_prefill(req))
+        try:
+            yield
+        finally:
+            schedule_policy.CLIP_MAX_NEW_TOKENS = stock
+
+    def _make_private(self, req: Any) -> None:
+        if self.lethe.config.retain.prompt == "private" and self.lethe.evicts(req):
+            req.skip_radix_cache_insert = True
+
+    def add_one_req(self, req: Any, has_chunked_req: bool, truncation_align_size: int | None) -> AddReqResult:
+        """Stock, with the candidate's bound."""
+        self._make_private(req)
+        with self._clipped(req):
+            return super().add_one_req(req, has_chunked_req, truncation_align_size)
+
+    def add_chunked_req(self, req: Any) -> Any:
+        """Stock, with the candidate's bound."""
+        with self._clipped(req):
+            return super().add_chunked_req(req)
+
+    def add_one_req_ignore_eos(self, req: Any) -> AddReqResult:
+        """Fixed-length requests without a radix tree: stock simulates their growth to full length, which never comes.
+
+        Instead the candidate is charged like any other; stock's own switch for pools that its simulation does not
+        describe turns the simulation off.
+        """
+        if not self.lethe.evicts(req):
+            return super().add_one_req_ignore_eos(req)
+        extend = len(req.full_untruncated_fill_ids) - req.prefix_len
+        remaining = max(req.sampling_params.max_new_tokens - len(req.output_ids), 0)
+        growth = min(remaining, self._growth_after_prefill(req))
+        if extend + growth + self.per_req_token_overhead >= self.rem_total_tokens:
+            return AddReqResult.NO_TOKEN
+        hybrid, self.is_hybrid_swa = self.is_hybrid_swa, True
+        try:
+            return super().add_one_req_ignore_eos(req)
+        finally:
+            self.is_hybrid_swa = hybrid
+
+    def preempt_to_schedule(self, req: Any) -> bool:
+        """Stock, with the candidate's bound."""
+        with self._clipped(req):
+            return bool(super().preempt_to_schedule(req))

@@ -1,0 +1,228 @@
+"""The front doors: command line, ``sgl.Engine``, the launcher's checks and the scheduler's start.
+
+What travels to the scheduler is ``server_args._lethe``, an ``EvictionRequest``: unpickling it imports this module, so a
+process in which the plugin is broken dies instead of serving without eviction; and the launcher reports ready only
+after every rank has reported that its hooks are in place (``check_ranks``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from lethe_sglang import __version__
+from lethe_sglang.allocation.budgets import from_config
+from lethe_sglang.config import ConfigError, EvictionConfig, parse_request, resolve
+from lethe_sglang.engine import compat, guard
+from lethe_sglang.engine.hooks import LAUNCHER_HOOKS, SCHEDULER_HOOKS, install
+from lethe_sglang.policies import build_policy, policy_names
+
+ENGINE_OPTIONS = ("kv_evict", "kv_evict_config", "kv_evict_budget")
+
+
+@dataclass(frozen=True)
+class EvictionRequest:
+    """What the operator asked for.
+
+    Attributes
+    ----------
+    config
+        The resolved configuration.
+    from_cli
+        Whether errors belong on a terminal (one line, exit status 2) or to a Python caller (``ConfigError``).
+    """
+
+    config: EvictionConfig
+    from_cli: bool
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies plugin version and configuration; every rank must report the same."""
+        text = f"{__version__}\n{compat.SUPPORTED}\n{self.config.model_dump_json()}"
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def fail(self, error: Exception) -> NoReturn:
+        """Report an error to whoever asked."""
+        if self.from_cli:
+            print(f"lethe: error: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(2)
+        raise error
+
+
+def make_request(
+    policy: str | None, source: str | None, budget: int | None, from_cli: bool
+) -> EvictionRequest | None:
+    """Resolve what the operator asked for; None if it is stock SGLang.
+
+    Raises
+    ------
+    ConfigError, CompatError
+        (or, ``from_cli``, a one-line message and exit status 2).
+    """
+    try:
+        if policy is None or policy == "none":
+            if source is not None or budget is not None:
+                given = "--kv-evict-config" if source is not None else "--kv-evict-budget"
+                raise ConfigError(f"{given} needs --kv-evict; legal: {', '.join(policy_names())}")
+            return None
+        config = resolve(policy=policy, source=source, budget=budget)
+        build_policy(config)
+        compat.verify()
+        install(LAUNCHER_HOOKS)
+    except (ConfigError, compat.CompatError, RuntimeError) as error:
+        EvictionRequest(config=EvictionConfig(), from_cli=from_cli).fail(error)
+    return EvictionRequest(config=config, from_cli=from_cli)
+
+
+# -- command line ---------------------------------------------------------------------------------------------------------
+
+
+def add_flags(result: Any, parser: argparse.ArgumentParser) -> None:
+    """AFTER ``ServerArgs.add_cli_args``."""
+    group = parser.add_argument_group("KV eviction (lethe-sglang)")
+    group.add_argument(
+        "--kv-evict", default=None, metavar="POLICY",
+        help=f"Evict KV during decoding with this policy: none, {', '.join(policy_names())}. Default: none.",
+    )  # fmt: skip
+    group.add_argument(
+        "--kv-evict-config", default=None, metavar="FILE|JSON|PRESET",
+        help="Eviction settings: a YAML or JSON file, inline JSON, or the name of a preset (`lethe show --presets`).",
+    )  # fmt: skip
+    group.add_argument(
+        "--kv-evict-budget", default=None, type=int, metavar="N",
+        help="Mean tokens a layer keeps after a round, shared prefix not counted; beats budget.tokens of the config.",
+    )  # fmt: skip
+
+
+def from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:
+    """AROUND ``ServerArgs.from_cli_args``: stash the request on the server arguments."""
+    server_args = original(cls, args)
+    request = make_request(
+        getattr(args, "kv_evict", None),
+        getattr(args, "kv_evict_config", None),
+        getattr(args, "kv_evict_budget", None),
+        from_cli=True,
+    )
+    if request is not None:
+        server_args._lethe = request
+    return server_args
+
+
+# -- sgl.Engine -------------------------------------------------------------------------------------------------------------
+
+
+def engine_server_args(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``Engine.server_args_class``: accept ``kv_evict``, ``kv_evict_config`` (str or dict), ``kv_evict_budget``."""
+
+    def build(**kwargs: Any) -> Any:
+        options = {name: kwargs.pop(name, None) for name in ENGINE_OPTIONS}
+        source = options["kv_evict_config"]
+        if isinstance(source, dict):
+            import json
+
+            source = json.dumps(source)
+        server_args = stock(**kwargs)
+        request = make_request(options["kv_evict"], source, options["kv_evict_budget"], from_cli=False)
+        if request is not None:
+            server_args._lethe = request
+        return server_args
+
+    return build
+
+
+# -- launcher ----------------------------------------------------------------------------------------------------------------
+
+
+def requested(server_args: Any) -> EvictionRequest | None:
+    """Return what travels in the server arguments, if anything."""
+    request: EvictionRequest | None = getattr(server_args, "_lethe", None)
+    return request
+
+
+def check_resolution(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """Refuse options and models that do not work with eviction (SGLang's ``handle_other_validations`` step)."""
+    previous(server_args)
+    request = requested(server_args)
+    if request is None:
+        return
+    from sglang.srt.arg_groups.model_override_base import model_config_of, resolving_view
+
+    try:
+        guard.check_options(resolving_view(server_args))
+        model = model_config_of(server_args)
+        guard.check_model(model)
+        from_config(request.config, model.num_attention_layers)
+    except ConfigError as error:
+        request.fail(error)
+
+
+def check_ranks(result: Any, cls: type, server_args: Any, *args: Any, **kwargs: Any) -> None:
+    """AFTER ``Engine._launch_scheduler_processes``: ready means that every rank has reported its fingerprint."""
+    request = requested(server_args)
+    if request is None:
+        return
+    init_result, processes = result
+    stock_wait = init_result.wait_for_ready
+
+    def wait_for_ready() -> None:
+        stock_wait()
+        reported = [info.get("lethe") for info in init_result.scheduler_infos]
+        if any(report != request.fingerprint for report in reported):
+            for process in processes or ():
+                process.kill()
+            request.fail(
+                RuntimeError(
+                    f"--kv-evict: a scheduler started without eviction (ranks reported {reported}, expected "
+                    f"{request.fingerprint}); check SGLANG_PLUGINS and the plugin errors in the log"
+                )
+            )
+
+    init_result.wait_for_ready = wait_for_ready
+
+
+def check_request(manager: Any, obj: Any, input_ids: Any) -> None:
+    """BEFORE ``TokenizerManager._validate_one_request``: a bad per-request override is an HTTP 400."""
+    request = requested(manager.server_args)
+    params = getattr(obj, "sampling_params", None)
+    if request is not None and isinstance(params, dict):
+        parse_request(params.get("custom_params"), request.config, manager.context_len)
+
+
+# -- scheduler ---------------------------------------------------------------------------------------------------------------
+
+
+def start_scheduler(scheduler: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
+    """BEFORE ``Scheduler.__init__``: install the engine hooks, only if eviction was asked for."""
+    request = requested(server_args)
+    if request is None:
+        return
+    from sglang.srt.arg_groups.model_override_base import model_config_of, resolved_view
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+
+    from lethe_sglang.engine import lifecycle
+    from lethe_sglang.engine.runtime import Runtime, set_runtime
+
+    compat.verify()
+    resolved, model = resolved_view(server_args), model_config_of(server_args)
+    guard.check_options(resolved)
+    guard.check_model(model)
+    set_runtime(Runtime(request.config, model.num_attention_layers, resolved.page_size or 1, model.context_len))
+    install(SCHEDULER_HOOKS)
+    ATTENTION_BACKENDS["torch_native"] = lifecycle.torch_native_backend
+    scheduler._lethe_request = request
+
+
+def report_rank(result: dict[str, Any], scheduler: Any) -> dict[str, Any]:
+    """AFTER ``Scheduler.get_init_info``: only a rank whose ledger is bound to its pool reports the fingerprint."""
+    from lethe_sglang.engine.runtime import current
+    from lethe_sglang.engine.telemetry import announce
+
+    runtime = current()
+    if runtime.pool is not scheduler.token_to_kv_pool_allocator.get_kvcache():
+        raise RuntimeError("--kv-evict: the scheduler's pool is not the packed pool")
+    announce(runtime)
+    return {**result, "lethe": scheduler._lethe_request.fingerprint}

@@ -1,0 +1,162 @@
+"""What is refused at start, and the option to change. One table serves the check and the support matrix."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from lethe_sglang.config import ConfigError
+
+BACKENDS = ("torch_native",)
+
+
+class Refusal(NamedTuple):
+    """One unsupported feature.
+
+    Attributes
+    ----------
+    feature
+        What it is called.
+    refused
+        Whether a resolved configuration uses it.
+    instead
+        What to change.
+    why
+        One clause for the support matrix.
+    """
+
+    feature: str
+    refused: Callable[[Any], bool]
+    instead: str
+    why: str
+
+
+REFUSALS = (
+    Refusal("speculative decoding", lambda c: c.speculative_algorithm is not None,
+            "remove --speculative-algorithm", "draft and verify steps write several tokens a step"),
+    Refusal("prefill/decode disaggregation", lambda c: c.disaggregation_mode != "null",
+            "set --disaggregation-mode null", "KV is transferred by row"),
+    Refusal("PD multiplexing", lambda c: c.enable_pdmux, "remove --enable-pdmux", "prefill and decode share a step"),
+    Refusal("hierarchical cache", lambda c: c.enable_hierarchical_cache,
+            "remove --enable-hierarchical-cache", "backs rows up by position"),
+    Refusal("LMCache", lambda c: c.enable_lmcache, "remove --enable-lmcache", "backs rows up by position"),
+    Refusal("FlexKV", lambda c: c.enable_flexkv, "remove --enable-flexkv", "backs rows up by position"),
+    Refusal("external cache linker", lambda c: c.enable_unified_cache_external_linker,
+            "remove --enable-unified-cache-external-linker", "backs rows up by position"),
+    Refusal("custom radix cache backend", lambda c: c.radix_cache_backend is not None,
+            "remove --radix-cache-backend", "unknown ownership of rows"),
+    Refusal("data parallelism", lambda c: c.dp_size > 1 or c.attn_dp_size > 1 or bool(c.enable_dp_attention),
+            "set --dp-size 1 and run one server per replica behind a router", "ranks report to a controller"),
+    Refusal("pipeline parallelism", lambda c: c.pp_size > 1, "set --pp-size 1", "a rank holds some layers only"),
+    Refusal("decode context parallelism", lambda c: c.dcp_size > 1 or c.attn_cp_size > 1,
+            "set --dcp-size 1 and --attn-cp-size 1", "a rank holds some positions only"),
+    Refusal("KV cache sharding", lambda c: c.enable_kv_cache_sharding, "remove --enable-kv-cache-sharding",
+            "a rank holds some pages only"),
+    Refusal("mixed chunk", lambda c: c.enable_mixed_chunk, "remove --enable-mixed-chunk",
+            "decode rows ride an extend batch"),
+    Refusal("two-batch overlap", lambda c: c.enable_two_batch_overlap, "remove --enable-two-batch-overlap",
+            "splits the decode batch"),
+    Refusal("diffusion LLM", lambda c: c.dllm_algorithm is not None, "remove --dllm-algorithm", "rewrites tokens"),
+    Refusal("streaming sessions", lambda c: c.enable_streaming_session or c.enable_session_radix_cache,
+            "remove --enable-streaming-session and --enable-session-radix-cache", "hands rows over between requests"),
+    Refusal("fp4, mxfp8 and fp8 KV cache",
+            lambda c: c.kv_cache_dtype not in ("auto", "float32", "bf16", "bfloat16", "float16"),
+            "set --kv-cache-dtype auto", "the score reads unscaled keys"),
+    Refusal("page-major KV layout", lambda c: c.enable_page_major_kv_layout,
+            "remove --enable-page-major-kv-layout", "layers are not contiguous"),
+    Refusal("unified memory pool", lambda c: c.enable_unified_memory, "remove --enable-unified-memory",
+            "slots are virtual"),
+    Refusal("HiSparse", lambda c: c.enable_hisparse, "remove --enable-hisparse", "slots are virtual"),
+    Refusal("routed-expert capture", lambda c: c.enable_return_routed_experts,
+            "remove --enable-return-routed-experts", "captures by slot"),
+    Refusal("KV canary", lambda c: c.kv_canary != "none", "set --kv-canary none", "hashes KV by slot"),
+    Refusal("several tokenizer workers", lambda c: c.tokenizer_worker_num > 1, "set --tokenizer-worker-num 1",
+            "per-request options are checked in the main process"),
+    Refusal("embedding-only or prefill-only KV", lambda c: c.prefill_only_disable_kv_cache,
+            "remove --prefill-only-disable-kv-cache", "there is nothing to evict"),
+)  # fmt: skip
+
+ENVIRONMENT = (
+    ("SGLANG_RUST_SERVER", "per-request options are checked in the Python front end"),
+    ("SGLANG_USE_HND_KVCACHE", "needs the NHD layout"),
+    ("SGLANG_ENABLE_POST_CAPTURE_KV_SIZING", "the pool must be backed when it is built"),
+)
+
+MODELS = (
+    ("MLA / DSA attention", lambda m: m.attention_arch.name != "MHA"),
+    ("sliding-window attention", lambda m: bool(m.is_hybrid_swa) or bool(getattr(m, "sliding_window_size", None))),
+    ("encoder-decoder", lambda m: bool(m.is_encoder_decoder)),
+    ("linear attention, mamba and hybrids", lambda m: _is_hybrid_linear(m)),
+    ("embedding and reward models", lambda m: not m.is_generation),
+    ("keys and values of different width", lambda m: m.head_dim != m.v_head_dim),
+)
+
+_SUPPORTED = (
+    ("radix prefix cache", "yes", "prompts are shared as always; outputs of evicted requests are not inserted"),
+    ("overlap scheduler", "yes", "and without it"),
+    ("chunked prefill", "yes", ""),
+    ("continuous batching, retraction, abort, pause", "yes", ""),
+    ("page sizes", "yes", "1, 8 and 16 are tested"),
+    ("tensor parallelism", "yes", "scores are summed over ranks in rounds; 2 ranks are tested on a CPU"),
+    ("attention backend torch_native", "yes", "on any device; the only one in this version"),
+    ("attention backends flashinfer, triton and CUDA graphs", "not yet", "refused"),
+    ("multi-head and grouped-query attention, dense or MoE", "yes", ""),
+    ("LoRA, constrained decoding, logprobs, streaming", "yes", "no interaction"),
+)
+
+
+def _is_hybrid_linear(model: Any) -> bool:
+    from sglang.srt.configs.hybrid_arch import mambaish_config
+
+    return mambaish_config(model) is not None
+
+
+def check_options(resolved: Any) -> None:
+    """Refuse unsupported options of a resolved configuration.
+
+    Raises
+    ------
+    ConfigError
+        One line: what is refused and what to change, for every refusal.
+    """
+    found = [f"{r.feature} ({r.why}): {r.instead}" for r in REFUSALS if r.refused(resolved)]
+    found += [f"{name} ({why}): unset it" for name, why in ENVIRONMENT if os.environ.get(name, "0").lower() in _TRUE]
+    prefill = resolved.prefill_attention_backend or resolved.attention_backend
+    decode = resolved.decode_attention_backend or resolved.attention_backend
+    if prefill not in BACKENDS or decode not in BACKENDS:
+        found.append(
+            f"attention backend {prefill if prefill not in BACKENDS else decode}: set --attention-backend to "
+            f"{' or '.join(BACKENDS)}"
+        )
+    if found:
+        raise ConfigError(f"--kv-evict does not work with {'; '.join(found)} - or use --kv-evict none")
+
+
+_TRUE = ("1", "true", "yes", "on")
+
+
+def check_model(model: Any) -> None:
+    """Refuse unsupported models.
+
+    Raises
+    ------
+    ConfigError
+        One line naming what the model uses.
+    """
+    found = [name for name, refused in MODELS if refused(model)]
+    if found:
+        raise ConfigError(
+            f"--kv-evict does not support this model: {', '.join(found)}; legal: decoder-only models with multi-head "
+            "or grouped-query attention in every layer - or use --kv-evict none"
+        )
+
+
+def support_matrix() -> str:
+    """Render the support matrix as a Markdown table."""
+    lines = ["| feature | with --kv-evict | note |", "| --- | --- | --- |"]
+    lines += [f"| {feature} | {state} | {note} |" for feature, state, note in _SUPPORTED]
+    lines += [f"| {r.feature} | refused | {r.why}; {r.instead} |" for r in REFUSALS]
+    lines += [f"| {name} | refused | model |" for name, _ in MODELS]
+    lines += [f"| environment variable {name} | refused | {why} |" for name, why in ENVIRONMENT]
+    return "\n".join(lines)

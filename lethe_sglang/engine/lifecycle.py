@@ -1,0 +1,136 @@
+"""The hooks on a request's life: one function per hooked function of SGLang (the table is ``hooks.py``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from sglang.srt.distributed import get_tp_group
+from sglang.srt.runtime_context import get_parallel
+
+from lethe_sglang.cache.pool import PackedKVPool, pool_class
+from lethe_sglang.engine.admission import LethePrefillAdder, is_private
+from lethe_sglang.engine.runtime import Runtime, current
+
+
+def build_pool(original: Callable[..., Any], configurator: Any, **kwargs: Any) -> Any:
+    """AROUND ``KVCacheConfigurator._build_mha_kv_pool``: build the packed pool."""
+    runtime = current()
+    kwargs["mha_pool_class"] = pool_class(runtime.track_score, runtime.track_position)
+    pool = original(configurator, **kwargs)
+    if not isinstance(pool, PackedKVPool):
+        raise RuntimeError(f"--kv-evict needs the plain multi-head KV pool, SGLang built {type(pool).__name__}")
+    return pool
+
+
+def add_state_bytes(size: int, configurator: Any, kvc: Any, num_layers: int) -> int:
+    """AFTER ``DefaultPoolConfigurator._compute_cell_size``: the states take 4 bytes a cell each."""
+    runtime = current()
+    return size + 4 * num_layers * (runtime.track_score + runtime.track_position)
+
+
+def prune(scheduler: Any, batch: Any) -> None:
+    """BEFORE ``Scheduler.update_running_batch``: the head of a decode step, where rounds happen.
+
+    A request is left alone until its second decode step (under overlap its prefill's result is not processed before),
+    once it has finished, and when the result in flight will finish it.
+    """
+    runtime = current()
+    ledger = runtime.ledger
+    finishing = {id(req) for req in scheduler._reqs_finishing_inflight(batch)}
+    due = []
+    for req in batch.reqs:
+        kv = req.kv
+        if req.decode_batch_idx < 1 or not kv.holds_kv or req.finished() or id(req) in finishing:
+            continue
+        state = runtime.follow(req)
+        if kv.kv_committed_len >= state.due_at:
+            due.append((state, int(kv.kv_committed_len)))
+            req.skip_radix_cache_insert = True  # nothing with holes enters the tree
+    if ledger.dirty or due:
+        _wait_for_forward(scheduler)
+    if due:
+        runtime.run_rounds(due, scheduler.token_to_kv_pool_allocator)
+        batch.batch_is_full = False
+    ledger.flush()
+
+
+def _wait_for_forward(scheduler: Any) -> None:
+    """Order what follows on the schedule stream behind the forward in flight, without stopping the host."""
+    if torch.device(scheduler.device).type == "cpu":
+        return
+    module = torch.get_device_module(scheduler.device)
+    module.current_stream().wait_stream(scheduler.forward_stream)
+
+
+def observe_prefill(result: Any, batch: Any) -> None:
+    """AFTER ``ScheduleBatch.prepare_for_extend``: name the rows whose prefill initialises scores."""
+    runtime = current()
+    for req in batch.reqs:
+        row = req.kv.req_pool_idx
+        if row is None:
+            continue
+        if runtime.track_score and runtime.evicts(req) and is_private(req, batch.tree_cache):
+            runtime.ledger.observed[row] = req.kv.cache_protected_len
+        else:
+            runtime.ledger.observed.pop(row, None)
+
+
+def free_kv_row(original: Callable[..., None], tree: Any, kv: Any, ranges: Sequence[tuple[int, int]]) -> None:
+    """AROUND ``BasePrefixCache.free_kv_row``: dead positions own no blocks."""
+    runtime = current()
+    if kv.req_pool_idx is not None:
+        runtime.released(kv.req_pool_idx, kv.kv_allocated_len)
+    live = runtime.ledger.live(kv.req_pool_idx, ranges)
+    if live:
+        original(tree, kv, live)
+
+
+def private_tokens(result: int, kv: Any, page_size: int) -> int:
+    """AFTER ``kv_private_tokens``: a request's own footprint is less its dead positions."""
+    return result - current().ledger.dead_len(kv.req_pool_idx)
+
+
+def forget_rows(pool: Any, indices: list[int]) -> None:
+    """BEFORE ``ReqToTokenPool.free_rows``: the ledger forgets the rows."""
+    current().close_rows(indices)
+
+
+def after_retract(result: Any, req: Any) -> None:
+    """AFTER ``Req.reset_for_retract``: what was generated stays private when it is prefilled again.
+
+    Otherwise the re-prefill would hand prompt and output to the radix tree, and nothing of it could be evicted.
+    """
+    runtime = current()
+    runtime.counters.retracted += 1
+    if runtime.evicts(req):
+        req.skip_radix_cache_insert = True
+
+
+def adder_class(result: type, scheduler: Any) -> type:
+    """AFTER ``Scheduler.get_prefill_adder_class``."""
+    return LethePrefillAdder
+
+
+def torch_native_backend(runner: Any) -> Any:
+    """Replace the factory of ``torch_native`` in ``ATTENTION_BACKENDS`` (the name stays: SGLang compares names)."""
+    from lethe_sglang.attention.torch_native import LetheTorchNativeBackend
+
+    runtime = attach(runner)
+    return LetheTorchNativeBackend(
+        runner, runtime.pool, runtime.ledger, runtime.policy.accumulation, runtime.shadow
+    )
+
+
+def attach(runner: Any) -> Runtime:
+    """Bind the runtime to the pools of the runner whose attention backend is being built."""
+    runtime = current()
+    pool = runner.token_to_kv_pool
+    if not isinstance(pool, PackedKVPool):
+        raise RuntimeError(f"--kv-evict needs the packed pool, the runner has {type(pool).__name__}")
+    runtime.attach(pool, runner.req_to_token_pool.req_to_token)
+    tp_size = get_parallel().tp_size
+    if tp_size > 1:
+        runtime.tp_size, runtime.tp_group = tp_size, get_tp_group().device_group
+    return runtime

@@ -1,0 +1,301 @@
+"""One scheduler process's eviction state: configuration, policy, ledger, pool, and the rounds."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from lethe_sglang.allocation.breakpoint import breakpoint_budgets, breakpoint_counts
+from lethe_sglang.allocation.budgets import from_config, scale
+from lethe_sglang.cache.layout import request_bound
+from lethe_sglang.cache.ledger import Ledger, RequestState, RoundPlan
+from lethe_sglang.cache.pool import PackedKVPool
+from lethe_sglang.cache.rounds import RoundResult, run_round
+from lethe_sglang.cache.shadow import Shadow
+from lethe_sglang.config import EvictionConfig, RequestOverride, parse_request
+from lethe_sglang.policies import build_policy
+
+SCRATCH_FRACTION = 0.01
+"""Part of the pool that one launch of a round may move at a time; more due requests are split into several."""
+
+
+class Pending(NamedTuple):
+    """Counts of a round that travel to the host.
+
+    ``counts`` is int32 ``[L]`` on the host once ``event`` (None on a CPU) has been reached; ``observed`` are the
+    candidates they were taken over.
+    """
+
+    counts: torch.Tensor
+    event: Any
+    observed: tuple[int, ...]
+
+
+class Counters:
+    """What happened since the server started (host numbers)."""
+
+    def __init__(self, num_layers: int) -> None:
+        self.rounds = 0
+        self.launches = 0
+        self.requests_pruned = 0
+        self.retracted = 0
+        self.evicted = [0] * num_layers
+        self.blocks_freed = 0
+        self.peak_request = 0
+        self.round_seconds = 0.0
+        self.last_finished: dict[str, Any] | None = None
+        self.fingerprint = hashlib.sha256()
+        self.kept_log: deque[dict[str, Any]] = deque(maxlen=4096)
+
+
+class Runtime:
+    """Everything that one scheduler process knows about eviction.
+
+    Parameters
+    ----------
+    config
+        The resolved configuration.
+    num_layers
+        Attention layers of the model (of this rank's pool).
+    page_size
+        SGLang's page size (tokens).
+    context_length
+        Longest sequence the server takes (tokens).
+    """
+
+    def __init__(self, config: EvictionConfig, num_layers: int, page_size: int, context_length: int | None) -> None:
+        self.config = config
+        self.policy = build_policy(config)
+        self.num_layers = num_layers
+        self.page_size = page_size
+        self.context_length = context_length
+        self.budgets = from_config(config, num_layers)
+        self.counters = Counters(num_layers)
+        self.tp_group: Any = None
+        self.tp_size = 1
+        self.pool: PackedKVPool
+        self.ledger: Ledger
+        self.req_to_token: torch.Tensor
+        self.shadow: Shadow | None = None
+
+    # -- construction -----------------------------------------------------------------------------------------------
+
+    @property
+    def track_score(self) -> bool:
+        """Whether cells carry a score."""
+        return self.policy.accumulation is not None
+
+    @property
+    def track_position(self) -> bool:
+        """Whether packed cells carry their logical position."""
+        debug = self.config.debug
+        return self.policy.uses_position or debug.shadow or debug.fingerprints or debug.record_kept
+
+    def attach(self, pool: PackedKVPool, req_to_token: torch.Tensor) -> None:
+        """Bind to the pool and the rows SGLang has built."""
+        self.pool, self.req_to_token = pool, req_to_token
+        self.ledger = Ledger(
+            num_rows=req_to_token.shape[0],
+            num_layers=self.num_layers,
+            page_size=self.page_size,
+            recent=self.config.recent,
+            interval=self.config.rounds.interval,
+            device=req_to_token.device,
+        )
+        if self.config.debug.shadow:
+            self.shadow = Shadow(pool.cells, self.ledger, req_to_token)
+
+    # -- requests ---------------------------------------------------------------------------------------------------
+
+    def override_of(self, req: Any) -> RequestOverride:
+        """What a request asks for (validated at the front door; parsed once)."""
+        cached = getattr(req, "_kv_evict", None)
+        if cached is None:
+            cached = parse_request(req.sampling_params.custom_params, self.config, self.context_length)
+            req._kv_evict = cached
+        return cached  # type: ignore[no-any-return]
+
+    def evicts(self, req: Any) -> bool:
+        """Whether a request is evicted from."""
+        return self.override_of(req).mode == "on"
+
+    def bound(self, req: Any) -> int:
+        """Most own blocks the request holds while it decodes (its own budget, not the server's)."""
+        return request_bound(self.override_of(req).budget, self.config.rounds.interval, self.page_size)
+
+    def budgets_of(self, req: Any) -> tuple[int, ...] | None:
+        """Per-layer k_l of a request, None if it is not evicted from."""
+        override = self.override_of(req)
+        if override.mode == "none":
+            return None
+        if override.budget == self.config.budget.tokens:
+            return self.budgets
+        return scale(self.budgets, self.config.scored, override.budget - self.config.recent, self.config.floor)
+
+    def own_blocks(self, req: Any) -> int:
+        """Own blocks a running request holds now."""
+        kv = req.kv
+        return int(kv.kv_allocated_len - kv.cache_protected_len - self.ledger.dead_len(kv.req_pool_idx))
+
+    # -- rounds -----------------------------------------------------------------------------------------------------
+
+    def follow(self, req: Any) -> RequestState:
+        """Look up a decoding request's state, opening it at its first sight."""
+        kv = req.kv
+        state = self.ledger.requests.get(kv.req_pool_idx)
+        if state is None:
+            state = self.ledger.open(req.rid, kv.req_pool_idx, kv.cache_protected_len, self.budgets_of(req))
+        state.observe(kv.kv_allocated_len, self.page_size)
+        return state
+
+    def run_rounds(self, due: Sequence[tuple[RequestState, int]], allocator: Any) -> None:
+        """Carry out the rounds of all due requests.
+
+        Parameters
+        ----------
+        due
+            (state, committed length) of each due request.
+        allocator
+            SGLang's slot allocator; freed blocks go back to it.
+        """
+        started = time.perf_counter()
+        plans = [(state, self._plan(state, committed)) for state, committed in due]
+        budget_cells = max(int(SCRATCH_FRACTION * self.num_layers * self.pool.cells.blocks), 1)
+        while plans:
+            group, moved = [plans.pop(0)], 0
+            moved = sum(group[0][1].kept)
+            while plans and moved + sum(plans[0][1].kept) <= budget_cells:
+                moved += sum(plans[0][1].kept)
+                group.append(plans.pop(0))
+            self._launch([plan for _, plan in group], [state for state, _ in group], allocator)
+        self.counters.round_seconds += time.perf_counter() - started
+
+    def _plan(self, state: RequestState, committed: int) -> RoundPlan:
+        if self.config.budget.allocation != "breakpoint":
+            return self.ledger.plan(state, committed, state.budgets)
+        pending = state.pending
+        if not isinstance(pending, Pending):
+            return self.ledger.plan(state, committed, state.budgets)
+        if pending.event is not None:
+            pending.event.synchronize()  # reached long ago; polling instead would let ranks diverge
+        everything = self.ledger.plan(state, committed, (committed,) * self.num_layers)
+        budgets, flat = breakpoint_budgets(
+            pending.counts.tolist(), pending.observed, everything.candidates,
+            sum(state.budgets) // self.num_layers, self.config.floor,
+        )  # fmt: skip
+        state.thresholds = [2 * t if f else b for t, b, f in zip(state.thresholds, state.budgets, flat, strict=True)]
+        return self.ledger.plan(state, committed, budgets)
+
+    def _launch(self, plans: list[RoundPlan], states: list[RequestState], allocator: Any) -> None:
+        result = run_round(
+            plans, self.pool.cells, self.req_to_token, self.policy, self.config.retain.sinks,
+            self._reduce if self.tp_size > 1 else None,
+        )  # fmt: skip
+        allocator.free_segment(result.freed, start_pos=0)
+        counts = self._breakpoints(result, plans)
+        counters = self.counters
+        counters.launches += 1
+        counters.rounds += len(plans)
+        counters.blocks_freed += result.freed.numel()
+        for i, (state, plan) in enumerate(zip(states, plans, strict=True)):
+            counters.requests_pruned += state.rounds == 0
+            for layer, (n, k) in enumerate(zip(plan.candidates, plan.kept, strict=True)):
+                counters.evicted[layer] += n - k
+            self.ledger.commit(state, plan)
+            if counts is not None:
+                state.pending = Pending(counts[0][:, i], counts[1], plan.candidates)
+        if self.config.debug.fingerprints or self.config.debug.record_kept:
+            self._record(states, plans, result)
+
+    def _breakpoints(self, result: RoundResult, plans: list[RoundPlan]) -> tuple[torch.Tensor, Any] | None:
+        if self.config.budget.allocation != "breakpoint":
+            return None
+        rule = self.config.breakpoint
+        candidates = torch.tensor([p.candidates for p in plans], dtype=torch.int64).t()
+        counts = breakpoint_counts(
+            result.rank, result.pinned, candidates.to(result.rank.device, non_blocking=True),
+            rule.sparse_ratio, rule.segments, rule.reference,
+        )  # fmt: skip
+        if counts.device.type == "cpu":
+            return counts, None
+        host = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
+        host.copy_(counts, non_blocking=True)
+        event = torch.get_device_module(counts.device).Event()
+        event.record()
+        return host, event
+
+    def _reduce(self, scores: torch.Tensor) -> torch.Tensor:
+        """Sum scores over tensor-parallel ranks, in rank order, so that every rank ranks the same numbers."""
+        parts = [torch.empty_like(scores) for _ in range(self.tp_size)]
+        torch.distributed.all_gather(parts, scores.contiguous(), group=self.tp_group)
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+        return total
+
+    def _record(self, states: list[RequestState], plans: list[RoundPlan], result: RoundResult) -> None:
+        """Debug only: hash and log which logical positions survived (synchronises)."""
+        assert result.kept_position is not None
+        positions = result.kept_position.tolist()
+        start = 0
+        for state, plan in zip(states, plans, strict=True):
+            layers = []
+            for k in plan.kept:
+                layers.append(positions[start : start + k])
+                start += k
+            self.counters.fingerprint.update(repr((state.rid, plan.new_tail, layers)).encode())
+            if self.config.debug.record_kept:
+                self.counters.kept_log.append(
+                    {"rid": state.rid, "round": state.rounds, "prefix": plan.prefix, "tail": plan.new_tail,
+                     "kept": layers}
+                )  # fmt: skip
+
+    # -- end of a request -------------------------------------------------------------------------------------------
+
+    def released(self, row: int, allocated: int) -> None:
+        """Note that SGLang releases a row's KV: the request finished, was aborted or retracted."""
+        state = self.ledger.requests.get(row)
+        if state is not None:
+            state.observe(allocated, self.page_size)
+
+    def close_rows(self, rows: Sequence[int]) -> None:
+        """Forget rows that SGLang frees."""
+        if self.shadow is not None:
+            for row in rows:
+                self.shadow.rows.pop(row, None)
+        for state in self.ledger.close(rows):
+            self.counters.peak_request = max(self.counters.peak_request, state.peak)
+            self.counters.last_finished = {
+                "rid": state.rid,
+                "rounds": state.rounds,
+                "blocks_held_peak": state.peak,
+                "blocks_stock_peak": state.length,
+                "evicted_per_layer": list(state.evicted),
+            }
+
+
+_runtime: Runtime | None = None
+
+
+def set_runtime(runtime: Runtime | None) -> None:
+    """Install this process's runtime (one scheduler a process)."""
+    global _runtime
+    _runtime = runtime
+
+
+def current() -> Runtime:
+    """Return this process's runtime.
+
+    Raises
+    ------
+    RuntimeError
+        If eviction was not started in this process.
+    """
+    if _runtime is None:
+        raise RuntimeError("KV eviction is not running in this process")
+    return _runtime

@@ -1,0 +1,128 @@
+"""What operators see: the start-up line, ``/server_info``, the decode log line, Prometheus metrics."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from lethe_sglang.cache.layout import page_ceil
+from lethe_sglang.cache.pool import state_bytes
+from lethe_sglang.engine.runtime import Runtime, current
+
+logger = logging.getLogger("lethe_sglang")
+
+
+def snapshot(runtime: Runtime) -> dict[str, Any]:
+    """Everything ``/server_info`` reports under ``internal_states[i]["lethe"]``.
+
+    Returns
+    -------
+    dict
+        Blocks and tokens as counts; ``blocks_held`` is what followed requests hold now, shared prefixes included.
+    """
+    counters, config = runtime.counters, runtime.config
+    held = sum(s.layout.prefix + s.layout.packed for s in runtime.ledger.requests.values())
+    out: dict[str, Any] = {
+        "policy": config.policy,
+        "budget_tokens": config.budget.tokens,
+        "interval": config.rounds.interval,
+        "recent": config.recent,
+        "layers": list(runtime.budgets),
+        "allocation": config.budget.allocation,
+        "prompt": config.retain.prompt,
+        "requests_running": len(runtime.ledger.requests),
+        "blocks_packed": held,
+        "rounds": counters.rounds,
+        "round_launches": counters.launches,
+        "round_seconds": round(counters.round_seconds, 6),
+        "requests_pruned": counters.requests_pruned,
+        "requests_retracted": counters.retracted,
+        "tokens_evicted_per_layer": list(counters.evicted),
+        "blocks_freed_total": counters.blocks_freed,
+        "blocks_held_peak_request": counters.peak_request,
+        "last_finished": counters.last_finished,
+        "auxiliary_bytes": auxiliary_bytes(runtime),
+    }
+    if config.debug.fingerprints:
+        out["fingerprint"] = counters.fingerprint.hexdigest()
+    if config.debug.record_kept:
+        out["kept"] = list(counters.kept_log)
+    if runtime.shadow is not None:
+        out["shadow"] = {"checks": runtime.shadow.checks, "cells": runtime.shadow.cells}
+    return out
+
+
+def auxiliary_bytes(runtime: Runtime) -> dict[str, int]:
+    """Bytes that the plugin adds to the pool: states (per cell) and the ledger's table."""
+    table = runtime.ledger.table
+    cells = runtime.pool.cells
+    pool = 2 * cells.key.numel() * cells.key.element_size()
+    return {"pool": pool, "states": state_bytes(runtime.pool), "table": table.numel() * table.element_size()}
+
+
+def announce(runtime: Runtime) -> None:
+    """Log once what was asked for and what it costs."""
+    size, config = auxiliary_bytes(runtime), runtime.config
+    logger.info(
+        "KV eviction: policy %s, %d tokens a layer on average (recent %d, sinks %d), per-layer budgets %s, "
+        "a round every %d tokens, prompt %s. Auxiliary memory: states %.2f MiB, table %.2f MiB of a pool of %.1f MiB.",
+        config.policy, config.budget.tokens, config.recent, config.retain.sinks, list(runtime.budgets),
+        runtime.ledger.interval, config.retain.prompt, size["states"] / 2**20, size["table"] / 2**20,
+        size["pool"] / 2**20,
+    )  # fmt: skip
+    logger.info("KV eviction: resolved configuration %s", config.model_dump_json())
+
+
+def internal_state(result: Any, controller: Any, request: Any) -> Any:
+    """AFTER ``SchedulerInternalStateController.get_internal_state``."""
+    result.internal_state["lethe"] = snapshot(current())
+    return result
+
+
+def decode_line(parts: list[str], stats: Any) -> list[str]:
+    """AFTER ``PoolStats.get_decode_usage_msg_parts``: one more part of the decode log line."""
+    runtime = current()
+    counters = runtime.counters
+    dead = sum(s.layout.dead_len for s in runtime.ledger.requests.values())
+    return [*parts, f"lethe rounds: {counters.rounds}, saved #token: {page_ceil(dead, runtime.page_size)}"]
+
+
+class Metrics:
+    """Prometheus gauges, created inside the scheduler once SGLang's own are."""
+
+    def __init__(self, labels: dict[str, str]) -> None:
+        from prometheus_client import Gauge  # only after SGLang has set the multiprocess directory
+
+        self.labels = labels
+        names = list(labels)
+
+        def gauge(name: str, text: str, extra: tuple[str, ...] = ()) -> Any:
+            return Gauge(f"sglang:kv_evict_{name}", text, [*names, *extra], multiprocess_mode="mostrecent")
+
+        self.rounds = gauge("rounds_total", "Pruning rounds (one request each).")
+        self.freed = gauge("blocks_freed_total", "KV blocks returned to the allocator by rounds.")
+        self.saved = gauge("saved_blocks", "Blocks that running requests do not hold because of eviction.")
+        self.pruned = gauge("requests_pruned_total", "Requests evicted from at least once.")
+        self.seconds = gauge("round_seconds_total", "Host seconds spent in rounds.")
+        self.evicted = gauge("evicted_cells_total", "Cells evicted.", ("layer",))
+
+    def log(self, runtime: Runtime) -> None:
+        """Publish the counters."""
+        counters = runtime.counters
+        self.rounds.labels(**self.labels).set(counters.rounds)
+        self.freed.labels(**self.labels).set(counters.blocks_freed)
+        self.saved.labels(**self.labels).set(sum(s.layout.dead_len for s in runtime.ledger.requests.values()))
+        self.pruned.labels(**self.labels).set(counters.requests_pruned)
+        self.seconds.labels(**self.labels).set(counters.round_seconds)
+        for layer, count in enumerate(counters.evicted):
+            self.evicted.labels(**self.labels, layer=str(layer)).set(count)
+
+
+def start_metrics(result: Any, collector: Any, *args: Any, **kwargs: Any) -> None:
+    """AFTER ``SchedulerMetricsCollector.__init__``."""
+    collector._lethe = Metrics(dict(collector.labels))
+
+
+def log_metrics(result: Any, collector: Any, stats: Any) -> None:
+    """AFTER ``SchedulerMetricsCollector.log_stats``."""
+    collector._lethe.log(current())

@@ -1,0 +1,1 @@
+"""Device work, each as a torch function that runs on any device."""

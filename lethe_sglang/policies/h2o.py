@@ -1,0 +1,36 @@
+"""Heavy-hitter oracle: the undecayed sum of attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from lethe_sglang.policies.base import Accumulation, Candidates, Policy
+
+if TYPE_CHECKING:
+    import torch
+
+    from lethe_sglang.config import EvictionConfig
+
+
+@dataclass(frozen=True)
+class H2OPolicy(Policy):
+    """Keep the tokens with the largest sum of attention over all steps, ``S_t = S_{t-1} + A_t``."""
+
+    name: ClassVar[str] = "h2o"
+    source: ClassVar[str] = "arXiv 2306.14048"
+
+    @classmethod
+    def from_config(cls, config: EvictionConfig) -> H2OPolicy:
+        """No option of its own."""
+        return cls()
+
+    @property
+    def accumulation(self) -> Accumulation:
+        """Every step, undecayed."""
+        return Accumulation(1.0)
+
+    def rank(self, candidates: Candidates) -> torch.Tensor:
+        """By score."""
+        assert candidates.score is not None
+        return candidates.score

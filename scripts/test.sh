@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Lint, types and tests. Sets itself up (see setup.sh). Arguments go to pytest: bash scripts/test.sh -k budgets
+set -uo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+cd "$ROOT" || exit 1
+
+failed=()
+section() {
+  local title=$1
+  shift
+  printf '\n== %s ==\n' "$title"
+  "$@" || failed+=("$title")
+}
+
+section "lint" python -m ruff check .
+section "format" python -m ruff format --check .
+section "types" python -m mypy
+run_suite() {
+  python -m pytest "$@"
+  local status=$?
+  [[ $status == 5 && $# -gt 1 ]] || return $status  # 5: the user's own selection left nothing in this suite
+}
+
+# Cheap suites first, then whatever else tests/ holds.
+suites=()
+for suite in tests/unit tests/kernels tests/test_*.py tests/*/; do
+  suite=${suite%/}
+  [[ " ${suites[*]} " == *" $suite "* || -z $(find "$suite" -name 'test_*.py' -print -quit 2>/dev/null) ]] && continue
+  suites+=("$suite")
+done
+((${#suites[@]})) || failed+=("tests/ is empty")
+for suite in "${suites[@]}"; do
+  section "$suite" run_suite "$suite" "$@"
+done
+
+if ((${#failed[@]})); then
+  printf '\n== FAILED: %s ==\n' "$(IFS=,; echo "${failed[*]}")"
+  exit 1
+fi
+printf '\n== all passed ==\n'

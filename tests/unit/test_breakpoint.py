@@ -1,0 +1,49 @@
+"""The paper's breakpoint, reading R1."""
+
+from __future__ import annotations
+
+import torch
+
+from lethe_sglang.allocation.breakpoint import breakpoint_budgets, breakpoint_counts
+
+
+def counts(values, ratio=10.0, segments=4, sinks=0, reference="non_sink"):
+    rank = torch.tensor(values).view(1, 1, -1)
+    pinned = (torch.arange(rank.shape[-1]) < sinks).view(1, 1, -1)
+    return int(breakpoint_counts(rank, pinned, torch.tensor([[len(values)]]), ratio, segments, reference))
+
+
+def test_keeps_whole_segments_down_to_the_last_that_starts_above_the_ratio():
+    assert counts([100.0, 90.0, 50.0, 11.0, 9.0, 1.0, 0.5, 0.1]) == 4
+    assert counts([0.1, 0.5, 1.0, 100.0, 90.0, 11.0, 9.0, 50.0]) == 4
+
+
+def test_flat_scores_have_no_breakpoint():
+    assert counts([1.0] * 8) == 8
+    assert counts([0.0] * 8) == 8
+
+
+def test_a_larger_ratio_keeps_more():
+    values = [2.0**-i for i in range(32)]
+    kept = [counts(values, ratio=r, segments=32) for r in (2.0, 100.0, 800.0)]
+    assert kept == sorted(kept) and kept[0] < kept[-1]
+
+
+def test_the_sink_sets_the_scale_only_when_asked_to():
+    values = [1000.0, *[1.0] * 4, *[0.01] * 3]
+    assert counts(values, sinks=1) == 6
+    assert counts(values, sinks=1, reference="all") == 2
+
+
+def test_padding_is_not_counted():
+    rank = torch.tensor([[[5.0, 4.0, float("-inf"), float("-inf")]]])
+    got = breakpoint_counts(rank, torch.zeros_like(rank, dtype=torch.bool), torch.tensor([[2]]), 10.0, 64)
+    assert int(got) == 2
+
+
+def test_budgets_never_exceed_the_mean_and_flat_layers_are_told_apart():
+    budgets, flat = breakpoint_budgets((4, 20, 30), (20, 20, 60), (24, 28, 40), mean=20, floor=3)
+    assert flat == (False, True, False)
+    assert sum(budgets) <= 60 and min(budgets) >= 3
+    assert budgets[0] < budgets[1]
+    assert breakpoint_budgets((4, 5, 6), (20, 20, 20), (24, 24, 24), 20, 3)[0] == (4, 5, 6)

@@ -1,0 +1,174 @@
+"""A round keeps the right cells, moves them intact, and gives back exactly the blocks it says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cache_model import MiniPool
+
+from lethe_sglang.cache.ledger import NEVER
+from lethe_sglang.policies.lethe import LethePolicy
+from lethe_sglang.policies.random import RandomPolicy
+from lethe_sglang.policies.streaming import StreamingPolicy
+
+
+def own_positions(pool, row):
+    """Per layer, the logical positions that decode would gather, read from the cells themselves."""
+    lists = pool.lists([row])
+    out = []
+    for layer in range(pool.num_layers):
+        cells = lists.cells[layer, 0, : int(lists.length[layer, 0])]
+        k, v = pool.cells.key[cells, 0], pool.cells.value[cells, 0]
+        assert bool((k[:, 0] == row).all()) and bool((k[:, 1] == layer).all()), "a cell of somebody else"
+        assert torch.equal(k[:, :3], v[:, :3]) and bool((v[:, 3] == 1).all()), "key and value part ways"
+        out.append([int(p) for p in k[:, 2]])
+    return out
+
+
+def dense_reference(pool, row, budgets, recent_from, sinks):
+    """Kept set of one round, computed directly: sinks, the best by score, everything from ``recent_from``."""
+    kept = []
+    for layer, candidates in enumerate(pool.truth[row]):
+        old = sorted(p for p in candidates if p < recent_from)
+        best = sorted(old, key=lambda p: (p < sinks, pool.score(row, layer, p), p), reverse=True)[: budgets[layer]]
+        kept.append({*best, *(p for p in candidates if p >= recent_from)})
+    return kept
+
+
+@pytest.mark.parametrize("page", [1, 8, 16])
+@pytest.mark.parametrize("prefix", [0, 16])
+@pytest.mark.parametrize("budgets", [(12, 12, 12), (5, 20, 11), (30, 3, 3)])
+def test_many_rounds_keep_what_a_dense_reference_keeps(page, prefix, budgets):
+    pool = MiniPool(page=page)
+    states = {row: pool.admit(row, 37 + row, prefix, budgets) for row in (1, 2, 3)}
+    rounds = 0
+    for _ in range(120):
+        due = [s for s in states.values() if pool.seq[s.row] >= s.due_at]
+        if due:
+            before = {s.row: s.layout.tail for s in due}
+            plans = pool.round(due, LethePolicy(), sinks=2)
+            rounds += len(plans)
+            for plan in plans:
+                assert plan.new_tail - before[plan.row] >= pool.ledger.interval
+                pool.truth[plan.row] = dense_reference(pool, plan.row, budgets, plan.new_tail, sinks=2)
+        for row, state in states.items():
+            assert [set(p) for p in own_positions(pool, row)] == [t | set(range(prefix)) for t in pool.truth[row]]
+            for positions in own_positions(pool, row):
+                assert positions == sorted(positions), "packed cells are not in ascending position"
+            pool.append(row)
+            assert pool.seq[row] < state.due_at + 1 or not due
+        pool.check_conservation()
+    assert rounds >= 3 * 10 if page == 1 else rounds >= 3 * 3
+
+
+def test_a_request_never_holds_more_than_its_bound():
+    from lethe_sglang.cache.layout import request_bound
+
+    for page in (1, 8):
+        pool = MiniPool(page=page, num_layers=3, recent=6, interval=8)
+        budgets = (4, 20, 12)
+        state = pool.admit(1, 3, 0, budgets)
+        for _ in range(200):
+            if pool.seq[1] >= state.due_at:
+                pool.round([state], LethePolicy())
+            held = -(-pool.seq[1] // page) * page - state.layout.dead_len
+            assert held <= request_bound(12 + 6, 8, page)
+            pool.append(1)
+
+
+def test_nothing_is_due_while_all_layers_are_within_budget():
+    pool = MiniPool()
+    state = pool.admit(1, 20, 0, (50, 50, 50))
+    for _ in range(30):
+        assert pool.seq[1] < state.due_at
+        pool.append(1)
+    assert pool.ledger.open("off", 2, 0, None).due_at == NEVER
+
+
+def test_packing_without_evicting_changes_nothing_that_decode_reads():
+    pool = MiniPool(page=8)
+    state = pool.admit(1, 60, 8, (500, 500, 500))
+    before = own_positions(pool, 1)
+    free = len(pool.free)
+    pool.round([state], LethePolicy())
+    assert own_positions(pool, 1) == before
+    assert len(pool.free) == free
+    assert state.layout.packed > 0
+
+
+def test_sinks_survive_whatever_their_score_and_states_travel_with_their_cell():
+    pool = MiniPool()
+    state = pool.admit(1, 60, 0, (4, 4, 4))
+    pool.cells.score.fill_(1.0)
+    pool.cells.score.view(3, -1)[:, pool.req_to_token[1, :3].long()] = -5.0
+    pool.round([state], LethePolicy(), sinks=3)
+    lists = pool.lists([1])
+    for layer in range(3):
+        cells = lists.cells[layer, 0, :4]
+        assert pool.cells.key[cells, 0, 2].tolist()[:3] == [0, 1, 2]
+        assert pool.cells.score[cells].tolist() == [-5.0, -5.0, -5.0, 1.0]
+        assert pool.cells.position[cells].tolist() == pool.cells.key[cells, 0, 2].to(torch.int32).tolist()
+
+
+def test_ties_go_to_the_later_token():
+    pool = MiniPool()
+    state = pool.admit(1, 40, 0, (5, 5, 5))
+    pool.cells.score.fill_(0.5)
+    pool.round([state], LethePolicy(), sinks=0)
+    assert own_positions(pool, 1)[0] == list(range(29, 40))
+
+
+def test_streaming_keeps_sinks_and_the_latest():
+    pool = MiniPool()
+    state = pool.admit(1, 40, 0, (5, 5, 5))
+    pool.round([state], StreamingPolicy(), sinks=2)
+    assert own_positions(pool, 1)[1] == [0, 1, *range(31, 40)]
+
+
+def test_random_is_the_same_sample_however_many_rounds_there_were():
+    kept = []
+    for stops in ((30, 50), (50,)):
+        pool = MiniPool(seed=len(stops))
+        state = pool.admit(1, 20, 0, (8, 8, 8))
+        while pool.seq[1] < 50:
+            pool.append(1)
+            if pool.seq[1] in stops:
+                pool.round([state], RandomPolicy(), sinks=2)
+        kept.append(own_positions(pool, 1))
+    assert kept[0] == kept[1]
+    assert kept[0][0] != kept[0][1], "layers draw different samples"
+
+
+def test_two_due_requests_cost_one_launch_and_keep_what_each_would_alone():
+    together, alone = MiniPool(seed=1), MiniPool(seed=2)
+    for pool in (together, alone):
+        for row in (1, 2):
+            pool.admit(row, 50 + 7 * row, 0, (9, 4, 6))
+    together.round(list(together.ledger.requests.values()), LethePolicy())
+    for state in list(alone.ledger.requests.values()):
+        alone.round([state], LethePolicy())
+    assert [own_positions(together, r) for r in (1, 2)] == [own_positions(alone, r) for r in (1, 2)]
+
+
+def test_budgets_may_change_between_rounds_and_blocks_shrink_with_them():
+    pool = MiniPool(page=1)
+    state = pool.admit(1, 80, 0, (30, 30, 30))
+    pool.round([state], LethePolicy())
+    held = state.layout.packed
+    for _ in range(10):
+        pool.append(1)
+    pool.round([state], LethePolicy(), budgets={1: (10, 4, 7)})
+    assert state.kept == (10, 4, 7) and state.layout.packed == 7 < held
+    pool.check_conservation()
+    own_positions(pool, 1)
+
+
+def test_a_closed_row_reads_as_intact_again():
+    pool = MiniPool()
+    state = pool.admit(1, 60, 0, (6, 6, 6))
+    pool.round([state], LethePolicy())
+    assert int(pool.ledger.table[1].abs().sum()) > 0
+    assert pool.ledger.close([1, 5]) == [state]
+    pool.ledger.flush()
+    assert int(pool.ledger.table[1].abs().sum()) == 0
+    assert pool.ledger.dead_len(1) == 0 and pool.ledger.live(1, [(0, 9)]) == [(0, 9)]

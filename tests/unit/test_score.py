@@ -1,0 +1,78 @@
+"""The score is the paper's equation 5, computed over the tokens a layer still has."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lethe_sglang.kernels.repack import repack, select
+from lethe_sglang.kernels.score import accumulate, attend, observation_scores
+
+
+def dense(q, k, v, scale):
+    groups = q.shape[0] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    a = torch.softmax(torch.einsum("hd,nhd->hn", q, k) * scale, -1)
+    return torch.einsum("hn,nhd->hd", a, v), a.mean(0)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 1), (4, 4), (6, 2), (1, 1)])
+def test_attend_equals_dense_attention_on_ragged_lists(heads, kv_heads):
+    torch.manual_seed(0)
+    k, v = torch.randn(50, kv_heads, 8), torch.randn(50, kv_heads, 8)
+    lengths = torch.tensor([7, 1, 20])
+    cells = torch.stack([torch.cat([torch.randperm(49)[:n] + 1, torch.zeros(20 - n, dtype=torch.long)]) for n in lengths])
+    q = torch.randn(3, heads, 8)
+    out, attention = attend(q, k, v, cells, lengths, 0.3)
+    for b, n in enumerate(lengths.tolist()):
+        expected, a = dense(q[b], k[cells[b, :n]], v[cells[b, :n]], 0.3)
+        torch.testing.assert_close(out[b], expected)
+        torch.testing.assert_close(attention[b, :n], a)
+        assert float(attention[b, n:].abs().sum()) == 0
+
+
+def test_accumulate_is_the_decayed_sum_of_equation_5():
+    torch.manual_seed(0)
+    gamma, scores, expected = 0.9, torch.zeros(12), torch.zeros(12)
+    cells = torch.arange(1, 12).unsqueeze(0)
+    for _ in range(5):
+        a = torch.rand(1, 11)
+        accumulate(scores, cells, a, gamma)
+        expected[1:] = gamma * expected[1:] + a[0]
+    torch.testing.assert_close(scores, expected)
+
+
+def test_observation_scores_equal_the_same_queries_as_decode_steps():
+    torch.manual_seed(0)
+    n, w, gamma = 30, 6, 0.8
+    keys, values = torch.randn(40, 2, 8), torch.randn(40, 2, 8)
+    cells = torch.randperm(39)[:n] + 1
+    queries = torch.randn(n, 4, 8)
+    got = observation_scores(queries, keys, cells, 0.5, gamma, w)
+    expected = torch.zeros(n)
+    for t in range(n - w, n):
+        _, a = dense(queries[t], keys[cells[: t + 1]], values[cells[: t + 1]], 0.5)
+        expected *= gamma
+        expected[: t + 1] += a
+    torch.testing.assert_close(got, expected)
+
+
+def test_observation_of_a_chunk_shorter_than_the_window_uses_its_queries():
+    keys = torch.randn(20, 1, 8)
+    got = observation_scores(torch.randn(3, 2, 8), keys, torch.arange(1, 11), 0.5, 1.0, 32)
+    assert float(got.sum()) == pytest.approx(3.0, abs=1e-5)
+
+
+def test_repack_moves_all_cells_at_once():
+    buffer = torch.arange(8.0).unsqueeze(1)
+    repack([buffer], torch.tensor([3, 4, 5]), torch.tensor([4, 5, 3]))
+    assert buffer.squeeze().tolist() == [0, 1, 2, 5, 3, 4, 6, 7]
+
+
+def test_select_takes_exactly_the_count_pins_first_and_never_an_invalid_candidate():
+    rank = torch.tensor([[5.0, 1.0, 9.0, 1.0, 7.0]])
+    valid = torch.tensor([[True, True, True, True, False]])
+    pinned = torch.tensor([[False, True, False, False, False]])
+    keep = select(rank, valid, pinned, torch.tensor([3]))
+    assert keep.tolist() == [[True, True, True, False, False]]
+    assert select(rank, valid, pinned, torch.tensor([0])).sum() == 0
