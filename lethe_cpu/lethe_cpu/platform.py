@@ -76,6 +76,7 @@ class PortableCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
             server_args.mem_fraction_static = MEMORY_FRACTION / server_args.tp_size
         if server_args.max_total_tokens is None:
             server_args.max_total_tokens = MAX_TOTAL_TOKENS
+        server_args.sleep_on_idle = True  # a spinning scheduler would take a core from the model
         if server_args.tp_size > 1:
             _share_cores(server_args.tp_size)
 

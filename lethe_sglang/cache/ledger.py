@@ -109,6 +109,8 @@ class Ledger:
         Tokens that must leave the recent window between two rounds.
     device
         Where the table lives.
+    pack_always
+        Test aid: a round is due every interval even if nothing has to be evicted.
 
     Attributes
     ----------
@@ -126,12 +128,20 @@ class Ledger:
     PREFIX, TAIL, SCORE_FROM, KEPT = 0, 1, 2, 3
 
     def __init__(
-        self, num_rows: int, num_layers: int, page_size: int, recent: int, interval: int, device: torch.device | str
+        self,
+        num_rows: int,
+        num_layers: int,
+        page_size: int,
+        recent: int,
+        interval: int,
+        device: torch.device | str,
+        pack_always: bool = False,
     ) -> None:
         self.num_layers = num_layers
         self.page_size = page_size
         self.recent = recent
         self.interval = page_ceil(interval, page_size)
+        self.pack_always = pack_always
         self.table = torch.zeros((num_rows, 3 + 2 * num_layers), dtype=torch.int32, device=device)
         self.requests: dict[int, RequestState] = {}
         self.observed: dict[int, int] = {}
@@ -224,7 +234,8 @@ class Ledger:
         """
         layer_room = min(t - k for t, k in zip(state.thresholds, state.kept, strict=True))
         mean_room = (sum(state.budgets) - sum(state.kept)) // self.num_layers
-        leaving = page_ceil(max(self.interval, min(layer_room, mean_room) + 1), self.page_size)
+        room = 0 if self.pack_always else min(layer_room, mean_room)
+        leaving = page_ceil(max(self.interval, room + 1), self.page_size)
         return state.layout.tail + leaving + self.recent
 
     # -- device table -----------------------------------------------------------------------------------------------

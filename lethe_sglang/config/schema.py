@@ -245,6 +245,10 @@ class DebugConfig(Section):
         default=False,
         description="Keep the logical positions that each layer kept, for the telemetry. true or false.",
     )
+    pack_always: bool = Field(
+        default=False,
+        description="Pack every interval even if nothing has to be evicted (tests). true or false.",
+    )
 
 
 class EvictionConfig(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ from lethe_sglang.cache.rounds import RoundResult, run_round
 from lethe_sglang.cache.shadow import Shadow
 from lethe_sglang.config import EvictionConfig, RequestOverride, parse_request
 from lethe_sglang.policies import build_policy
+
+logger = logging.getLogger("lethe_sglang")
 
 SCRATCH_FRACTION = 0.01
 """Part of the pool that one launch of a round may move at a time; more due requests are split into several."""
@@ -106,6 +109,7 @@ class Runtime:
             recent=self.config.recent,
             interval=self.config.rounds.interval,
             device=req_to_token.device,
+            pack_always=self.config.debug.pack_always,
         )
         if self.config.debug.shadow:
             self.shadow = Shadow(pool.cells, self.ledger, req_to_token)
@@ -254,6 +258,10 @@ class Runtime:
                     {"rid": state.rid, "round": state.rounds, "prefix": plan.prefix, "tail": plan.new_tail,
                      "kept": layers}
                 )  # fmt: skip
+
+        if self.config.debug.fingerprints:
+            digest = self.counters.fingerprint.hexdigest()[:16]
+            logger.info("KV eviction: kept-set fingerprint %d %s", self.counters.launches, digest)
 
     # -- end of a request -------------------------------------------------------------------------------------------
 

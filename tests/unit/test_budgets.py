@@ -78,6 +78,24 @@ class TestLayerBudgets:
         ]
         assert distance(budgets) == pytest.approx(min(map(distance, others)))
 
+    def test_the_cut_takes_the_exact_sum_into_account(self):
+        weights = (0.6, 0.8, 1.0, 0.4, 0.8, 0.7)
+        assert layer_budgets(6, 20, weights, **RULES | {"classes": 2}) == (16, 22, 22, 16, 22, 22)
+
+    @pytest.mark.parametrize("classes", range(1, 13))
+    def test_no_more_classes_are_made_than_allowed(self, classes):
+        weights = [0.1 + 0.05 * layer * layer for layer in range(12)]
+        budgets = layer_budgets(12, 700, weights, **RULES | {"classes": classes})
+        assert sum(budgets) == 12 * 700
+        assert len(set(budgets)) <= classes
+
+    def test_order_is_kept_where_only_a_few_values_are_legal(self):
+        weights = (0.63, 0.03, 0.06, 0.4, 0.95, 0.59, 0.16, 0.02, 0.3, 0.09, 0.79)
+        budgets = layer_budgets(11, 3, weights, 2, 0.1, 4.0, 3)
+        ranked = [budget for _, budget in sorted(zip(weights, budgets, strict=True))]
+        assert ranked == sorted(ranked)
+        assert sum(budgets) == 33
+
     @settings(deadline=None)
     @given(cases())
     def test_the_sum_is_exact_the_bounds_hold_and_the_classes_are_few(self, case):

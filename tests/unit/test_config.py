@@ -169,6 +169,9 @@ class TestMessages:
     def test_a_wrong_value_is_named_with_its_path_and_the_legal_range(self, data, expected):
         assert message(data).startswith(expected)
 
+    def test_a_list_is_not_called_empty_because_of_a_wrong_item(self):
+        assert message({"budget": {"weights": [-1]}}) == "budget.weights[0]: got -1, expected a number > 0"
+
     @pytest.mark.parametrize(
         ("data", "expected"),
         [

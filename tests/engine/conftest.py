@@ -1,0 +1,151 @@
+"""Real servers for the engine tests: started once per configuration, with SGLang's strict memory checks on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "models" / "reasoner-dev"
+STRICT = {
+    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
+    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
+    "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+START_SECONDS = 420
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+class Server:
+    """One SGLang server process and a few ways to talk to it."""
+
+    def __init__(self, *args: str, entry=("-m", "sglang.launch_server"), env=None, log: Path):
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = log
+        command = [
+            sys.executable, *entry, "--model-path", str(MODEL), "--port", str(self.port), "--sleep-on-idle", *args,
+        ]  # fmt: skip
+        with log.open("w") as out:
+            self.process = subprocess.Popen(
+                command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **STRICT, **(env or {})}, cwd=ROOT,
+                start_new_session=True,
+            )  # fmt: skip
+
+    def wait(self) -> Server:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"server died with {self.process.returncode}:\n{self.tail()}")
+            try:
+                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
+                    return self
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.5)
+        raise RuntimeError(f"server not up after {START_SECONDS} s:\n{self.tail()}")
+
+    def tail(self) -> str:
+        lines = [line[:300] for line in self.log.read_text(errors="replace").splitlines() if "server_args=" not in line]
+        return "\n".join(lines[-25:])
+
+    def stop(self) -> None:
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.wait()
+
+    def post(self, path: str, body: dict | None = None, timeout: float = 600) -> dict:
+        request = urllib.request.Request(
+            f"{self.url}{path}", data=json.dumps(body or {}).encode(), headers={"content-type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            text = response.read().decode()
+        return json.loads(text) if text.startswith(("{", "[")) else {"text": text}
+
+    def get(self, path: str) -> dict:
+        with urllib.request.urlopen(f"{self.url}{path}", timeout=60) as response:
+            return json.loads(response.read())
+
+    def generate(self, prompt: str, tokens: int = 300, kv_evict=None, logprobs: bool = False, **sampling) -> dict:
+        """One greedy native request; returns output ids, text and logprobs."""
+        params = {"temperature": 0, "max_new_tokens": tokens, **sampling}
+        if kv_evict is not None:
+            params["custom_params"] = {"kv_evict": kv_evict}
+        body = {"text": prompt, "sampling_params": params, "return_logprob": logprobs}
+        reply = self.post("/generate", body)
+        out = {"text": reply["text"], "ids": reply.get("output_ids"), "meta": reply["meta_info"]}
+        if logprobs:
+            out["logprobs"] = [entry[0] for entry in reply["meta_info"]["output_token_logprobs"]]
+        return out
+
+    def generate_all(self, prompts: list[str], concurrency: int, **kwargs) -> list[dict]:
+        with ThreadPoolExecutor(concurrency) as pool:
+            return list(pool.map(lambda prompt: self.generate(prompt, **kwargs), prompts))
+
+    def lethe(self) -> dict:
+        """What the scheduler reports (TP rank 0)."""
+        return self.get("/server_info")["internal_states"][0]["lethe"]
+
+    def flush(self) -> None:
+        """Flush the cache; SGLang refuses while anything is held, so this is a leak check as well."""
+        for _ in range(50):
+            try:
+                if "flushed" in self.post("/flush_cache").get("text", "").lower():
+                    break
+            except urllib.error.HTTPError:
+                pass
+            time.sleep(0.2)
+        else:
+            raise AssertionError("flush_cache refused: something still holds KV")
+
+    def check_healthy(self) -> None:
+        """Idle, nothing held, no memory check has fired, the scheduler is alive."""
+        self.flush()
+        time.sleep(0.3)
+        assert self.process.poll() is None, self.tail()
+        log = self.log.read_text(errors="replace")
+        for bad in ("Mem Leak", "memory leak", "double free", "Traceback", "stale"):
+            assert bad not in log, f"{bad!r} in the log:\n{self.tail()}"
+
+
+@pytest.fixture(scope="session")
+def log_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("servers")
+
+
+@pytest.fixture(scope="module")
+def start(log_dir, request):
+    """Start servers that live as long as the test module."""
+    servers = []
+
+    def launch(*args, **kwargs) -> Server:
+        log = log_dir / f"{request.module.__name__}-{len(servers)}.log"
+        server = Server(*args, log=log, **kwargs)
+        servers.append(server)
+        return server
+
+    yield launch
+    for server in servers:
+        server.stop()
+
+
+def config(**sections) -> str:
+    return json.dumps(sections)

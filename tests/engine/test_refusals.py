@@ -1,0 +1,237 @@
+"""Bad input: one clear error naming the option and a legal value, before anything starts; never a silent fallback."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from conftest import MODEL, ROOT
+
+pytest.importorskip("sglang")
+
+
+@pytest.fixture(scope="module")
+def sglang_front():
+    """SGLang's argument parsing and resolution with plugins loaded, in this process."""
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from sglang.srt.server_args import prepare_server_args
+
+    def resolve(*args):
+        server_args = prepare_server_args(["--model-path", str(MODEL), *args])
+        server_args.resolve_once()
+        return server_args
+
+    return resolve
+
+
+def refused(sglang_front, capsys, *args) -> str:
+    with pytest.raises(SystemExit) as stop:
+        sglang_front(*args)
+    assert stop.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lethe: error:")]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+EVICT = ("--kv-evict", "lethe", "--kv-evict-config", "cpu-demo")
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (("--kv-evict", "leth"), "did you mean 'lethe'"),
+        (("--kv-evict", "lethe", "--kv-evict-config", "nowhere.yaml"), "nowhere.yaml"),
+        (("--kv-evict", "lethe", "--kv-evict-config", "{not json"), "--kv-evict-config"),
+        (("--kv-evict", "lethe", "--kv-evict-config", '{"budgte": {}}'), "did you mean budget"),
+        (("--kv-evict", "lethe", "--kv-evict-budget", "5"), "budget.tokens"),
+        (("--kv-evict-budget", "512"), "--kv-evict-budget needs --kv-evict"),
+        (("--kv-evict", "none", "--kv-evict-config", "cpu-demo"), "--kv-evict-config needs --kv-evict"),
+        (("--kv-evict", "lethe", "--kv-evict-config", '{"budget":{"allocation":"list","layers":[60,60]}}'), "4 layers"),
+        ((*EVICT, "--attention-backend", "triton"), "--attention-backend to torch_native"),
+        ((*EVICT, "--enable-mixed-chunk"), "remove --enable-mixed-chunk"),
+        ((*EVICT, "--pp-size", "2"), "--pp-size 1"),
+        ((*EVICT, "--dp-size", "2"), "--dp-size 1"),
+        ((*EVICT, "--enable-streaming-session"), "--enable-streaming-session"),
+        ((*EVICT, "--tokenizer-worker-num", "2"), "--tokenizer-worker-num 1"),
+        ((*EVICT, "--kv-canary", "log"), "--kv-canary none"),
+        ((*EVICT, "--radix-cache-backend", "x"), "--radix-cache-backend"),
+    ],
+)
+def test_refused_with_the_option_to_change(sglang_front, capsys, args, named):
+    assert named in refused(sglang_front, capsys, *args)
+
+
+def test_every_refusal_of_the_table_fires_and_reaches_the_support_matrix(sglang_front):
+    from lethe_sglang.engine import guard
+
+    class Stock:
+        """All refused fields at the value of a stock server."""
+
+        disaggregation_mode, kv_cache_dtype, kv_canary = "null", "auto", "none"
+        dp_size = attn_dp_size = pp_size = dcp_size = attn_cp_size = tokenizer_worker_num = 1
+        attention_backend = "torch_native"
+
+        def __getattr__(self, name):
+            return None
+
+    guard.check_options(Stock())
+    probes = {
+        "speculative decoding": {"speculative_algorithm": "EAGLE"}, "LMCache": {"enable_lmcache": True},
+        "prefill/decode disaggregation": {"disaggregation_mode": "decode"}, "PD multiplexing": {"enable_pdmux": True},
+        "hierarchical cache": {"enable_hierarchical_cache": True}, "FlexKV": {"enable_flexkv": True},
+        "external cache linker": {"enable_unified_cache_external_linker": True},
+        "custom radix cache backend": {"radix_cache_backend": "x"}, "data parallelism": {"dp_size": 2},
+        "pipeline parallelism": {"pp_size": 2}, "decode context parallelism": {"dcp_size": 2},
+        "KV cache sharding": {"enable_kv_cache_sharding": True}, "mixed chunk": {"enable_mixed_chunk": True},
+        "two-batch overlap": {"enable_two_batch_overlap": True}, "diffusion LLM": {"dllm_algorithm": "x"},
+        "streaming sessions": {"enable_streaming_session": True},
+        "fp4, mxfp8 and fp8 KV cache": {"kv_cache_dtype": "fp8_e4m3"},
+        "page-major KV layout": {"enable_page_major_kv_layout": True},
+        "unified memory pool": {"enable_unified_memory": True}, "HiSparse": {"enable_hisparse": True},
+        "routed-expert capture": {"enable_return_routed_experts": True}, "KV canary": {"kv_canary": "log"},
+        "several tokenizer workers": {"tokenizer_worker_num": 2},
+        "embedding-only or prefill-only KV": {"prefill_only_disable_kv_cache": True},
+    }  # fmt: skip
+    matrix = guard.support_matrix()
+    for refusal in guard.REFUSALS:
+        options = Stock()
+        options.__dict__.update(probes[refusal.feature])
+        with pytest.raises(guard.ConfigError, match=r"--kv-evict does not work with") as error:
+            guard.check_options(options)
+        assert refusal.instead in str(error.value)
+        assert refusal.feature in matrix
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"architectures": ["DeepseekV2ForCausalLM"]}, "MLA"),
+        ({"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 0}, "sliding"),
+    ],
+)
+def test_unsupported_models_are_refused(changes, named):
+    from types import SimpleNamespace
+
+    from lethe_sglang.engine import guard
+
+    kind = SimpleNamespace(name="MLA" if named == "MLA" else "MHA")
+    model = SimpleNamespace(
+        attention_arch=kind, is_hybrid_swa=named == "sliding", sliding_window_size=None, is_encoder_decoder=False,
+        is_generation=True, head_dim=64, v_head_dim=64, hf_config=SimpleNamespace(architectures=["X"]),
+    )  # fmt: skip
+    original, guard._is_hybrid_linear = guard._is_hybrid_linear, lambda m: False
+    try:
+        with pytest.raises(guard.ConfigError, match=named):
+            guard.check_model(model)
+    finally:
+        guard._is_hybrid_linear = original
+
+
+def test_another_sglang_version_is_refused(sglang_front, capsys, monkeypatch):
+    from lethe_sglang.engine import compat
+
+    monkeypatch.setattr(compat.importlib.metadata, "version", lambda name: "0.5.99")
+    line = refused(sglang_front, capsys, *EVICT)
+    assert "0.5.99" in line and "pip install sglang==0.5.23" in line
+
+
+def test_a_modified_sglang_function_is_refused(sglang_front, capsys, monkeypatch):
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+
+    def check_decode_mem(self, selected_indices=None):
+        return True
+
+    monkeypatch.setattr(ScheduleBatch, "check_decode_mem", check_decode_mem)
+    assert "ScheduleBatch.check_decode_mem" in refused(sglang_front, capsys, *EVICT)
+
+
+def test_none_installs_no_runtime_hook(sglang_front):
+    from sglang.srt.managers.scheduler import Scheduler
+
+    from lethe_sglang.engine import front, hooks
+
+    server_args = sglang_front("--kv-evict", "none")
+    front.start_scheduler(object(), server_args)
+    scheduler_targets = {hook.target for hook in hooks.SCHEDULER_HOOKS}
+    assert not scheduler_targets & hooks._installed
+    assert not hasattr(Scheduler.update_running_batch, "__wrapped__")
+
+
+def test_engine_raises_a_config_error(sglang_front):
+    import sglang as sgl
+
+    from lethe_sglang.config import ConfigError
+
+    with pytest.raises(ConfigError, match="did you mean 'lethe'"):
+        sgl.Engine(model_path=str(MODEL), kv_evict="lethee")
+
+
+def launch(code: str, **env) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=600, cwd=ROOT,
+        env={**os.environ, **env},
+    )  # fmt: skip
+
+
+def test_without_the_plugin_the_flag_is_an_error():
+    out = launch(
+        "from sglang.srt.plugins import load_plugins; load_plugins()\n"
+        "from sglang.srt.server_args import prepare_server_args\n"
+        f"prepare_server_args(['--model-path', '{MODEL}', '--kv-evict', 'lethe'])",
+        SGLANG_PLUGINS="somebody_else",
+    )
+    assert out.returncode == 2 and "unrecognized arguments: --kv-evict" in out.stderr
+
+
+BROKEN = """
+import os, sys
+if __name__ == "__main__":
+    from sglang.srt.plugins import load_plugins
+    load_plugins()
+    from sglang.srt.server_args import prepare_server_args
+    from sglang.srt.entrypoints.engine import Engine
+    server_args = prepare_server_args({args!r})
+    {sabotage}
+    try:
+        Engine(server_args=server_args)
+    except BaseException as error:
+        print("refused:", type(error).__name__, error, flush=True)
+        os._exit(7)
+    print("serving without eviction", flush=True)
+    os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "named"),
+    [
+        ('os.environ["SGLANG_PLUGINS"] = "lethe_cpu"', "a scheduler started without eviction"),
+        ('os.environ["PYTHONPATH"] = {fake!r}', ""),
+    ],
+    ids=["not loaded in the scheduler", "import error in the scheduler"],
+)
+def test_a_plugin_broken_in_the_scheduler_process_cannot_lead_to_a_silent_server(tmp_path, sabotage, named):
+    fake = tmp_path / "lethe_sglang"
+    fake.mkdir()
+    (fake / "__init__.py").write_text("raise ImportError('broken plugin')")
+    script = tmp_path / "launch.py"
+    args = ["--model-path", str(MODEL), "--max-total-tokens", "1024", *EVICT]
+    script.write_text(BROKEN.format(args=args, sabotage=sabotage.format(fake=str(tmp_path))))
+    out = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=600, cwd=tmp_path)
+    assert "serving without eviction" not in out.stdout
+    assert out.returncode != 0
+    assert named in out.stdout + out.stderr, out.stdout[-1500:] + out.stderr[-1500:]
+
+
+def test_show_support_prints_the_matrix():
+    out = subprocess.run(
+        [sys.executable, "-m", "lethe_sglang.cli.main", "show", "--support"], capture_output=True, text=True, timeout=120
+    )
+    assert out.returncode == 0 and "| radix prefix cache | yes |" in out.stdout
+    assert json.dumps("refused") and "speculative decoding | refused" in out.stdout

@@ -1,0 +1,197 @@
+"""One server per page size, launched by SGLang's own front doors, that serves every arm of the comparison.
+
+Per-request overrides choose the arm: mode none is never evicted from; a budget of 2,048 is packed every interval
+(``debug.pack_always``) but never loses a token; the server's own budget of 48 evicts. The shadow compares every gathered
+cell with an uncompressed copy at every step of all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import urllib.error
+
+import pytest
+from conftest import config
+from problems import CHAINS, PROMPTS, WALKS, prompt, walk
+
+SETTINGS = config(
+    budget={"tokens": 48}, rounds={"interval": 16}, rasr={"half_life": 7}, requests={"max_budget": 4096},
+    debug={"shadow": True, "pack_always": True, "record_kept": True},
+)  # fmt: skip
+PAGES = {
+    1: dict(entry=("-m", "sglang.launch_server"), chunk="64"),
+    8: dict(entry=("-m", "sglang.launch_server"), chunk="32"),
+    16: dict(entry=("-m", "sglang.cli.main", "serve"), chunk="32"),
+}
+SINKS, RECENT = 4, 15
+
+
+@pytest.fixture(scope="module")
+def stock(start):
+    """Greedy outputs of stock SGLang at its defaults: the reference."""
+    server = start("--max-total-tokens", "4096").wait()
+    outputs = server.generate_all(PROMPTS, 4)
+    server.stop()
+    return outputs
+
+
+@pytest.fixture(scope="module", params=PAGES, ids=lambda page: f"page{page}")
+def server(request, start):
+    door = PAGES[request.param]
+    server = start(
+        "--max-total-tokens", "4096", "--page-size", str(request.param), "--chunked-prefill-size", door["chunk"],
+        "--kv-evict", "lethe", "--kv-evict-config", SETTINGS, entry=door["entry"],
+    ).wait()  # fmt: skip
+    server.page = request.param
+    yield server
+    server.check_healthy()
+    server.stop()
+
+
+def test_budget_above_length_gives_the_tokens_of_stock(stock, server):
+    ours = server.generate_all(PROMPTS, 4, kv_evict={"budget": 2048})
+    assert [o["text"] for o in ours] == [s["text"] for s in stock]
+    assert server.lethe()["rounds"] > len(PROMPTS), "packing was not forced"
+
+
+def test_packing_without_evicting_is_bit_identical_to_no_round_at_all(server):
+    for text in (WALKS[0], CHAINS[1], CHAINS[2]):
+        arms = []
+        for arm in ("none", {"budget": 2048}):
+            server.flush()
+            arms.append(server.generate(text, kv_evict=arm, logprobs=True))
+        assert arms[0]["ids"] == arms[1]["ids"]
+        assert arms[0]["logprobs"] == arms[1]["logprobs"]
+    assert server.lethe()["last_finished"]["rounds"] > 2
+
+
+def test_eviction_is_real_bounded_and_answers_stay_right(server):
+    server.flush()
+    before = server.lethe()
+    problem, answer = walk(3, steps=60)
+    assert server.generate(prompt(problem), tokens=400)["text"] == answer
+    after = server.lethe()["last_finished"]
+    assert after["rounds"] >= 10
+    assert min(after["evicted_per_layer"]) > 200
+    prompt_blocks = -(-len(problem) // server.page) * server.page + server.page
+    assert after["blocks_held_peak"] <= prompt_blocks + 48 + 16 + 2 * server.page
+    assert after["blocks_held_peak"] <= 0.4 * after["blocks_stock_peak"]
+    assert sum(server.lethe()["tokens_evicted_per_layer"]) > sum(before["tokens_evicted_per_layer"])
+
+
+def test_every_gathered_cell_equalled_the_uncompressed_one(server):
+    server.generate_all(PROMPTS, 8)
+    shadow = server.lethe()["shadow"]
+    assert shadow["checks"] > 5000 and shadow["cells"] > 300_000
+
+
+def test_output_does_not_depend_on_the_batch(server):
+    if server.page == 16:
+        pytest.skip("covered at pages 1 and 8")
+    alone = [server.generate(p)["text"] for p in PROMPTS]
+    for concurrency in (8, 32):
+        together = server.generate_all(PROMPTS * 2, concurrency)
+        assert [t["text"] for t in together] == alone * 2
+
+
+def test_a_sharer_of_a_pruned_requests_prefix_is_unchanged(stock, server):
+    server.flush()
+    pruned = threading.Thread(target=server.generate, args=(WALKS[0],))
+    pruned.start()
+    time.sleep(0.5)
+    while server.lethe()["requests_running"] and server.lethe()["rounds"] == 0:
+        time.sleep(0.05)
+    sharer = server.generate(WALKS[0], kv_evict="none")
+    pruned.join()
+    again = server.generate(WALKS[0], kv_evict="none")
+    assert sharer["text"] == again["text"] == stock[0]["text"]
+    if server.page < len(WALKS[0]):
+        assert again["meta"]["cached_tokens"] > 0, "the prompt was not shared"
+
+
+def test_nothing_with_holes_enters_the_tree(server):
+    server.flush()
+    output = server.generate(WALKS[1])["text"]
+    replay = server.generate(WALKS[1] + output[:200], tokens=4)
+    assert replay["meta"]["cached_tokens"] <= len(WALKS[1]) + 1
+
+
+def test_sinks_and_the_recent_window_are_never_evicted(server):
+    server.flush()
+    server.generate(WALKS[2])
+    log = [entry for entry in server.lethe()["kept"] if entry["rid"] == server.lethe()["last_finished"]["rid"]]
+    assert len(log) >= 10
+    seen = {}
+    for entry in log:
+        for layer, kept in enumerate(entry["kept"]):
+            assert kept == sorted(set(kept)), "packed cells are not in ascending position"
+            assert set(range(entry["prefix"], SINKS)) <= set(kept)
+            assert set(kept) <= seen.get(layer, set()) | set(range(entry["prefix"], entry["tail"]))
+            seen[layer] = set(kept)
+    tails = [entry["tail"] for entry in log]
+    gaps = [b - a for a, b in zip(tails, tails[1:], strict=False)]
+    assert all(gap >= 16 for gap in gaps), "a round came before its interval"
+
+
+def test_abort_and_disconnect_in_the_middle_lose_nobody_elses_kv(stock, server):
+    server.flush()
+    survivors = [threading.Thread(target=lambda i=i: results.__setitem__(i, server.generate(PROMPTS[i], kv_evict={
+        "budget": 2048}))) for i in range(3)]  # fmt: skip
+    results = {}
+    for thread in survivors:
+        thread.start()
+    for _ in range(6):
+        with pytest.raises((TimeoutError, OSError)):
+            body = {"text": WALKS[5], "sampling_params": {"max_new_tokens": 3000, "ignore_eos": True}}
+            server.post("/generate", body, timeout=0.4)
+    victim = {"text": WALKS[6], "rid": "victim", "sampling_params": {"max_new_tokens": 3000, "ignore_eos": True}}
+    doomed = threading.Thread(target=lambda: server.post("/generate", victim))
+    doomed.start()
+    time.sleep(1.0)
+    server.post("/abort_request", {"rid": "victim"})
+    doomed.join(timeout=60)
+    assert not doomed.is_alive()
+    for thread in survivors:
+        thread.join()
+    assert [results[i]["text"] for i in range(3)] == [stock[i]["text"] for i in range(3)]
+
+
+def test_pause_and_continue_keep_the_output(server):
+    expected = server.generate(WALKS[4])["text"]
+    for mode in ("in_place", "retract"):
+        out = {}
+        thread = threading.Thread(target=lambda out=out: out.update(server.generate(WALKS[4])))
+        thread.start()
+        time.sleep(0.8)
+        server.post("/pause_generation", {"mode": mode})
+        time.sleep(0.3)
+        server.post("/continue_generation")
+        thread.join(timeout=120)
+        assert out["text"] == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ({"budget": 3}, "custom_params.kv_evict.budget"),
+        ({"budget": 999_999}, "custom_params.kv_evict.budget"),
+        ({"mode": "maybe"}, "custom_params.kv_evict.mode"),
+        ({"bugdet": 60}, "did you mean custom_params.kv_evict.budget"),
+        (7, "custom_params.kv_evict"),
+    ],
+)
+def test_a_bad_override_is_a_400_that_names_the_option(server, asked, named):
+    with pytest.raises(urllib.error.HTTPError) as error:
+        server.generate(WALKS[0], kv_evict=asked)
+    assert error.value.code == 400
+    assert named in json.loads(error.value.read())["error"]["message"]
+
+
+def test_a_smaller_budget_of_one_request_is_honoured(server):
+    server.flush()
+    server.generate(WALKS[0], tokens=200, kv_evict={"budget": 24})
+    small = server.lethe()["last_finished"]["evicted_per_layer"][0]
+    server.generate(WALKS[0], tokens=200, kv_evict={"budget": 96})
+    assert small > server.lethe()["last_finished"]["evicted_per_layer"][0]
