@@ -12,5 +12,5 @@ def register() -> None:
     from lethe_sglang.engine.hooks import ENTRY_HOOKS, install
 
     register_resolution_hook("handle_other_validations")(check_resolution)
-    Engine.server_args_class = engine_server_args(Engine.server_args_class)
+    Engine.server_args_class = staticmethod(engine_server_args(Engine.server_args_class))
     install(ENTRY_HOOKS)

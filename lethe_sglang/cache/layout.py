@@ -1,7 +1,7 @@
 """Packed blocks: pure index arithmetic, no tensors.
 
-Vocabulary (docs/vocabulary.md): SGLang's slot ``b`` is a *block* of L cells, one a layer; *cell* ``(l, b)`` has the flat
-index ``l * rows + b``. The row of a request (its line of ``req_to_token``) is divided into
+Vocabulary (docs/vocabulary.md): SGLang's slot ``b`` is a *block* of L cells, one a layer; *cell* ``(l, b)`` has the
+flat index ``l * blocks + b``. The row of a request (its line of ``req_to_token``) is divided into
 
     [0 .. P)         prefix: owned by the radix tree; read, never written, never freed
     [P .. P+m)       packed blocks: kept cells of all layers, densely
@@ -105,5 +105,5 @@ class RowLayout:
         """
         where = f"{self} {kept=} {committed=} {page_size=}"
         assert all(x % page_size == 0 for x in (self.prefix, self.packed, self.tail)), f"not page multiples: {where}"
-        assert 0 <= self.prefix and 0 <= self.packed and self.prefix + self.packed <= self.tail <= committed, where
+        assert self.prefix >= 0 and self.packed >= 0 and self.prefix + self.packed <= self.tail <= committed, where
         assert sum(kept) <= num_layers * self.packed, f"packed cells do not fit their blocks: {where}"

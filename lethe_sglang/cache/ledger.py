@@ -228,7 +228,7 @@ class Ledger:
         self._mark(state)
 
     def _due_at(self, state: RequestState) -> int:
-        """Committed length at which ``interval`` tokens have left the window and the request is over its budget.
+        """Find the committed length at which ``interval`` tokens have left the window and a budget is exceeded.
 
         That is: some layer over its threshold, or all layers together over the sum of their budgets.
         """
@@ -264,9 +264,9 @@ class Ledger:
         self._dirty.clear()
 
     def kept_of(self, table: torch.Tensor) -> torch.Tensor:
-        """The ``k_l`` columns of (lines of) the table, int32 ``[..., L]``."""
+        """Return the ``k_l`` columns of (lines of) the table, int32 ``[..., L]``."""
         return table[..., self.KEPT : self.KEPT + self.num_layers]
 
     def offsets_of(self, table: torch.Tensor) -> torch.Tensor:
-        """The ``off_l`` columns of (lines of) the table, int32 ``[..., L]``."""
+        """Return the ``off_l`` columns of (lines of) the table, int32 ``[..., L]``."""
         return table[..., self.KEPT + self.num_layers :]

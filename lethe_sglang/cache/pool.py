@@ -67,9 +67,7 @@ class PackedKVPool(MHATokenToKVPool):  # type: ignore[misc]
 
 def pool_class(track_score: bool, track_position: bool) -> type[PackedKVPool]:
     """Return the pool class that carries just the states a policy declares."""
-    return type(
-        "PackedKVPool", (PackedKVPool,), {"track_score": track_score, "track_position": track_position}
-    )
+    return type("PackedKVPool", (PackedKVPool,), {"track_score": track_score, "track_position": track_position})
 
 
 def state_bytes(pool: PackedKVPool) -> int:

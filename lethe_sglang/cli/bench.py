@@ -156,7 +156,7 @@ def _own_names(message: str) -> str:
     """Call the server's options by the names that they have here."""
     for theirs, ours in (("-config", "--config"), ("-budget", "--budget"), ("", "--policy")):
         message = re.sub(rf"(?<![\w'-])--kv-evict{theirs}(?![\w-])", ours, message)
-    return message
+    return message.replace("legal: none, ", "legal: ")
 
 
 def _check_surroundings(plan: Plan, out: Path | None) -> None:
@@ -183,11 +183,13 @@ def _hub_name(name: str) -> bool:
 def _command(args: argparse.Namespace, plan: Plan) -> str:
     """Write the command line of this run with every value in it and no path of this machine."""
     words = ["lethe", "bench", "--model-path", plan.model_name]
-    for name, value in vars(args).items():
-        if name in ("command", "model_path", "out", "port") or value in (None, ""):
-            continue
-        is_file = name == "config" and not str(value).lstrip().startswith("{")
-        words += [f"--{name.replace('_', '-')}", Path(value).name if is_file else str(value)]
+    shown = {name: value for name, value in vars(args).items() if name not in ("command", "model_path", "out", "port")}
+    if args.config is not None and not args.config.lstrip().startswith("{"):
+        shown["config"] = Path(args.config).name
+    shown["server_args"] = shlex.join(plan.readable(plan.server_args))
+    for name, value in shown.items():
+        if value not in (None, ""):
+            words += [f"--{name.replace('_', '-')}", str(value)]
     return shlex.join(words)
 
 

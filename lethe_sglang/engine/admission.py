@@ -1,8 +1,8 @@
 """Admission that knows the bound: a decoding request never holds more than its budget, an interval and two pages.
 
 SGLang charges a candidate ``extend + max_new_tokens`` and a running request what it may still generate. With eviction
-the first is ``extend + bound`` (at most; a private prompt is intact first, so it is charged ``max(bound, extend)``), the
-second is what the request still lacks of its bound. Without this correction freed memory admits nobody.
+the first is at most ``extend + bound`` (a private prompt is intact first, so it is charged ``max(bound, extend)``), and
+the second is what the request still lacks of its bound. Without this correction freed memory admits nobody.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ class LethePrefillAdder(PrefillAdder):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
 
     def _get_running_request_total_token_offset(self, req: Any) -> int:
-        growth = super()._get_running_request_total_token_offset(req)
+        growth: int = int(super()._get_running_request_total_token_offset(req))
         if not req.kv.holds_kv or not self.lethe.evicts(req):
-            return int(growth)
+            return growth
         # Between its prefill and the processing of that result, a prompt that will be shared still looks private.
         seen = req.kv.req_pool_idx in self.lethe.ledger.requests
         held = self.lethe.own_blocks(req) if seen or is_private(req, self.tree_cache) else 0
-        return int(min(growth, max(self.lethe.bound(req) - held, self.page_size)))
+        page: int = self.page_size
+        return min(growth, max(self.lethe.bound(req) - held, page))
 
     def _growth_after_prefill(self, req: Any) -> int:
         """Most tokens a candidate adds to its footprint after its whole extend is charged."""
@@ -44,7 +45,8 @@ class LethePrefillAdder(PrefillAdder):  # type: ignore[misc]
         if not is_private(req, self.tree_cache):
             return bound
         own = len(req.full_untruncated_fill_ids) - req.kv.cache_protected_len
-        return max(bound - own, 2 * self.page_size)
+        page: int = self.page_size
+        return max(bound - own, 2 * page)
 
     @contextmanager
     def _clipped(self, req: Any) -> Iterator[None]:
@@ -87,7 +89,8 @@ class LethePrefillAdder(PrefillAdder):  # type: ignore[misc]
         growth = min(remaining, self._growth_after_prefill(req))
         if extend + growth + self.per_req_token_overhead >= self.rem_total_tokens:
             return AddReqResult.NO_TOKEN
-        hybrid, self.is_hybrid_swa = self.is_hybrid_swa, True
+        hybrid = getattr(self, "is_hybrid_swa")  # noqa: B009 - set by the untyped base class
+        self.is_hybrid_swa = True
         try:
             return super().add_one_req_ignore_eos(req)
         finally:

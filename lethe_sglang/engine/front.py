@@ -53,9 +53,7 @@ class EvictionRequest:
         raise error
 
 
-def make_request(
-    policy: str | None, source: str | None, budget: int | None, from_cli: bool
-) -> EvictionRequest | None:
+def make_request(policy: str | None, source: str | None, budget: int | None, from_cli: bool) -> EvictionRequest | None:
     """Resolve what the operator asked for; None if it is stock SGLang.
 
     Raises
@@ -78,7 +76,7 @@ def make_request(
     return EvictionRequest(config=config, from_cli=from_cli)
 
 
-# -- command line ---------------------------------------------------------------------------------------------------------
+# -- command line -----------------------------------------------------------------------------------------------------
 
 
 def add_flags(result: Any, parser: argparse.ArgumentParser) -> None:
@@ -112,11 +110,11 @@ def from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namesp
     return server_args
 
 
-# -- sgl.Engine -------------------------------------------------------------------------------------------------------------
+# -- sgl.Engine -------------------------------------------------------------------------------------------------------
 
 
 def engine_server_args(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``Engine.server_args_class``: accept ``kv_evict``, ``kv_evict_config`` (str or dict), ``kv_evict_budget``."""
+    """Wrap ``Engine.server_args_class``: take ``kv_evict``, ``kv_evict_config`` (str or dict), ``kv_evict_budget``."""
 
     def build(**kwargs: Any) -> Any:
         options = {name: kwargs.pop(name, None) for name in ENGINE_OPTIONS}
@@ -134,7 +132,7 @@ def engine_server_args(stock: Callable[..., Any]) -> Callable[..., Any]:
     return build
 
 
-# -- launcher ----------------------------------------------------------------------------------------------------------------
+# -- launcher ---------------------------------------------------------------------------------------------------------
 
 
 def requested(server_args: Any) -> EvictionRequest | None:
@@ -192,7 +190,7 @@ def check_request(manager: Any, obj: Any, input_ids: Any) -> None:
         parse_request(params.get("custom_params"), request.config, manager.context_len)
 
 
-# -- scheduler ---------------------------------------------------------------------------------------------------------------
+# -- scheduler --------------------------------------------------------------------------------------------------------
 
 
 def start_scheduler(scheduler: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:

@@ -118,9 +118,7 @@ def torch_native_backend(runner: Any) -> Any:
     from lethe_sglang.attention.torch_native import LetheTorchNativeBackend
 
     runtime = attach(runner)
-    return LetheTorchNativeBackend(
-        runner, runtime.pool, runtime.ledger, runtime.policy.accumulation, runtime.shadow
-    )
+    return LetheTorchNativeBackend(runner, runtime.pool, runtime.ledger, runtime.policy.accumulation, runtime.shadow)
 
 
 def attach(runner: Any) -> Runtime:

@@ -117,12 +117,12 @@ class Runtime:
     # -- requests ---------------------------------------------------------------------------------------------------
 
     def override_of(self, req: Any) -> RequestOverride:
-        """What a request asks for (validated at the front door; parsed once)."""
-        cached = getattr(req, "_kv_evict", None)
+        """Return what a request asks for (validated at the front door; parsed once)."""
+        cached: RequestOverride | None = getattr(req, "_kv_evict", None)
         if cached is None:
             cached = parse_request(req.sampling_params.custom_params, self.config, self.context_length)
             req._kv_evict = cached
-        return cached  # type: ignore[no-any-return]
+        return cached
 
     def evicts(self, req: Any) -> bool:
         """Whether a request is evicted from."""

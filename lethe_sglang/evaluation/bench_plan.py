@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -153,7 +154,7 @@ class Plan:
             "--extra-request-body", json.dumps(body), "--output-file", str(output),
         ]  # fmt: skip
 
-    def readable(self, command: list[str]) -> list[str]:
+    def readable(self, command: Iterable[str]) -> list[str]:
         """Return a command line without the paths of this machine."""
         names = {sys.executable: "python", self.model_path: self.model_name}
         shown = [names.get(word, word) for word in command]

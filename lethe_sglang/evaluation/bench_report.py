@@ -53,6 +53,10 @@ ABSOLUTES: dict[str, Callable[[Measurement], float]] = {
 """Speeds of this machine."""
 
 
+_ELSEWHERE = ("config", "model_path", "port", "server_args")
+"""What the JSON holds in another form, or not at all."""
+
+
 class About(NamedTuple):
     """What a reader needs besides the numbers: the command line, the hardware, the versions."""
 
@@ -110,7 +114,7 @@ def ratios(measurements: Sequence[Measurement]) -> dict[str, dict[str, Spread]]:
 
 def to_json(plan: Plan, measurements: Sequence[Measurement], about: About) -> dict[str, Any]:
     """Return everything that was asked for and found, without host names and paths."""
-    workload = {name: value for name, value in asdict(plan).items() if name not in ("config", "model_path", "port")}
+    workload = {name: value for name, value in asdict(plan).items() if name not in _ELSEWHERE}
     return {
         **about._asdict(),
         "model": plan.model_name,

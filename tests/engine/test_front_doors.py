@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -59,7 +60,7 @@ def test_openai_completions_with_logprobs_and_custom_params(server, client):
 def test_openai_bad_override_is_a_400(client):
     from openai import BadRequestError
 
-    with pytest.raises(BadRequestError, match="custom_params.kv_evict.budget"):
+    with pytest.raises(BadRequestError, match=r"custom_params\.kv_evict\.budget"):
         client.chat.completions.create(
             model="m", messages=[{"role": "user", "content": PROBLEM}], max_tokens=4,
             extra_body={"custom_params": {"kv_evict": {"budget": 1}}},
@@ -125,7 +126,8 @@ def test_an_sglang_frontend_program(server):
 
 def test_offline_engine(tmp_path):
     program = tmp_path / "offline.py"
-    program.write_text(textwrap.dedent(f"""
+    program.write_text(
+        textwrap.dedent(f"""
         import sglang as sgl
 
         if __name__ == "__main__":
@@ -143,10 +145,14 @@ def test_offline_engine(tmp_path):
                 print("engine ok")
             finally:
                 engine.shutdown()
-    """))
-    import os
-
+    """)
+    )
     out = subprocess.run(
-        [sys.executable, str(program)], capture_output=True, text=True, timeout=900, cwd=ROOT, env={**os.environ, **STRICT}
+        [sys.executable, str(program)],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        cwd=ROOT,
+        env={**os.environ, **STRICT},
     )
     assert "engine ok" in out.stdout, out.stdout[-2000:] + out.stderr[-3000:]

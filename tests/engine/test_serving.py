@@ -1,12 +1,13 @@
 """One server per page size, launched by SGLang's own front doors, that serves every arm of the comparison.
 
 Per-request overrides choose the arm: mode none is never evicted from; a budget of 2,048 is packed every interval
-(``debug.pack_always``) but never loses a token; the server's own budget of 48 evicts. The shadow compares every gathered
-cell with an uncompressed copy at every step of all of them.
+(``debug.pack_always``) but never loses a token; the server's own budget of 48 evicts. The shadow compares every
+gathered cell with an uncompressed copy at every step of all of them.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import time
@@ -131,7 +132,7 @@ def test_sinks_and_the_recent_window_are_never_evicted(server):
             assert set(kept) <= seen.get(layer, set()) | set(range(entry["prefix"], entry["tail"]))
             seen[layer] = set(kept)
     tails = [entry["tail"] for entry in log]
-    gaps = [b - a for a, b in zip(tails, tails[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(tails)]
     assert all(gap >= 16 for gap in gaps), "a round came before its interval"
 
 

@@ -10,7 +10,8 @@ from problems import PROMPTS, prompt, walk
 
 def test_both_ranks_keep_the_same_cells(start):
     settings = config(
-        budget={"tokens": 48}, rounds={"interval": 16}, rasr={"half_life": 7}, debug={"fingerprints": True, "shadow": True}
+        budget={"tokens": 48}, rounds={"interval": 16}, rasr={"half_life": 7},
+        debug={"fingerprints": True, "shadow": True},
     )  # fmt: skip
     server = start(
         "--tp", "2", "--max-total-tokens", "2048", "--kv-evict", "lethe", "--kv-evict-config", settings,

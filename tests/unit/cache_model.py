@@ -63,9 +63,7 @@ class MiniPool:
             kept.add(position)
 
     def round(self, states: list[RequestState], policy, sinks=2, budgets=None):
-        plans = [
-            self.ledger.plan(s, self.seq[s.row], budgets[s.row] if budgets else s.budgets) for s in states
-        ]
+        plans = [self.ledger.plan(s, self.seq[s.row], budgets[s.row] if budgets else s.budgets) for s in states]
         result = run_round(plans, self.cells, self.req_to_token, policy, sinks)
         freed = (result.freed[:: self.page] // self.page).tolist()
         assert len(freed) * self.page == result.freed.numel(), "freed slots are not whole pages"

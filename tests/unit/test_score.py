@@ -21,7 +21,9 @@ def test_attend_equals_dense_attention_on_ragged_lists(heads, kv_heads):
     torch.manual_seed(0)
     k, v = torch.randn(50, kv_heads, 8), torch.randn(50, kv_heads, 8)
     lengths = torch.tensor([7, 1, 20])
-    cells = torch.stack([torch.cat([torch.randperm(49)[:n] + 1, torch.zeros(20 - n, dtype=torch.long)]) for n in lengths])
+    cells = torch.stack(
+        [torch.cat([torch.randperm(49)[:n] + 1, torch.zeros(20 - n, dtype=torch.long)]) for n in lengths]
+    )
     q = torch.randn(3, heads, 8)
     out, attention = attend(q, k, v, cells, lengths, 0.3)
     for b, n in enumerate(lengths.tolist()):
