@@ -71,6 +71,8 @@ class Shadow:
             if row == 0:
                 continue
             self._copy(layer, row, seq_len - 1, seq_len)
+            if row not in self.ledger.requests:  # first decode step: the tree may have replaced part of the prefix
+                continue
             prefix, tail, _ = self.ledger.table[row, :3].tolist()
             kept = int(self.ledger.kept_of(self.ledger.table[row])[layer])
             own = cells[i, prefix : int(length[i])]

@@ -44,7 +44,7 @@ class LethePrefillAdder(PrefillAdder):  # type: ignore[misc]
         bound = self.lethe.bound(req)
         if not is_private(req, self.tree_cache):
             return bound
-        own = len(req.full_untruncated_fill_ids) - req.kv.cache_protected_len
+        own: int = len(req.full_untruncated_fill_ids) - req.kv.cache_protected_len
         page: int = self.page_size
         return max(bound - own, 2 * page)
 

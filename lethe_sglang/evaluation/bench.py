@@ -8,7 +8,6 @@ their log, which has one line per decode step.
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 import urllib.error
@@ -19,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from lethe_sglang.evaluation.bench_plan import Plan
-from lethe_sglang.evaluation.servers import Server, ServerError, run_client, tail
+from lethe_sglang.evaluation.servers import CpuMeter, Server, ServerError, run_client, tail
 
 _DECODE = re.compile(r"Decode batch.*?#running-req: (\d+),.*?#(?:full )?token: (\d+)")
 _RETRACTION = re.compile(r"Retract requests\..*?#retracted_reqs: (\d+)")
@@ -74,8 +73,10 @@ class Measurement:
         What the plugin counted during the measurement; None for stock.
     server
         Arguments of the server that its defaults decided.
-    ready_seconds, load_before
-        Start of the server; runnable processes of the machine before it (1-minute average).
+    ready_seconds
+        Start of the server.
+    others_cpu
+        Share of the machine's CPU time that other processes took meanwhile, in [0, 1]: how far to trust ``times``.
     """
 
     arm: str
@@ -85,7 +86,7 @@ class Measurement:
     lethe: dict[str, Any] | None
     server: dict[str, Any]
     ready_seconds: float
-    load_before: float
+    others_cpu: float
 
 
 def parse_log(text: str) -> Held:
@@ -138,11 +139,11 @@ def measure(plan: Plan, arm: str, repeat: int, folder: Path, say: Callable[[str]
     """Start an arm's server, warm it up, run the client against it, read its log, end it."""
     log, output, client_log = (folder / f"{arm}-{repeat}.{end}" for end in ("server.log", "json", "client.log"))
     offline = {"HF_HUB_OFFLINE": "1"} if Path(plan.model_path).is_dir() else {}
-    load = os.getloadavg()[0]
     say("starting the server")
     with Server(plan.server_command(arm), plan.port, log, offline) as server:
         _warm_up(server, plan)
         before, offset = server.get("/server_info"), log.stat().st_size
+        meter = CpuMeter(server)
         say(f"ready after {server.ready_seconds:.0f} s; {plan.requests} requests")
 
         def waiting(seconds: float) -> None:
@@ -152,6 +153,7 @@ def measure(plan: Plan, arm: str, repeat: int, folder: Path, say: Callable[[str]
 
         try:
             run_client(plan.client_command(output), client_log, plan.timeout, waiting)
+            others = meter.others()
             after = server.get("/server_info")
         except (OSError, ServerError) as error:
             raise ServerError(f"{arm}: {error}\nlast lines of the server:\n{tail(log)}") from None
@@ -161,7 +163,7 @@ def measure(plan: Plan, arm: str, repeat: int, folder: Path, say: Callable[[str]
     held, times = parse_log(text), {name: value for name, value in result.items() if _is_time(name, value)}
     say(
         f"{times['duration']:.0f} s, {times['output_throughput']:.1f} tokens/s, {held.running_mean:.1f} requests at a "
-        f"time, {held.retracted_requests} retracted"
+        f"time, {held.retracted_requests} retracted, {others:.0%} of the CPU taken by other processes"
     )
     return Measurement(
         arm=arm,
@@ -171,7 +173,7 @@ def measure(plan: Plan, arm: str, repeat: int, folder: Path, say: Callable[[str]
         lethe=_evicted(before, after, arm),
         server={name: after[name] for name in _SERVER_FACTS if name in after},
         ready_seconds=round(server.ready_seconds, 1),
-        load_before=round(load, 2),
+        others_cpu=round(others, 3),
     )
 
 

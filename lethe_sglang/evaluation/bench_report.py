@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 from lethe_sglang.evaluation.bench import Measurement
 from lethe_sglang.evaluation.bench_plan import ARMS, Plan
 
+DISTURBED = 0.05
+"""Share of the CPU taken by other processes above which the page warns of its ratios of times."""
+
 PAIRS = (("lethe", "stock"), ("idle", "stock"), ("lethe", "idle"))
 """Numerator and denominator of every ratio."""
 
@@ -40,6 +43,7 @@ COUNTS: dict[str, Callable[[Measurement], float]] = {
     "pruning rounds": lambda m: m.lethe["rounds"] if m.lethe else 0,
     "tokens evicted per layer, mean": lambda m: statistics.fmean(m.lethe["tokens_evicted_per_layer"]) if m.lethe else 0,
     "share of the time spent in rounds": lambda m: m.lethe["round_seconds"] / m.times["duration"] if m.lethe else 0,
+    "share of the CPU taken by other processes": lambda m: m.others_cpu,
 }
 """What does not depend on the speed of the machine, or hardly."""
 
@@ -154,6 +158,12 @@ def to_markdown(plan: Plan, measurements: Sequence[Measurement], about: About) -
     ]
     if len(measurements) < plan.repeats * len(plan.arms):
         lines += [f"**Unfinished**: {len(measurements)} of {plan.repeats * len(plan.arms)} measurements.", ""]
+    if (most := max((m.others_cpu for m in measurements), default=0.0)) > DISTURBED:
+        lines += [
+            f"**Disturbed**: other processes took up to {most:.0%} of the CPU during a measurement; ratios of times "
+            "are not usable, counts are.",
+            "",
+        ]
     if not measurements:
         return "\n".join(lines)
     compared = ratios(measurements)

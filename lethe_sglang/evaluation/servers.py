@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import platform
+import resource
 import shutil
 import signal
 import socket
@@ -103,6 +104,13 @@ class Server:
     def url(self) -> str:
         """Address without a path."""
         return f"http://{HOST}:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        """Number of the first process, which is that of the session of all of them."""
+        if self._process is None:
+            raise ServerError("the server is not running")
+        return self._process.pid
 
     def get(self, path: str, timeout: float = 60) -> Any:
         """Return the JSON answer to a GET request."""
@@ -221,6 +229,40 @@ def tail(log: Path) -> str:
     """Return the last lines of a log, each cut to a readable length."""
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
     return "\n".join(line[:_TAIL_COLUMNS] for line in lines[-_TAIL_LINES:])
+
+
+class CpuMeter:
+    """CPU that processes other than a server and the clients run beside it use, from its making on (Linux).
+
+    Parameters
+    ----------
+    server
+        A running server.
+    """
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._start = self._read()
+
+    def others(self) -> float:
+        """Share of the machine's CPU time since the start, in [0, 1], that went to other processes."""
+        (wall, busy, ours), (wall_then, busy_then, ours_then) = self._read(), self._start
+        used = (busy - busy_then) - (ours - ours_then)
+        return min(1.0, max(0.0, used / max(wall - wall_then, 1e-9) / (os.cpu_count() or 1)))
+
+    def _read(self) -> tuple[float, float, float]:
+        """Seconds: the clock, CPU time of all processes, CPU time of the server's session and of ended clients."""
+        tick = os.sysconf("SC_CLK_TCK")
+        user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+        session, ours = self._server.pid, 0
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                fields = stat.read_text().rpartition(")")[2].split()
+                if int(fields[3]) == session:
+                    ours += sum(map(int, fields[11:15]))
+        clients = resource.getrusage(resource.RUSAGE_CHILDREN)
+        total = (user + nice + system + irq + softirq + steal) / tick
+        return time.monotonic(), total, ours / tick + clients.ru_utime + clients.ru_stime
 
 
 def machine() -> dict[str, Any]:

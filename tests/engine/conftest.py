@@ -126,8 +126,11 @@ class Server:
 
 
 @pytest.fixture(scope="session")
-def log_dir(tmp_path_factory):
-    return tmp_path_factory.mktemp("servers")
+def log_dir():
+    """Server logs stay in the checkout (ignored by git), so that a failure can be read afterwards."""
+    directory = ROOT / "out" / "test-logs"
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
 
 
 @pytest.fixture(scope="module")

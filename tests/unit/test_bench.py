@@ -17,7 +17,15 @@ from lethe_sglang.config import ConfigError, resolve
 from lethe_sglang.evaluation.bench import Held, Measurement, _check_complete, _evicted, parse_log
 from lethe_sglang.evaluation.bench_plan import ARMS, Plan, never_due
 from lethe_sglang.evaluation.bench_report import About, Spread, medians, ratios, to_json, to_markdown
-from lethe_sglang.evaluation.servers import Server, ServerError, ending_on_signals, machine, port_free, run_client
+from lethe_sglang.evaluation.servers import (
+    CpuMeter,
+    Server,
+    ServerError,
+    ending_on_signals,
+    machine,
+    port_free,
+    run_client,
+)
 
 MODEL = str(Path(__file__).parents[2] / "models" / "reasoner-dev")
 CONFIG = resolve("lethe", '{"rounds": {"interval": 16}}', 48)
@@ -34,7 +42,7 @@ LOG = """\
 """
 
 
-def measurement(arm, repeat, throughput=10.0, running=3.0, device="cpu"):
+def measurement(arm, repeat, throughput=10.0, running=3.0, device="cpu", others=0.01):
     times = {
         "output_throughput": throughput, "median_tpot_ms": 50.0, "p99_tpot_ms": 60.0, "median_ttft_ms": 100.0,
         "p99_ttft_ms": 0.0, "duration": 20.0,
@@ -42,7 +50,7 @@ def measurement(arm, repeat, throughput=10.0, running=3.0, device="cpu"):
     lethe = None if arm == "stock" else {"rounds": 7, "round_seconds": 1.0, "tokens_evicted_per_layer": [100, 300]}
     return Measurement(
         arm=arm, repeat=repeat, times=times, held=Held(100, running, 4, 300.0, 400, 1, 2), lethe=lethe,
-        server={"device": device, "page_size": 1}, ready_seconds=40.0, load_before=0.1,
+        server={"device": device, "page_size": 1}, ready_seconds=40.0, others_cpu=others,
     )  # fmt: skip
 
 
@@ -137,6 +145,12 @@ def test_on_a_cpu_the_page_shows_ratios_and_no_speeds():
     assert "| output throughput | 1 | 1 | 1 |" in page
     assert "12.3" not in page and "tokens/s" not in page
     assert "Unfinished" in page  # one repeat of three
+
+
+def test_a_page_measured_beside_other_work_warns_of_its_times():
+    found = [measurement(arm, 1) for arm in ARMS]
+    assert "Disturbed" not in to_markdown(PLAN, found, ABOUT)
+    assert "took up to 51% of the CPU" in to_markdown(PLAN, [*found, measurement("stock", 2, others=0.51)], ABOUT)
 
 
 def test_on_a_gpu_the_page_shows_speeds_as_well():
@@ -370,6 +384,21 @@ def test_a_server_and_its_children_end_with_the_block(how, tmp_path):
             os.kill(os.getpid(), signal.SIGINT if how == "interrupt" else signal.SIGTERM)
             time.sleep(5)
     assert ended(child) and port_free(port)
+
+
+def test_the_meter_counts_other_processes_and_not_the_server_or_its_client(tmp_path):
+    spin = "import time\nend = time.monotonic() + 1\nwhile time.monotonic() < end: pass"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with Server([sys.executable, "-c", HTTP, str(port)], port, tmp_path / "log") as server:
+        meter = CpuMeter(server)
+        run_client([sys.executable, "-c", spin], tmp_path / "client", 20, print)
+        before = meter._read()
+        exec(spin)  # this process is neither
+        after = meter._read()
+    assert after[1] - before[1] > 0.5 and after[2] - before[2] < 0.3
+    assert before[2] - meter._start[2] > 0.2
 
 
 def test_the_machine_is_described_by_its_hardware():
