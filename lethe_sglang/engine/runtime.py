@@ -53,7 +53,7 @@ class Counters:
         self.round_seconds = 0.0
         self.last_finished: dict[str, Any] | None = None
         self.fingerprint = hashlib.sha256()
-        self.kept_log: deque[dict[str, Any]] = deque(maxlen=4096)
+        self.kept_log: deque[dict[str, Any]] = deque(maxlen=256)
 
 
 class Runtime:
