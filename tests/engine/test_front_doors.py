@@ -19,7 +19,7 @@ CPU_DEMO = ("--kv-evict", "lethe", "--kv-evict-config", "cpu-demo")
 
 @pytest.fixture(scope="module")
 def server(start):
-    server = start("--max-total-tokens", "4096", "--enable-metrics", *CPU_DEMO).wait()
+    server = start("--enable-metrics", *CPU_DEMO).wait()
     yield server
     server.check_healthy()
 
@@ -89,6 +89,8 @@ def test_metrics_and_server_info_report_eviction(server):
     size = report["auxiliary_bytes"]
     cells = size["pool"] // (2 * 64 * 4)
     assert size["states"] == 4 * cells, "lethe declares one state: 4 bytes a cell"
+    assert size["table"] < 0.01 * size["pool"]
+    assert "Auxiliary memory" in server.log.read_text(errors="replace"), "not reported at start"
 
 
 def test_an_sglang_frontend_program(server):
