@@ -101,8 +101,9 @@ _SUPPORTED = (
     ("tensor parallelism", "yes", "scores are summed over ranks in rounds; 2 ranks are tested on a CPU"),
     ("attention backend torch_native", "yes", "on any device; the only one in this version"),
     ("attention backends flashinfer, triton and CUDA graphs", "not yet", "refused"),
-    ("multi-head and grouped-query attention, dense or MoE", "yes", ""),
-    ("LoRA, constrained decoding, logprobs, streaming", "yes", "no interaction"),
+    ("multi-head and grouped-query attention", "yes", "MoE feed-forward layers are not looked at, and not tested"),
+    ("chat, completions, streaming, logprobs, frontend programs", "yes", ""),
+    ("LoRA, constrained decoding", "expected", "nothing in the plugin looks at them; not tested"),
 )
 
 

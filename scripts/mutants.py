@@ -1,0 +1,114 @@
+#!/usr/bin/env python3
+# ruff: noqa: E501 - a table of source lines
+"""Break the code on purpose, one place at a time, on a copy of the tree, and see the named tests go red.
+
+python scripts/mutants.py [--engine] [NAME ...]     without --engine only those whose tests start no server
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+
+
+class Mutant(NamedTuple):
+    """``old`` becomes ``new`` in ``file``; then ``tests`` must fail."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+    engine: bool = False
+
+
+ROUNDS, LEDGER, LIFE = (
+    "lethe_sglang/cache/rounds.py",
+    "lethe_sglang/cache/ledger.py",
+    "lethe_sglang/engine/lifecycle.py",
+)
+UNIT, SERVE = "tests/unit/test_rounds.py", "tests/engine/test_serving.py"
+PAGE8 = f"{SERVE} -k page8"
+STORM = "tests/engine/test_pressure.py -k storm"
+MUTANTS = {
+    "sinks are not pinned": Mutant(ROUNDS, "select(rank, valid, pinned, count)", "select(rank, valid, ~valid, count)", UNIT),
+    "blocks that moved are freed": Mutant(ROUNDS, "p.old_tail + p.moved_pages, p.new_tail - p.old_tail - p.moved_pages",
+                                          "p.old_tail, p.new_tail - p.old_tail", UNIT),
+    "a shrunk request keeps its blocks": Mutant(ROUNDS, "max(p.old_packed - p.new_packed, 0)) for", "0) for", UNIT),
+    "the tail is packed in the wrong layer": Mutant(ROUNDS, "(number % num_layers) * cells.blocks",
+                                                    "((number + 1) % num_layers) * cells.blocks", UNIT),
+    "states stay behind": Mutant(ROUNDS, "if b is not cells.position], source",
+                                 "if b is not cells.position and b is not cells.score], source", UNIT),
+    "ties go to the earlier token": Mutant("lethe_sglang/kernels/repack.py", "order = (n - 1) - order",
+                                           "order = (n - 1) - order if False else key.argsort(-1, True, stable=True)", UNIT),
+    "the recent window shrinks": Mutant(LEDGER, "committed - self.recent, self.page_size", "committed, self.page_size", UNIT),
+    "rounds ignore their interval": Mutant(LEDGER, "max(self.interval, room + 1)", "room + 1", UNIT),
+    "the device table is not written": Mutant(LEDGER, "lines.to(device, non_blocking=True)", "self.table[rows]", UNIT),
+    "scores do not decay": Mutant("lethe_sglang/kernels/score.py", ".mul_(decay).add_", ".add_", "tests/unit/test_score.py"),
+    "the breakpoint ignores the mean": Mutant("lethe_sglang/allocation/breakpoint.py", "if total > limit:", "if False:",
+                                              "tests/unit/test_breakpoint.py"),
+    "an upward import": Mutant("lethe_sglang/cache/layout.py", "from itertools import accumulate",
+                               "from itertools import accumulate\nimport lethe_sglang.engine.compat",
+                               "tests/unit/test_architecture.py"),
+    "dead blocks are freed again at the end": Mutant(LIFE, "original(tree, kv, live)", "original(tree, kv, list(ranges))",
+                                                     PAGE8, True),
+    "dead positions count as held": Mutant(LIFE, "result - current().ledger.dead_len(kv.req_pool_idx)", "result", PAGE8, True),
+    "dead row entries stay": Mutant(ROUNDS, "req_to_token[_ranges(dead, column)] = 0", "pass", PAGE8, True),
+    "pruned requests enter the tree": Mutant(LIFE, "req.skip_radix_cache_insert = True  # nothing", "pass  # nothing", PAGE8,
+                                             True),
+    "keys move, values do not": Mutant(ROUNDS, "(self.key, self.value, self.score", "(self.key, self.score", PAGE8, True),
+    "re-prefills after retraction are shared": Mutant(
+        LIFE, "    if runtime.evicts(req):\n        req.skip_radix_cache_insert = True\n\n\ndef adder",
+        "\n\ndef adder", STORM, True),
+    "admission is stock": Mutant(LIFE, "return LethePrefillAdder", "return result",
+                                 "tests/engine/test_pressure.py -k admits", True),
+    "ranks rank their own scores": Mutant("lethe_sglang/engine/runtime.py", "self._reduce if self.tp_size > 1 else None",
+                                          "None", "tests/engine/test_tensor_parallel.py", True),
+}  # fmt: skip
+
+
+def survives(mutant: Mutant) -> bool:
+    """Run a mutant's tests on a mutated copy of the tree; True if they pass, which is bad."""
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / "tree"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "out", "__pycache__", ".*_cache"))
+        path = copy / mutant.file
+        source = path.read_text()
+        if source.count(mutant.old) != 1:
+            raise SystemExit(f"{mutant.file}: {mutant.old!r} occurs {source.count(mutant.old)} times")
+        path.write_text(source.replace(mutant.old, mutant.new))
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *mutant.tests.split()]
+        env = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True)
+        print("   ", done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr[-200:], flush=True)
+        if done.returncode not in (0, 1):
+            raise SystemExit(f"pytest could not run: {done.stdout[-500:]}")
+        return done.returncode == 0
+
+
+def main() -> int:
+    """Run the chosen mutants; the exit status is the number of survivors."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", action="store_true", help="run those that need servers as well")
+    parser.add_argument("names", nargs="*", help="only these")
+    args = parser.parse_args()
+    survivors = 0
+    for name, mutant in MUTANTS.items():
+        if (args.names and name not in args.names) or (mutant.engine and not args.engine and not args.names):
+            continue
+        print(name, flush=True)
+        if survives(mutant):
+            survivors += 1
+            print("    SURVIVED", flush=True)
+    return survivors
+
+
+if __name__ == "__main__":
+    sys.exit(main())
