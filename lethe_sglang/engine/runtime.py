@@ -171,7 +171,7 @@ class Runtime:
         plans = [(state, self._plan(state, committed)) for state, committed in due]
         budget_cells = max(int(SCRATCH_FRACTION * self.num_layers * self.pool.cells.blocks), 1)
         while plans:
-            group, moved = [plans.pop(0)], 0
+            group = [plans.pop(0)]
             moved = sum(group[0][1].kept)
             while plans and moved + sum(plans[0][1].kept) <= budget_cells:
                 moved += sum(plans[0][1].kept)
