@@ -9,7 +9,7 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from lethe_sglang.kernels.indices import token_lists
-from lethe_sglang.kernels.score import accumulate, attend, observation_scores
+from lethe_sglang.kernels.score import accumulate, attend, observation_attention, replay
 
 if TYPE_CHECKING:
     from lethe_sglang.cache.ledger import Ledger
@@ -34,12 +34,15 @@ class DecodeLists(NamedTuple):
         int64 ``[L, B, n - first]``: the cells to score from list position ``first`` on, 0 where none is.
     first
         First list position that any request scores.
+    decay
+        gamma of this step: float32 ``[B, 1]`` where a window starts anew for some requests, else a number.
     """
 
     cells: torch.Tensor
     length: torch.Tensor
     scored: torch.Tensor | None
     first: int
+    decay: torch.Tensor | float
 
 
 class LetheTorchNativeBackend(TorchNativeAttnBackend):  # type: ignore[misc]
@@ -78,28 +81,34 @@ class LetheTorchNativeBackend(TorchNativeAttnBackend):  # type: ignore[misc]
         """Zero the scores of the cells this forward writes and resolve the token lists of every layer."""
         super().init_forward_metadata(forward_batch)
         cells = self.pool.cells
-        if cells.score is not None and forward_batch.out_cache_loc is not None:
-            cells.score.view(cells.num_layers, cells.blocks)[:, forward_batch.out_cache_loc] = 0
+        if forward_batch.out_cache_loc is not None:
+            for state in (cells.score, cells.memory):
+                if state is not None:
+                    state.view(cells.num_layers, cells.blocks)[:, forward_batch.out_cache_loc] = 0
         self.lists = self._decode_lists(forward_batch) if forward_batch.forward_mode.is_decode() else None
 
     def _decode_lists(self, forward_batch: Any) -> DecodeLists:
         rows, seq_lens = forward_batch.req_pool_indices, forward_batch.seq_lens
         table = self.ledger.table[rows]
-        prefix, tail, score_from = table[:, 0], table[:, 1], table[:, 2]
+        prefix, tail, score_from, score_after = table[:, :4].unbind(1)
         kept = self.ledger.kept_of(table)
         width = int((prefix + kept.amax(1) + seq_lens - tail).max())
         cells, length = token_lists(
             self.req_to_token_pool.req_to_token, rows, seq_lens, prefix, tail, kept,
             self.ledger.offsets_of(table), self.pool.cells.blocks, width,
         )  # fmt: skip
-        scored, first = None, 0
+        scored, first, decay = None, 0, 1.0
         if self.accumulation is not None:
+            decay = self.accumulation.step_decay
             first = min(int(score_from.min()), width)
             own = torch.arange(first, width, device=cells.device) >= score_from.unsqueeze(1)
             if self.accumulation.every > 1:
                 own &= (seq_lens % self.accumulation.every == 0).unsqueeze(1)
+            if self.accumulation.window is not None:
+                own &= (seq_lens > score_after).unsqueeze(1)
+                decay = torch.where(seq_lens == score_after + 1, 0.0, decay).unsqueeze(1)
             scored = torch.where(own, cells[:, :, first:], 0)
-        return DecodeLists(cells, length, scored, first)
+        return DecodeLists(cells, length, scored, first, decay)
 
     def forward_decode(
         self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True
@@ -117,7 +126,10 @@ class LetheTorchNativeBackend(TorchNativeAttnBackend):  # type: ignore[misc]
         )
         if lists.scored is not None and lists.first < attention.shape[1]:
             assert store.score is not None and self.accumulation is not None
-            accumulate(store.score, lists.scored[index], attention[:, lists.first :], self.accumulation.step_decay)
+            accumulate(
+                self.accumulation, store.score, store.memory, lists.scored[index], attention[:, lists.first :],
+                lists.decay, forward_batch.seq_lens.unsqueeze(1),
+            )  # fmt: skip
         return output.reshape(-1, layer.tp_q_head_num * layer.v_head_dim)
 
     def forward_extend(
@@ -144,9 +156,12 @@ class LetheTorchNativeBackend(TorchNativeAttnBackend):  # type: ignore[misc]
             if first is not None and extend_len > 0:
                 slots = self.req_to_token_pool.req_to_token[row, : prefix_len + extend_len].to(torch.int64)
                 cells = index * store.blocks + slots
-                score = observation_scores(
+                attention = observation_attention(
                     query[start : start + extend_len], store.key, cells, scaling,
-                    self.accumulation.decay, OBSERVATION_WINDOW,
+                    min(self.accumulation.window or OBSERVATION_WINDOW, OBSERVATION_WINDOW),
                 )  # fmt: skip
+                score, memory = replay(self.accumulation, attention)
                 store.score[cells[first:]] = score[first:]
+                if memory is not None and store.memory is not None:
+                    store.memory[cells[first:]] = memory[first:]
             start += extend_len

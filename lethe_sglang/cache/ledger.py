@@ -45,6 +45,10 @@ class RequestState:
         Most blocks held at once, shared prefix included (blocks).
     length
         Most row positions in use at once: what stock would hold (tokens).
+    steps
+        Decode steps seen so far.
+    held_sum, stock_sum
+        Own blocks held, and those that stock would hold, summed over those steps (blocks).
     thresholds
         Per layer, the candidates above which a round is due. Equal to ``budgets`` but under breakpoint allocation.
     pending
@@ -61,6 +65,9 @@ class RequestState:
     evicted: list[int] = field(default_factory=list)
     peak: int = 0
     length: int = 0
+    steps: int = 0
+    held_sum: int = 0
+    stock_sum: int = 0
     thresholds: list[int] = field(default_factory=list)
     pending: object | None = None
 
@@ -69,6 +76,13 @@ class RequestState:
         self.length = max(self.length, page_ceil(allocated, page_size))
         self.peak = max(self.peak, page_ceil(allocated, page_size) - self.layout.dead_len)
 
+    def count_step(self, allocated: int, page_size: int) -> None:
+        """Count a decode step that begins with ``allocated`` row positions in use."""
+        own = page_ceil(allocated, page_size) - self.layout.prefix
+        self.steps += 1
+        self.stock_sum += own
+        self.held_sum += own - self.layout.dead_len
+
 
 class RoundPlan(NamedTuple):
     """What one round will do to one request. Host numbers only.
@@ -76,6 +90,7 @@ class RoundPlan(NamedTuple):
     ``candidates[l]`` of layer l's own cells are ranked and ``kept[l]`` survive.
     """
 
+    committed: int
     row: int
     prefix: int
     old_packed: int
@@ -111,6 +126,8 @@ class Ledger:
         Where the table lives.
     pack_always
         Test aid: a round is due every interval even if nothing has to be evicted.
+    window
+        Decode steps before a round that the policy listens to; None is all of them.
 
     Attributes
     ----------
@@ -121,11 +138,12 @@ class Ledger:
 
     Notes
     -----
-    ``table`` is int32 ``[num_rows, 3 + 2L]``: prefix P, tail T, first scored list position, ``k_l`` and ``off_l``.
+    ``table`` is int32 ``[num_rows, 4 + 2L]``: prefix P, tail T, first scored list position, the sequence length after
+    which steps are scored, ``k_l`` and ``off_l``.
     A zero line describes an intact row, so rows the ledger has not seen yet (and padding) need no special case.
     """
 
-    PREFIX, TAIL, SCORE_FROM, KEPT = 0, 1, 2, 3
+    PREFIX, TAIL, SCORE_FROM, SCORE_AFTER, KEPT = 0, 1, 2, 3, 4
 
     def __init__(
         self,
@@ -136,20 +154,28 @@ class Ledger:
         interval: int,
         device: torch.device | str,
         pack_always: bool = False,
+        window: int | None = None,
     ) -> None:
         self.num_layers = num_layers
         self.page_size = page_size
-        self.recent = recent
-        self.interval = page_ceil(interval, page_size)
-        self.pack_always = pack_always
-        self.table = torch.zeros((num_rows, 3 + 2 * num_layers), dtype=torch.int32, device=device)
+        self.configure(recent, interval, pack_always, window)
+        self.table = torch.zeros((num_rows, self.KEPT + 2 * num_layers), dtype=torch.int32, device=device)
         self.requests: dict[int, RequestState] = {}
         self.observed: dict[int, int] = {}
         self._dirty: dict[int, list[int]] = {}
 
+    def configure(self, recent: int, interval: int, pack_always: bool, window: int | None) -> None:
+        """Set what decides about rounds; see the class for the meaning. No request may be followed."""
+        self.recent = recent
+        self.interval = page_ceil(interval, self.page_size)
+        self.pack_always = pack_always
+        self.window = window
+
     # -- life of a row ----------------------------------------------------------------------------------------------
 
-    def open(self, rid: str, row: int, prefix: int, budgets: tuple[int, ...] | None) -> RequestState:
+    def open(
+        self, rid: str, row: int, prefix: int, budgets: tuple[int, ...] | None, committed: int = 0
+    ) -> RequestState:
         """Start following a request whose prefill is done; ``budgets`` None means it is never evicted from."""
         state = RequestState(
             rid=rid,
@@ -163,7 +189,7 @@ class Ledger:
         if budgets is not None:
             state.due_at = self._due_at(state)
         self.requests[row] = state
-        self._mark(state)
+        self._mark(state, committed)
         return state
 
     def close(self, rows: Iterable[int]) -> list[RequestState]:
@@ -206,6 +232,7 @@ class Ledger:
         candidates = tuple(k + new_tail - layout.tail for k in state.kept)
         kept = tuple(min(b, n) for b, n in zip(budgets, candidates, strict=True))
         return RoundPlan(
+            committed=committed,
             row=state.row,
             prefix=layout.prefix,
             old_packed=layout.packed,
@@ -225,7 +252,7 @@ class Ledger:
         for layer, (n, k) in enumerate(zip(plan.candidates, plan.kept, strict=True)):
             state.evicted[layer] += n - k
         state.due_at = self._due_at(state)
-        self._mark(state)
+        self._mark(state, plan.committed)
 
     def _due_at(self, state: RequestState) -> int:
         """Find the committed length at which ``interval`` tokens have left the window and a budget is exceeded.
@@ -240,11 +267,12 @@ class Ledger:
 
     # -- device table -----------------------------------------------------------------------------------------------
 
-    def _mark(self, state: RequestState) -> None:
+    def _mark(self, state: RequestState, committed: int) -> None:
         layout = state.layout
         score_from = layout.prefix if state.budgets else NEVER
+        score_after = 0 if self.window is None else max(state.due_at - self.window, committed)
         self._dirty[state.row] = [
-            layout.prefix, layout.tail, score_from, *state.kept, *packed_offsets(state.kept),
+            layout.prefix, layout.tail, score_from, score_after, *state.kept, *packed_offsets(state.kept),
         ]  # fmt: skip
 
     @property

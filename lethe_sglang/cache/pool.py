@@ -25,6 +25,7 @@ class PackedKVPool(MHATokenToKVPool):  # type: ignore[misc]
 
     track_score: bool = True
     track_position: bool = False
+    track_memory: bool = False
 
     def _create_buffers_normal(self) -> None:
         k_shape, v_shape = self._kv_buffer_shapes()
@@ -54,6 +55,7 @@ class PackedKVPool(MHATokenToKVPool):  # type: ignore[misc]
                 value=zeros(flat, self.store_dtype),
                 score=zeros((num_cells,), torch.float32) if self.track_score else None,
                 position=zeros((num_cells,), torch.int32) if self.track_position else None,
+                memory=zeros((num_cells,), torch.float32) if self.track_memory else None,
                 num_layers=self.layer_num,
                 blocks=blocks,
             )
@@ -65,12 +67,13 @@ class PackedKVPool(MHATokenToKVPool):  # type: ignore[misc]
         del self.cells
 
 
-def pool_class(track_score: bool, track_position: bool) -> type[PackedKVPool]:
+def pool_class(track_score: bool, track_position: bool, track_memory: bool) -> type[PackedKVPool]:
     """Return the pool class that carries just the states a policy declares."""
-    return type("PackedKVPool", (PackedKVPool,), {"track_score": track_score, "track_position": track_position})
+    tracked = {"track_score": track_score, "track_position": track_position, "track_memory": track_memory}
+    return type("PackedKVPool", (PackedKVPool,), tracked)
 
 
 def state_bytes(pool: PackedKVPool) -> int:
     """Bytes of the states that travel with cells (the plugin's memory that grows with the pool)."""
-    states = [s for s in (pool.cells.score, pool.cells.position) if s is not None]
+    states = [s for s in (pool.cells.score, pool.cells.position, pool.cells.memory) if s is not None]
     return sum(s.numel() * s.element_size() for s in states)

@@ -32,6 +32,8 @@ class Cells(NamedTuple):
         float32 ``[L * blocks]`` or None.
     position
         int32 ``[L * blocks]`` or None: logical position of *packed* cells (a tail cell's follows from its row).
+    memory
+        float32 ``[L * blocks]`` or None: the policy's second state.
     num_layers, blocks
         L and the blocks of the pool, padding included.
     """
@@ -40,13 +42,14 @@ class Cells(NamedTuple):
     value: torch.Tensor
     score: torch.Tensor | None
     position: torch.Tensor | None
+    memory: torch.Tensor | None
     num_layers: int
     blocks: int
 
     @property
     def buffers(self) -> list[torch.Tensor]:
         """What a round moves."""
-        return [b for b in (self.key, self.value, self.score, self.position) if b is not None]
+        return [b for b in (self.key, self.value, self.score, self.position, self.memory) if b is not None]
 
 
 class RoundResult(NamedTuple):
@@ -96,7 +99,7 @@ def run_round(
     sinks
         The first ``sinks`` positions of a sequence are never evicted (those beyond the shared prefix are own cells).
     reduce_scores
-        Sums scores over tensor-parallel ranks in a fixed order.
+        Averages scores over tensor-parallel ranks in a fixed order.
 
     Returns
     -------
@@ -135,17 +138,34 @@ def run_round(
         score = cells.score[own.cells]
         if reduce_scores is not None:
             score = reduce_scores(score)
-    rank = policy.rank(Candidates(score, position))
+    memory = None
+    if cells.memory is not None:
+        memory = cells.memory[own.cells]
+        if reduce_scores is not None:
+            memory = reduce_scores(memory)
+    feature = None
+    if policy.uses_keys:  # one layer at a time: a policy may compare every key with every other
+        feature = torch.stack(
+            [policy.key_feature(cells.key[c].float(), v) for c, v in zip(own.cells, valid, strict=True)]
+        )
+        if reduce_scores is not None:
+            feature = reduce_scores(feature)
+    candidates = Candidates(score, position, memory, feature, valid, column([p.committed for p in plans]))
+    rank = policy.rank(candidates)
     keep = select(rank, valid, pinned, count)
 
-    source, destination, freed, flat_position = _move(plans, cells, req_to_token, own.cells, keep, position, column)
-    if cells.position is not None:
-        assert flat_position is not None
-        repack([b for b in cells.buffers if b is not cells.position], source, destination)
-        cells.position.index_copy_(0, destination, flat_position)
-    else:
-        repack(cells.buffers, source, destination)
-    return RoundResult(freed, rank.masked_fill(~valid, float("-inf")), pinned, flat_position, destination)
+    # States that follow from the candidates are written anew; all others move with their cell.
+    renewed = [(cells.position, position), (cells.memory, policy.remember(candidates) if policy.uses_memory else None)]
+    written = [(buffer, values) for buffer, values in renewed if buffer is not None and values is not None]
+    source, destination, freed, flat = _move(
+        plans, cells, req_to_token, own.cells, keep, [values for _, values in written], column
+    )
+    anew = {id(buffer) for buffer, _ in written}
+    repack([b for b in cells.buffers if id(b) not in anew], source, destination)
+    for (buffer, _), values in zip(written, flat, strict=True):
+        buffer.index_copy_(0, destination, values)
+    kept_position = flat[0] if position is not None else None
+    return RoundResult(freed, rank.masked_fill(~valid, float("-inf")), pinned, kept_position, destination)
 
 
 def _move(
@@ -154,10 +174,10 @@ def _move(
     req_to_token: torch.Tensor,
     own_cells: torch.Tensor,
     keep: torch.Tensor,
-    position: torch.Tensor | None,
+    states: list[torch.Tensor],
     column: Callable[[list[int]], torch.Tensor],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Rewrite the rows and resolve where every kept cell goes; returns source, destination, freed slots, positions."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Rewrite the rows and resolve where every kept cell goes; returns source, destination, freed slots, states."""
     device, num_layers = req_to_token.device, cells.num_layers
     # Row entries: the head of the old tail becomes packed blocks, the rest is dead. Freed: what is not in use any more.
     moved_from = _ranges([(p.row, p.old_tail, p.moved_pages) for p in plans], column)
@@ -189,7 +209,7 @@ def _move(
         out.index_copy_(0, place, values.expand_as(keep).reshape(-1))
         return out[:total]
 
-    return compact(own_cells), compact(target), freed, None if position is None else compact(position)
+    return compact(own_cells), compact(target), freed, [compact(state) for state in states]
 
 
 def _ranges(

@@ -73,7 +73,7 @@ class Shadow:
             self._copy(layer, row, seq_len - 1, seq_len)
             if row not in self.ledger.requests:  # first decode step: the tree may have replaced part of the prefix
                 continue
-            prefix, tail, _ = self.ledger.table[row, :3].tolist()
+            prefix, tail = self.ledger.table[row, :2].tolist()
             kept = int(self.ledger.kept_of(self.ledger.table[row])[layer])
             own = cells[i, prefix : int(length[i])]
             position = torch.cat([self.store.position[own[:kept]].to(torch.int64), torch.arange(tail, seq_len)])

@@ -16,19 +16,16 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, ValidationError, model_validator
+
+from lethe_sglang.config.policy_options import GKVConfig, LazyConfig, MorphKVConfig, RKVConfig, SnapKVConfig
+from lethe_sglang.config.section import Section
 
 DEFAULT_DECAY = 0.998
 """RASR decay per decode step when neither ``rasr.decay`` nor ``rasr.half_life`` is given."""
 
 DEFAULT_REQUEST_FACTOR = 4
 """Largest per-request budget, in multiples of ``budget.tokens``, when ``requests.max_budget`` is not given."""
-
-
-class Section(BaseModel):
-    """Base of every section: immutable, no unknown keys, no silent conversion between types."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class BudgetConfig(Section):
@@ -249,6 +246,17 @@ class DebugConfig(Section):
         default=False,
         description="Pack every interval even if nothing has to be evicted (tests). true or false.",
     )
+    record_requests: bool = Field(
+        default=False,
+        description="Keep what each of the last 1,024 finished requests held, for the telemetry. true or false.",
+    )
+    arms: tuple[dict[str, Any], ...] | None = Field(
+        default=None,
+        strict=False,
+        min_length=1,
+        description="Configurations laid over this one that a running, idle server can be switched to by number "
+        "(set_internal_state, kv_evict_arm), so that an experiment needs one start. A list of mappings, or null.",
+    )
 
 
 class EvictionConfig(Section):
@@ -264,6 +272,11 @@ class EvictionConfig(Section):
     retain: RetainConfig = Field(default_factory=RetainConfig, description="What is never evicted.")
     rasr: RasrConfig = Field(default_factory=RasrConfig, description="The decay of the token score.")
     breakpoint: BreakpointConfig = Field(default_factory=BreakpointConfig, description="The run-time allocation.")
+    snapkv: SnapKVConfig = Field(default_factory=SnapKVConfig, description="Options of policy snapkv.")
+    morphkv: MorphKVConfig = Field(default_factory=MorphKVConfig, description="Options of policy morphkv.")
+    rkv: RKVConfig = Field(default_factory=RKVConfig, description="Options of policy rkv.")
+    gkv: GKVConfig = Field(default_factory=GKVConfig, description="Options of policy gkv.")
+    lazy: LazyConfig = Field(default_factory=LazyConfig, description="Options of policy lazy.")
     requests: RequestsConfig = Field(default_factory=RequestsConfig, description="What one request may change.")
     debug: DebugConfig = Field(default_factory=DebugConfig, description="Checks and records for tests.")
 
@@ -295,6 +308,33 @@ class EvictionConfig(Section):
         """Largest budget that a request may ask for, in tokens."""
         limit = self.requests.max_budget
         return DEFAULT_REQUEST_FACTOR * self.budget.tokens if limit is None else limit
+
+    def arm(self, index: int) -> EvictionConfig:
+        """Return the configuration that arm ``index`` of ``debug.arms`` stands for."""
+        assert self.debug.arms is not None
+        merged: dict[str, Any] = self.model_dump(exclude_unset=True)
+        merged["debug"] = {k: v for k, v in merged["debug"].items() if k != "arms"}
+        for name, value in self.debug.arms[index].items():
+            if isinstance(value, Mapping) and isinstance(merged.get(name), Mapping):
+                value = {**merged[name], **value}
+            merged[name] = value
+        return EvictionConfig.model_validate(merged)
+
+    @property
+    def every_arm(self) -> tuple[EvictionConfig, ...]:
+        """The configuration itself and those it can be switched to."""
+        return (self, *(self.arm(i) for i in range(len(self.debug.arms or ()))))
+
+    @model_validator(mode="after")
+    def _check_arms(self) -> EvictionConfig:
+        for i in range(len(self.debug.arms or ())):
+            try:
+                self.arm(i)
+            except ValidationError as error:
+                first = error.errors()[0]
+                option = ".".join(str(part) for part in first["loc"])
+                raise ValueError(f"debug.arms[{i}]: {option}{': ' if option else ''}{first['msg']}") from None
+        return self
 
     @model_validator(mode="after")
     def _check_lengths(self) -> EvictionConfig:

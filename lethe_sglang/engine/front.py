@@ -68,7 +68,8 @@ def make_request(policy: str | None, source: str | None, budget: int | None, fro
                 raise ConfigError(f"{given} needs --kv-evict; legal: {', '.join(policy_names())}")
             return None
         config = resolve(policy=policy, source=source, budget=budget)
-        build_policy(config)
+        for arm in config.every_arm:
+            build_policy(arm)
         compat.verify()
         install(LAUNCHER_HOOKS)
     except (ConfigError, compat.CompatError, RuntimeError) as error:
@@ -153,7 +154,8 @@ def check_resolution(server_args: Any, previous: Callable[[Any], None]) -> None:
         guard.check_options(resolving_view(server_args))
         model = model_config_of(server_args)
         guard.check_model(model)
-        from_config(request.config, model.num_attention_layers)
+        for arm in request.config.every_arm:
+            from_config(arm, model.num_attention_layers)
     except ConfigError as error:
         request.fail(error)
 

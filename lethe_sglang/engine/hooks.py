@@ -54,6 +54,8 @@ SCHEDULER_HOOKS = (
          "telemetry.decode_line"),
     Hook(f"{_COMPONENTS}.internal_state.SchedulerInternalStateController.get_internal_state", HookType.AFTER,
          "telemetry.internal_state"),
+    Hook(f"{_COMPONENTS}.internal_state.SchedulerInternalStateController._update_handlers", HookType.AFTER,
+         "lifecycle.add_switch"),
     Hook(f"{_METRICS}.__init__", HookType.AFTER, "telemetry.start_metrics"),
     Hook(f"{_METRICS}.log_stats", HookType.AFTER, "telemetry.log_metrics"),
 )  # fmt: skip

@@ -17,7 +17,7 @@ from lethe_sglang.engine.runtime import Runtime, current
 def build_pool(original: Callable[..., Any], configurator: Any, **kwargs: Any) -> Any:
     """AROUND ``KVCacheConfigurator._build_mha_kv_pool``: build the packed pool."""
     runtime = current()
-    kwargs["mha_pool_class"] = pool_class(runtime.track_score, runtime.track_position)
+    kwargs["mha_pool_class"] = pool_class(*runtime.tracked)
     pool = original(configurator, **kwargs)
     if not isinstance(pool, PackedKVPool):
         raise RuntimeError(f"--kv-evict needs the plain multi-head KV pool, SGLang built {type(pool).__name__}")
@@ -27,7 +27,7 @@ def build_pool(original: Callable[..., Any], configurator: Any, **kwargs: Any) -
 def add_state_bytes(size: int, configurator: Any, kvc: Any, num_layers: int) -> int:
     """AFTER ``DefaultPoolConfigurator._compute_cell_size``: the states take 4 bytes a cell each."""
     runtime = current()
-    return size + 4 * num_layers * (runtime.track_score + runtime.track_position)
+    return size + 4 * num_layers * sum(runtime.tracked)
 
 
 def prune(scheduler: Any, batch: Any) -> None:
@@ -71,7 +71,7 @@ def observe_prefill(result: Any, batch: Any) -> None:
         row = req.kv.req_pool_idx
         if row is None:
             continue
-        if runtime.track_score and runtime.evicts(req) and is_private(req, batch.tree_cache):
+        if runtime.policy.accumulation is not None and runtime.evicts(req) and is_private(req, batch.tree_cache):
             runtime.ledger.observed[row] = req.kv.cache_protected_len
         else:
             runtime.ledger.observed.pop(row, None)
@@ -108,6 +108,27 @@ def after_retract(result: Any, req: Any) -> None:
         req.skip_radix_cache_insert = True
 
 
+def add_switch(handlers: dict[str, Any], controller: Any) -> dict[str, Any]:
+    """AFTER ``SchedulerInternalStateController._update_handlers``: ``kv_evict_arm`` switches an idle server."""
+    from sglang.srt.managers.scheduler_components.internal_state import UpdateRejected, _UpdateHandler
+
+    scheduler = controller.scheduler
+
+    def validate(key: str, value: Any) -> None:
+        idle = scheduler.running_batch.is_empty() and not scheduler.waiting_queue
+        if int(value) != value or not idle:
+            raise UpdateRejected(f"{key}: takes a whole number, on an idle server")
+        try:
+            current().check_arm(int(value))
+        except ValueError as error:
+            raise UpdateRejected(str(error)) from None
+
+    def apply(key: str, value: Any) -> None:
+        current().switch(int(value))
+
+    return {**handlers, "kv_evict_arm": _UpdateHandler(validate, apply)}
+
+
 def adder_class(result: type, scheduler: Any) -> type:
     """AFTER ``Scheduler.get_prefill_adder_class``."""
     return LethePrefillAdder
@@ -118,7 +139,9 @@ def torch_native_backend(runner: Any) -> Any:
     from lethe_sglang.attention.torch_native import LetheTorchNativeBackend
 
     runtime = attach(runner)
-    return LetheTorchNativeBackend(runner, runtime.pool, runtime.ledger, runtime.policy.accumulation, runtime.shadow)
+    backend = LetheTorchNativeBackend(runner, runtime.pool, runtime.ledger, runtime.policy.accumulation, runtime.shadow)
+    runtime.on_switch.append(lambda policy: setattr(backend, "accumulation", policy.accumulation))
+    return backend
 
 
 def attach(runner: Any) -> Runtime:

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from lethe_sglang.cache.pool import PackedKVPool
 from lethe_sglang.cache.rounds import RoundResult, run_round
 from lethe_sglang.cache.shadow import Shadow
 from lethe_sglang.config import EvictionConfig, RequestOverride, parse_request
-from lethe_sglang.policies import build_policy
+from lethe_sglang.policies import Policy, build_policy
 
 logger = logging.getLogger("lethe_sglang")
 
@@ -54,6 +54,7 @@ class Counters:
         self.last_finished: dict[str, Any] | None = None
         self.fingerprint = hashlib.sha256()
         self.kept_log: deque[dict[str, Any]] = deque(maxlen=256)
+        self.finished: deque[dict[str, Any]] = deque(maxlen=1024)
 
 
 class Runtime:
@@ -72,12 +73,12 @@ class Runtime:
     """
 
     def __init__(self, config: EvictionConfig, num_layers: int, page_size: int, context_length: int | None) -> None:
-        self.config = config
-        self.policy = build_policy(config)
+        self.request = config
         self.num_layers = num_layers
         self.page_size = page_size
         self.context_length = context_length
-        self.budgets = from_config(config, num_layers)
+        self.on_switch: list[Callable[[Policy], None]] = []
+        self.configure(config)
         self.counters = Counters(num_layers)
         self.tp_group: Any = None
         self.tp_size = 1
@@ -88,28 +89,64 @@ class Runtime:
 
     # -- construction -----------------------------------------------------------------------------------------------
 
-    @property
-    def track_score(self) -> bool:
-        """Whether cells carry a score."""
-        return self.policy.accumulation is not None
+    def configure(self, config: EvictionConfig) -> None:
+        """Take a configuration; nothing else of the runtime depends on it."""
+        self.config = config
+        self.policy = build_policy(config)
+        self.budgets = from_config(config, self.num_layers)
 
     @property
-    def track_position(self) -> bool:
-        """Whether packed cells carry their logical position."""
-        debug = self.config.debug
-        return self.policy.uses_position or debug.shadow or debug.fingerprints or debug.record_kept
+    def tracked(self) -> tuple[bool, bool, bool]:
+        """Which states a cell carries for any of the arms: score, position (of packed cells), memory."""
+        policies = [build_policy(arm) for arm in self.request.every_arm]
+        debug = self.request.debug
+        positions = debug.shadow or debug.fingerprints or debug.record_kept
+        return (
+            any(policy.accumulation is not None for policy in policies),
+            positions or any(policy.uses_position for policy in policies),
+            any(policy.uses_memory for policy in policies),
+        )
+
+    def switch(self, arm: int) -> None:
+        """Go over to arm ``arm`` of ``debug.arms``; the server must be idle (see :meth:`check_arm`)."""
+        self.check_arm(arm)
+        self.configure(self.request.arm(arm))
+        self.ledger.configure(*self._rounds())
+        for react in self.on_switch:
+            react(self.policy)
+        self.counters = Counters(self.num_layers)
+
+    def check_arm(self, arm: int) -> None:
+        """Check that the server can go over to an arm.
+
+        Raises
+        ------
+        ValueError
+            If there is no such arm or a request is followed.
+        """
+        arms = self.request.debug.arms or ()
+        if not 0 <= arm < len(arms):
+            raise ValueError(f"kv_evict_arm: got {arm}, debug.arms has {len(arms)}; legal: 0 to {len(arms) - 1}")
+        if self.ledger.requests:
+            raise ValueError("kv_evict_arm: requests are running; wait until the server is idle")
+
+    def _rounds(self) -> tuple[int, int, bool, int | None]:
+        window = None if self.policy.accumulation is None else self.policy.accumulation.window
+        return self.config.recent, self.config.rounds.interval, self.config.debug.pack_always, window
 
     def attach(self, pool: PackedKVPool, req_to_token: torch.Tensor) -> None:
         """Bind to the pool and the rows SGLang has built."""
         self.pool, self.req_to_token = pool, req_to_token
+        recent, interval, pack_always, window = self._rounds()
         self.ledger = Ledger(
             num_rows=req_to_token.shape[0],
             num_layers=self.num_layers,
             page_size=self.page_size,
-            recent=self.config.recent,
-            interval=self.config.rounds.interval,
+            recent=recent,
+            interval=interval,
             device=req_to_token.device,
-            pack_always=self.config.debug.pack_always,
+            pack_always=pack_always,
+            window=window,
         )
         if self.config.debug.shadow:
             self.shadow = Shadow(pool.cells, self.ledger, req_to_token)
@@ -153,8 +190,11 @@ class Runtime:
         kv = req.kv
         state = self.ledger.requests.get(kv.req_pool_idx)
         if state is None:
-            state = self.ledger.open(req.rid, kv.req_pool_idx, kv.cache_protected_len, self.budgets_of(req))
+            state = self.ledger.open(
+                req.rid, kv.req_pool_idx, kv.cache_protected_len, self.budgets_of(req), int(kv.kv_committed_len)
+            )
         state.observe(kv.kv_allocated_len, self.page_size)
+        state.count_step(kv.kv_allocated_len, self.page_size)
         return state
 
     def run_rounds(self, due: Sequence[tuple[RequestState, int]], allocator: Any) -> None:
@@ -234,13 +274,13 @@ class Runtime:
         return host, event
 
     def _reduce(self, scores: torch.Tensor) -> torch.Tensor:
-        """Sum scores over tensor-parallel ranks, in rank order, so that every rank ranks the same numbers."""
+        """Average over tensor-parallel ranks, in rank order, so that every rank ranks the same numbers."""
         parts = [torch.empty_like(scores) for _ in range(self.tp_size)]
         torch.distributed.all_gather(parts, scores.contiguous(), group=self.tp_group)
         total = parts[0]
         for part in parts[1:]:
             total = total + part
-        return total
+        return total / self.tp_size
 
     def _record(self, states: list[RequestState], plans: list[RoundPlan], result: RoundResult) -> None:
         """Debug only: hash and log which logical positions survived (synchronises)."""
@@ -284,7 +324,12 @@ class Runtime:
                 "blocks_held_peak": state.peak,
                 "blocks_stock_peak": state.length,
                 "evicted_per_layer": list(state.evicted),
+                "steps": state.steps,
+                "own_held_mean": state.held_sum / max(state.steps, 1),
+                "own_stock_mean": state.stock_sum / max(state.steps, 1),
             }
+            if self.config.debug.record_requests:
+                self.counters.finished.append(self.counters.last_finished)
 
 
 _runtime: Runtime | None = None

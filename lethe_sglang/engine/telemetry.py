@@ -45,6 +45,8 @@ def snapshot(runtime: Runtime) -> dict[str, Any]:
     }
     if config.debug.fingerprints:
         out["fingerprint"] = counters.fingerprint.hexdigest()
+    if config.debug.record_requests:
+        out["finished"] = list(counters.finished)
     if config.debug.record_kept:
         out["kept"] = list(counters.kept_log)
     if runtime.shadow is not None:

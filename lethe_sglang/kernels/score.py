@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
+
+if TYPE_CHECKING:
+    from lethe_sglang.policies.base import Accumulation
 
 
 def attend(
@@ -53,31 +58,87 @@ def attend(
     return out.view(batch, heads, dim).to(query.dtype), attention.mean(1)
 
 
-def accumulate(scores: torch.Tensor, cells: torch.Tensor, attention: torch.Tensor, decay: torch.Tensor | float) -> None:
-    """``S[cell] = decay * S[cell] + attention`` in place (paper eq. 5).
+def update(
+    rule: Accumulation,
+    score: torch.Tensor,
+    memory: torch.Tensor | None,
+    attention: torch.Tensor,
+    decay: torch.Tensor | float,
+    step: torch.Tensor | int,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Apply one step's attention to the states of cells; see ``policies.base.Accumulation`` for the rules.
+
+    ``score`` may be overwritten.
 
     Parameters
     ----------
-    scores
-        float32 ``[cells]``: S of the whole pool.
+    rule
+        What the policy accumulates.
+    score, memory, attention
+        float32 of one shape; memory only with rule recurrence.
+    decay, step
+        gamma of this step and the sequence length, each broadcastable.
+
+    Returns
+    -------
+    tuple
+        The new score and memory.
+    """
+    if rule.rule == "sum":
+        return score.mul_(decay).add_(attention), memory
+    if rule.rule == "max":
+        return torch.maximum(score.mul_(decay), attention), memory
+    assert memory is not None
+    renewed = attention > rule.threshold
+    gap = torch.where(renewed & (score > 0), step - score, 0.0)
+    return torch.where(renewed, torch.as_tensor(step, dtype=score.dtype, device=score.device), score), torch.maximum(
+        memory, gap
+    )
+
+
+def accumulate(
+    rule: Accumulation,
+    scores: torch.Tensor,
+    memories: torch.Tensor | None,
+    cells: torch.Tensor,
+    attention: torch.Tensor,
+    decay: torch.Tensor | float,
+    step: torch.Tensor,
+) -> None:
+    """Update the states of cells in place.
+
+    Parameters
+    ----------
+    rule
+        What the policy accumulates.
+    scores, memories
+        float32 ``[cells]``: S and M of the whole pool.
     cells
         int64 ``[B, n]``: cells to update; entries that must not be scored point to cell 0, which is padding.
     attention
         float32 ``[B, n]``.
     decay
-        gamma per scored step.
+        gamma of this step: a number, or float32 ``[B, 1]``.
+    step
+        ``[B, 1]``: sequence length of each request, this step's token included.
     """
     index = cells.reshape(-1)
-    updated = scores.index_select(0, index).mul_(decay).add_(attention.reshape(-1))
-    scores.index_copy_(0, index, updated)
+    score = scores.index_select(0, index).view_as(attention)
+    memory = None
+    if rule.rule == "recurrence":
+        assert memories is not None
+        memory = memories.index_select(0, index).view_as(attention)
+    score, memory = update(rule, score, memory, attention, decay, step)
+    scores.index_copy_(0, index, score.reshape(-1))
+    if memory is not None:
+        assert memories is not None
+        memories.index_copy_(0, index, memory.reshape(-1))
 
 
-def observation_scores(
-    query: torch.Tensor, keys: torch.Tensor, cells: torch.Tensor, scaling: float, decay: float, window: int
+def observation_attention(
+    query: torch.Tensor, keys: torch.Tensor, cells: torch.Tensor, scaling: float, window: int
 ) -> torch.Tensor:
-    """Score a prefilled sequence as if its last queries had been decode steps.
-
-    ``S[j] = sum_{i < w} decay^i * (1/H) * sum_h A_h[last - i, j]`` with causal attention and ``w = min(window, Q)``.
+    """Causal attention of a prefilled sequence's last queries, averaged over query heads.
 
     Parameters
     ----------
@@ -87,13 +148,13 @@ def observation_scores(
         Flat pool ``[cells, Hkv, D]``.
     cells
         int64 ``[n]``: cells of the whole sequence in order, this extend's included.
-    scaling, decay, window
-        Softmax scale, gamma per step, number of observed queries.
+    scaling, window
+        Softmax scale, number of observed queries.
 
     Returns
     -------
     torch.Tensor
-        float32 ``[n]``.
+        float32 ``[min(window, Q), n]``, in the order of the sequence.
     """
     w = min(window, query.shape[0])
     n = cells.shape[0]
@@ -104,6 +165,27 @@ def observation_scores(
     logits = torch.einsum("wkgd,nkd->kgwn", q, k)
     step = torch.arange(w, device=cells.device)
     future = torch.arange(n, device=cells.device).unsqueeze(0) > (n - w + step).unsqueeze(1)
-    attention = logits.masked_fill(future, float("-inf")).softmax(-1).reshape(heads, w, n).mean(0)
-    weight = torch.pow(torch.tensor(float(decay), device=cells.device), (w - 1 - step).float())
-    return weight @ attention
+    return logits.masked_fill(future, float("-inf")).softmax(-1).reshape(heads, w, n).mean(0)
+
+
+def replay(rule: Accumulation, attention: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Score a prefilled sequence as if its last queries had been decode steps.
+
+    Parameters
+    ----------
+    rule
+        What the policy accumulates.
+    attention
+        float32 ``[w, n]``: see :func:`observation_attention`.
+
+    Returns
+    -------
+    tuple
+        Score and memory, float32 ``[n]`` each (memory None unless the rule is recurrence).
+    """
+    w, n = attention.shape
+    score = attention.new_zeros(n)
+    memory = attention.new_zeros(n) if rule.rule == "recurrence" else None
+    for i in range(w):
+        score, memory = update(rule, score, memory, attention[i], rule.decay, n - w + i + 1)
+    return score, memory

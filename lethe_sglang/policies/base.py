@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -15,9 +15,12 @@ if TYPE_CHECKING:
 class Accumulation(NamedTuple):
     """How the attention of decode steps becomes the score of a cell.
 
-    The one score kernel implements, per request, layer and own cell j, at the request's own decode step t,
+    The one score kernel updates, per request, layer and own cell j, at the request's own decode step t and with
+    ``a = (1/H) * sum_h A_h,t[j]``, by one of three rules::
 
-        S_t[j] = decay * S_{t-1}[j] + (1/H) * sum_h A_h,t[j]
+        sum         S = decay * S + a
+        max         S = max(decay * S, a)
+        recurrence  if a > threshold:  M = max(M, t - S) if S > 0;  S = t     (S: last time stamp, M: memory)
 
     Attributes
     ----------
@@ -25,10 +28,20 @@ class Accumulation(NamedTuple):
         gamma, per decode step of the request, in [0, 1]. 1 is a plain sum, 0 keeps the last scored step only.
     every
         Only every n-th own step is scored, and then with ``decay ** every`` (1: every step).
+    window
+        Score the last ``window`` steps before a round only, from zero; None scores every step. After a round that
+        came less than a window ago it is the steps since then.
+    rule
+        See above.
+    threshold
+        Of rule recurrence: attention above it renews a token.
     """
 
-    decay: float
+    decay: float = 1.0
     every: int = 1
+    window: int | None = None
+    rule: Literal["sum", "max", "recurrence"] = "sum"
+    threshold: float = 0.0
 
     @property
     def step_decay(self) -> float:
@@ -42,14 +55,33 @@ class Candidates(NamedTuple):
     Attributes
     ----------
     score
-        float32 ``[L, B, n]``: the accumulated score S, or None if the policy accumulates nothing.
+        float32 ``[L, B, n]``: the accumulated score S, or None if the policy accumulates nothing. Under tensor
+        parallelism the mean over ranks.
     position
         int32 ``[L, B, n]``: logical position of each cell, or None unless the policy declares ``uses_position``.
         Along the last axis positions ascend.
+    memory
+        float32 ``[L, B, n]``: the second state M, or None unless the policy declares ``uses_memory``.
+    feature
+        float32 ``[L, B, n]``: what ``key_feature`` made of the keys, or None unless the policy declares ``uses_keys``.
+    valid
+        bool ``[L, B, n]``: false beyond a layer's candidates.
+    length
+        int64 ``[B]``: tokens of each sequence so far.
     """
 
     score: torch.Tensor | None
     position: torch.Tensor | None
+    memory: torch.Tensor | None
+    feature: torch.Tensor | None
+    valid: torch.Tensor
+    length: torch.Tensor
+
+    def need(self, state: Literal["score", "position", "memory", "feature"]) -> torch.Tensor:
+        """Return a state that the policy has declared."""
+        value: torch.Tensor | None = getattr(self, state)
+        assert value is not None, f"the policy does not declare that it uses {state}"
+        return value
 
 
 @dataclass(frozen=True)
@@ -63,6 +95,8 @@ class Policy(ABC):
     name: ClassVar[str]
     source: ClassVar[str]
     uses_position: ClassVar[bool] = False
+    uses_memory: ClassVar[bool] = False
+    uses_keys: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod
@@ -86,3 +120,24 @@ class Policy(ABC):
             float32 ``[L, B, n]``; larger is kept first. Ties are broken towards the later position.
         """
         ...
+
+    def key_feature(self, keys: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        """Reduce the candidates' keys of one layer to one number a cell (only if ``uses_keys``).
+
+        Parameters
+        ----------
+        keys
+            float32 ``[B, n, H, D]``: this rank's KV heads.
+        valid
+            bool ``[B, n]``.
+
+        Returns
+        -------
+        torch.Tensor
+            float32 ``[B, n]``: the mean over this rank's heads; the engine averages over ranks.
+        """
+        raise NotImplementedError
+
+    def remember(self, candidates: Candidates) -> torch.Tensor | None:
+        """Return the memory that survivors take along, float32 ``[L, B, n]``; None leaves it as it is."""
+        return None

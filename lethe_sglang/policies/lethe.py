@@ -48,5 +48,4 @@ class LethePolicy(Policy):
 
     def rank(self, candidates: Candidates) -> torch.Tensor:
         """By score."""
-        assert candidates.score is not None
-        return candidates.score
+        return candidates.need("score")

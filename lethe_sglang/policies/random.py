@@ -41,8 +41,7 @@ class RandomPolicy(Policy):
 
     def rank(self, candidates: Candidates) -> torch.Tensor:
         """By hash, in [0, 1)."""
-        assert candidates.position is not None
-        position = candidates.position.to(torch.int64)
+        position = candidates.need("position").to(torch.int64)
         layer = torch.arange(position.shape[0], device=position.device).view(-1, 1, 1)
         h = (position * 2654435761 + layer * 40503 + self.seed * 69069 + 12345) & _MASK
         for _ in range(3):

@@ -6,9 +6,15 @@ import difflib
 from typing import TYPE_CHECKING
 
 from lethe_sglang.config import ConfigError
+from lethe_sglang.policies.gkv import GKVPolicy
 from lethe_sglang.policies.h2o import H2OPolicy
+from lethe_sglang.policies.keydiff import KeyDiffPolicy
+from lethe_sglang.policies.lazy import LazyPolicy
 from lethe_sglang.policies.lethe import LethePolicy
+from lethe_sglang.policies.morphkv import MorphKVPolicy
 from lethe_sglang.policies.random import RandomPolicy
+from lethe_sglang.policies.rkv import RKVPolicy
+from lethe_sglang.policies.snapkv import SnapKVPolicy
 from lethe_sglang.policies.streaming import StreamingPolicy
 from lethe_sglang.policies.tova import TovaPolicy
 
@@ -17,8 +23,12 @@ if TYPE_CHECKING:
     from lethe_sglang.policies.base import Policy
 
 POLICIES: dict[str, type[Policy]] = {
-    policy.name: policy for policy in (LethePolicy, H2OPolicy, TovaPolicy, StreamingPolicy, RandomPolicy)
-}
+    policy.name: policy
+    for policy in (
+        LethePolicy, H2OPolicy, TovaPolicy, SnapKVPolicy, MorphKVPolicy, RKVPolicy, GKVPolicy, LazyPolicy,
+        KeyDiffPolicy, StreamingPolicy, RandomPolicy,
+    )
+}  # fmt: skip
 
 
 def policy_names() -> tuple[str, ...]:

@@ -33,5 +33,4 @@ class StreamingPolicy(Policy):
 
     def rank(self, candidates: Candidates) -> torch.Tensor:
         """By position."""
-        assert candidates.position is not None
-        return candidates.position.to(torch.float32)
+        return candidates.need("position").to(torch.float32)

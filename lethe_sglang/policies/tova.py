@@ -32,5 +32,4 @@ class TovaPolicy(Policy):
 
     def rank(self, candidates: Candidates) -> torch.Tensor:
         """By score."""
-        assert candidates.score is not None
-        return candidates.score
+        return candidates.need("score")

@@ -19,7 +19,7 @@ CPU_DEMO = ("--kv-evict", "lethe", "--kv-evict-config", "cpu-demo")
 
 @pytest.fixture(scope="module")
 def server(start):
-    server = start("--enable-metrics", *CPU_DEMO).wait()
+    server = start("--enable-metrics", "--page-size", "16", *CPU_DEMO).wait()
     yield server
     server.check_healthy()
 

@@ -1,9 +1,10 @@
-"""Small pools: admission, retraction storms, private prompts, no radix tree, no overlap, breakpoint allocation."""
+"""Small pools: admission, retraction storms, no radix tree, no overlap, breakpoint allocation."""
 
 from __future__ import annotations
 
 import re
 
+import matrix
 import pytest
 from conftest import config
 from problems import PROMPTS, WALKS, prompt, walk
@@ -21,51 +22,61 @@ def mean_running(server) -> float:
     return sum(steps) / len(steps)
 
 
-@pytest.fixture(scope="module")
-def storm(start):
-    """Private prompts, page 8, a tiny pool and SGLang's own retraction test every 7 steps; no overlap."""
+def test_retraction_storms_leak_nothing_and_gathered_cells_stay_right(start):
+    """Page 8, a tiny pool, no overlap and SGLang's own retraction test every 7 steps, less than half an interval.
+
+    So no request ever sees a round between two retractions unless what it prefills again stays its own.
+    """
     server = start(
         "--max-total-tokens", "640", "--page-size", "8", "--chunked-prefill-size", "32", "--disable-overlap-schedule",
-        "--kv-evict", "lethe", "--kv-evict-config", config(**BASE, retain={"prompt": "private"}, debug=DEBUG),
+        "--kv-evict", "lethe", "--kv-evict-config", config(**BASE, debug=DEBUG),
         env={"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "7"},
     ).wait()  # fmt: skip
-    yield server
+    outputs = server.generate_all(PROMPTS[:8], 8, tokens=150)
+    assert all(o["meta"]["completion_tokens"] > 20 for o in outputs)
+    report = server.lethe()
+    assert report["requests_retracted"] > 30
+    assert report["rounds"] > 20 and report["shadow"]["checks"] > 2000
+    for text, output in zip(PROMPTS[:8], outputs, strict=True):
+        replay = server.generate(text + output["text"], tokens=1)
+        assert replay["meta"]["cached_tokens"] <= len(text) + 8, "generated tokens were shared after a retraction"
+    server.check_healthy()
     server.stop()
 
 
-def test_retraction_storms_leak_nothing_and_gathered_cells_stay_right(storm):
-    outputs = storm.generate_all(PROMPTS[:8], 8, tokens=150)
-    assert all(o["meta"]["completion_tokens"] > 20 for o in outputs)
-    report = storm.lethe()
-    assert report["requests_retracted"] > 30
-    assert report["rounds"] > 20 and report["shadow"]["checks"] > 2000
-    storm.check_healthy()
+NO_TREE = ("--max-total-tokens", "700", "--disable-radix-cache", "--decode-log-interval", "1")
 
 
-def test_a_private_prompt_longer_than_the_budget_is_pruned(storm):
-    problem, _ = walk(5, nodes=20, steps=40)
-    storm.generate(prompt(problem), tokens=60)
-    last = storm.lethe()["last_finished"]
-    assert last["blocks_held_peak"] >= len(problem) > 80, "the prompt is intact first"
-    assert min(storm.lethe()["tokens_evicted_per_layer"]) > 0
-    storm.check_healthy()
+@pytest.fixture(scope="module", params=[1, 8], ids=lambda page: f"page{page}")
+def treeless(request, start):
+    settings = config(**BASE, debug={**DEBUG, "arms": matrix.ARMS})
+    server = start(
+        *NO_TREE, "--page-size", str(request.param), "--kv-evict", "lethe", "--kv-evict-config", settings
+    ).wait()
+    server.page = request.param
+    yield server
+    server.check_healthy()
+    server.stop()
 
 
-def test_without_a_radix_tree_freed_memory_admits_more_requests(start):
-    args = ("--max-total-tokens", "700", "--disable-radix-cache", "--decode-log-interval", "1")
+def test_without_a_radix_tree_freed_memory_admits_more_requests(start, treeless):
+    if treeless.page != 1:
+        pytest.skip("stock is measured at page size 1")
     work = dict(tokens=260, ignore_eos=True)
-    means = {}
-    settings = config(**BASE, debug=DEBUG)
-    for name, extra in (("stock", ()), ("lethe", ("--kv-evict", "lethe", "--kv-evict-config", settings))):
-        server = start(*args, *extra).wait()
-        server.generate_all(WALKS, 8, **work)
-        means[name] = mean_running(server)
-        if name == "lethe":
-            report = server.lethe()
-            assert report["rounds"] > 50 and report["shadow"]["checks"] > 5000
-        server.check_healthy()
-        server.stop()
-    assert means["lethe"] >= 2 * means["stock"], means
+    treeless.generate_all(WALKS, 8, **work)
+    report = treeless.lethe()
+    assert report["rounds"] > 50 and report["shadow"]["checks"] > 5000
+    treeless.check_healthy()
+    stock = start(*NO_TREE).wait()
+    stock.generate_all(WALKS, 8, **work)
+    stock.check_healthy()
+    stock.stop()
+    assert mean_running(treeless) >= 2 * mean_running(stock)
+
+
+@pytest.mark.parametrize("policy", matrix.POLICIES)
+def test_every_policy_runs_without_a_radix_tree(treeless, policy):
+    matrix.run(treeless, policy)
 
 
 def test_breakpoint_allocation_respects_the_mean_and_serves(start, tmp_path):

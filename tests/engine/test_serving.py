@@ -13,18 +13,18 @@ import threading
 import time
 import urllib.error
 
+import matrix
 import pytest
 from conftest import config
 from problems import CHAINS, PROMPTS, WALKS, prompt, walk
 
 SETTINGS = config(
     budget={"tokens": 48}, rounds={"interval": 16}, rasr={"half_life": 7}, requests={"max_budget": 4096},
-    debug={"shadow": True, "pack_always": True, "record_kept": True},
+    debug={"shadow": True, "pack_always": True, "record_kept": True, "arms": matrix.ARMS},
 )  # fmt: skip
 PAGES = {
     1: dict(entry=("-m", "sglang.launch_server"), chunk="64"),
-    8: dict(entry=("-m", "sglang.launch_server"), chunk="32"),
-    16: dict(entry=("-c", "from sglang.cli.main import main; main()", "serve"), chunk="32"),
+    8: dict(entry=("-c", "from sglang.cli.main import main; main()", "serve"), chunk="32"),
 }
 SINKS, RECENT = 4, 15
 
@@ -89,8 +89,6 @@ def test_every_gathered_cell_equalled_the_uncompressed_one(server):
 
 
 def test_output_does_not_depend_on_the_batch(server):
-    if server.page == 16:
-        pytest.skip("covered at pages 1 and 8")
     alone = [server.generate(p)["text"] for p in PROMPTS[:8]]
     for concurrency in (8, 32):
         together = server.generate_all(PROMPTS[:8] * 4, concurrency)
@@ -197,3 +195,13 @@ def test_a_smaller_budget_of_one_request_is_honoured(server):
     small = server.lethe()["last_finished"]["evicted_per_layer"][0]
     server.generate(WALKS[0], tokens=200, kv_evict={"budget": 96})
     assert small > server.lethe()["last_finished"]["evicted_per_layer"][0]
+
+
+@pytest.mark.parametrize("policy", matrix.POLICIES)
+def test_every_policy_runs_on_the_radix_tree(server, policy):
+    matrix.run(server, policy)
+
+
+def test_an_arm_that_does_not_exist_is_refused(server):
+    (reply,) = server.post("/set_internal_state", {"server_args": {"kv_evict_arm": len(matrix.ARMS)}})
+    assert reply["updated"] is False

@@ -1,23 +1,31 @@
-"""Two ranks on a CPU keep the same cells."""
+"""Two ranks on a CPU keep the same cells; prompts are private."""
 
 from __future__ import annotations
 
 import re
 
+import pytest
 from conftest import config
 from problems import PROMPTS, prompt, walk
 
 
-def test_both_ranks_keep_the_same_cells(start):
+@pytest.fixture(scope="module")
+def server(start):
     settings = config(
-        budget={"tokens": 48}, rounds={"interval": 16}, rasr={"half_life": 7},
+        budget={"tokens": 48}, rounds={"interval": 16}, rasr={"half_life": 7}, retain={"prompt": "private"},
         debug={"fingerprints": True, "shadow": True},
     )  # fmt: skip
     server = start(
         "--tp", "2", "--max-total-tokens", "2048", "--kv-evict", "lethe", "--kv-evict-config", settings,
     ).wait()  # fmt: skip
+    yield server
+    server.check_healthy()
+    server.stop()
+
+
+def test_both_ranks_keep_the_same_cells(server):
     problem, answer = walk(3, steps=40)
-    assert server.generate(prompt(problem), tokens=300)["text"] == answer
+    assert server.generate(prompt(problem), tokens=300, kv_evict="none")["text"] == answer
     server.generate_all(PROMPTS[:4], 4, tokens=120)
     server.check_healthy()
     log = server.log.read_text(errors="replace")
@@ -27,3 +35,14 @@ def test_both_ranks_keep_the_same_cells(start):
     assert len(by_round) > 10
     for number, digests in by_round.items():
         assert set(digests) == {0, 1} and digests[0] == digests[1], f"round {number}: {digests}"
+
+
+def test_a_private_prompt_longer_than_the_budget_is_pruned(server):
+    server.flush()
+    problem, _ = walk(5, nodes=20, steps=40)
+    server.generate(prompt(problem), tokens=60)
+    last = server.lethe()["last_finished"]
+    assert last["blocks_held_peak"] >= len(problem) > 80, "the prompt is intact first"
+    assert min(last["evicted_per_layer"]) >= len(problem) + 60 - 48 - 16 - 2
+    replay = server.generate(prompt(problem), tokens=1)
+    assert replay["meta"]["cached_tokens"] == 0, "a private prompt seeded the tree"

@@ -21,7 +21,8 @@ class MiniPool:
         cells = num_layers * blocks
         self.cells = Cells(
             key=torch.full((cells, 1, 4), -1.0), value=torch.full((cells, 1, 4), -1.0), score=torch.zeros(cells),
-            position=torch.zeros(cells, dtype=torch.int32), num_layers=num_layers, blocks=blocks,
+            position=torch.zeros(cells, dtype=torch.int32), memory=torch.zeros(cells),
+            num_layers=num_layers, blocks=blocks,
         )  # fmt: skip
         self.req_to_token = torch.zeros((rows, context), dtype=torch.int32)
         self.free = list(range(1, pages + 1))

@@ -13,9 +13,14 @@ from lethe_sglang.policies import POLICIES, Accumulation, Candidates, build_poli
 def test_every_policy_ranks_what_it_declares(name):
     policy = build_policy(from_mapping({"policy": name}))
     shape = (2, 3, 5)
+    valid = torch.tensor([True] * 4 + [False]).expand(shape)
     candidates = Candidates(
         score=torch.rand(shape) if policy.accumulation is not None else None,
         position=torch.arange(5, dtype=torch.int32).expand(shape) if policy.uses_position else None,
+        memory=torch.rand(shape) if policy.uses_memory else None,
+        feature=policy.key_feature(torch.rand(3, 5, 2, 8), valid[0]).expand(shape) if policy.uses_keys else None,
+        valid=valid,
+        length=torch.tensor([5, 9, 12]),
     )
     rank = policy.rank(candidates)
     assert rank.shape == shape and rank.dtype == torch.float32 and bool(torch.isfinite(rank).all())
@@ -37,7 +42,9 @@ def test_half_life_and_every_reach_the_accumulation():
 def test_random_is_uniform_over_positions_and_independent_over_layers():
     policy = build_policy(from_mapping({"policy": "random"}))
     position = torch.arange(20_000, dtype=torch.int32).expand(2, 1, -1)
-    rank = policy.rank(Candidates(None, position))[:, 0]
+    rank = policy.rank(
+        Candidates(None, position, None, None, torch.ones_like(position, dtype=torch.bool), torch.tensor([20_000]))
+    )[:, 0]
     assert float(rank.mean()) == pytest.approx(0.5, abs=0.02)
     assert float(rank[0, :10_000].mean()) == pytest.approx(0.5, abs=0.02)
     assert abs(float(torch.corrcoef(rank)[0, 1])) < 0.05

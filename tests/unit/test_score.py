@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lethe_sglang.kernels.repack import repack, select
-from lethe_sglang.kernels.score import accumulate, attend, observation_scores
+from lethe_sglang.kernels.score import accumulate, attend, observation_attention, replay
+from lethe_sglang.policies import Accumulation
 
 
 def dense(q, k, v, scale):
@@ -39,7 +40,7 @@ def test_accumulate_is_the_decayed_sum_of_equation_5():
     cells = torch.arange(1, 12).unsqueeze(0)
     for _ in range(5):
         a = torch.rand(1, 11)
-        accumulate(scores, cells, a, gamma)
+        accumulate(Accumulation(gamma), scores, None, cells, a, gamma, torch.tensor([[1]]))
         expected[1:] = gamma * expected[1:] + a[0]
     torch.testing.assert_close(scores, expected)
 
@@ -50,7 +51,7 @@ def test_observation_scores_equal_the_same_queries_as_decode_steps():
     keys, values = torch.randn(40, 2, 8), torch.randn(40, 2, 8)
     cells = torch.randperm(39)[:n] + 1
     queries = torch.randn(n, 4, 8)
-    got = observation_scores(queries, keys, cells, 0.5, gamma, w)
+    got, _ = replay(Accumulation(gamma), observation_attention(queries, keys, cells, 0.5, w))
     expected = torch.zeros(n)
     for t in range(n - w, n):
         _, a = dense(queries[t], keys[cells[: t + 1]], values[cells[: t + 1]], 0.5)
@@ -61,8 +62,8 @@ def test_observation_scores_equal_the_same_queries_as_decode_steps():
 
 def test_observation_of_a_chunk_shorter_than_the_window_uses_its_queries():
     keys = torch.randn(20, 1, 8)
-    got = observation_scores(torch.randn(3, 2, 8), keys, torch.arange(1, 11), 0.5, 1.0, 32)
-    assert float(got.sum()) == pytest.approx(3.0, abs=1e-5)
+    got = observation_attention(torch.randn(3, 2, 8), keys, torch.arange(1, 11), 0.5, 32)
+    assert got.shape == (3, 10) and float(got.sum()) == pytest.approx(3.0, abs=1e-5)
 
 
 def test_repack_moves_all_cells_at_once():

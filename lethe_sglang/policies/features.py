@@ -1,0 +1,71 @@
+"""What several policies compute of scores and keys."""
+
+from __future__ import annotations
+
+import torch
+
+
+def pooled(score: torch.Tensor, valid: torch.Tensor, kernel: int, how: str) -> torch.Tensor:
+    """Pool scores over neighbouring candidates.
+
+    Parameters
+    ----------
+    score, valid
+        float32 and bool ``[L, B, n]``; what is not valid counts as 0.
+    kernel
+        Odd number of candidates, centred.
+    how
+        ``avg`` or ``max``.
+
+    Returns
+    -------
+    torch.Tensor
+        float32 ``[L, B, n]``.
+    """
+    if kernel == 1:
+        return score
+    flat = score.masked_fill(~valid, 0.0).flatten(0, 1).unsqueeze(1)
+    pool = torch.nn.functional.avg_pool1d if how == "avg" else torch.nn.functional.max_pool1d
+    return pool(flat, kernel, stride=1, padding=kernel // 2).view(score.shape)
+
+
+def redundancy(keys: torch.Tensor, valid: torch.Tensor, threshold: float | None = None) -> torch.Tensor:
+    """Mean cosine of each key to the other candidates' keys, over heads (R-KV; G-KV without the threshold).
+
+    Parameters
+    ----------
+    keys
+        float32 ``[B, n, H, D]`` of one layer.
+    valid
+        bool ``[B, n]``.
+    threshold
+        Of the other keys with a cosine above it, the latest one does not count: it stands in for the rest.
+
+    Returns
+    -------
+    torch.Tensor
+        float32 ``[B, n]``.
+    """
+    unit = torch.nn.functional.normalize(keys, dim=-1).transpose(1, 2)  # [B, H, n, D]
+    unit = unit * valid[:, None, :, None]
+    cosine = unit @ unit.mT
+    cosine.diagonal(dim1=-2, dim2=-1).zero_()
+    if threshold is not None:
+        similar = cosine > threshold
+        n = keys.shape[1]
+        place = torch.arange(n, device=keys.device)
+        latest = torch.where(similar, place, -1).amax(-1, keepdim=True)
+        cosine = cosine.masked_fill(place == latest, 0.0)
+    count = valid.sum(-1).clamp(min=1).view(-1, 1, 1)
+    return (cosine.sum(-1) / count).mean(1)
+
+
+def masked_softmax(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Softmax over the last axis among valid entries, 0 elsewhere; shapes ``[..., n]``."""
+    return values.masked_fill(~valid, float("-inf")).softmax(-1).nan_to_num(0.0)
+
+
+def over_maximum(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Divide by the largest valid value of the last axis (values that are all 0 stay 0); shapes ``[..., n]``."""
+    top = values.masked_fill(~valid, 0.0).amax(-1, keepdim=True)
+    return values / top.clamp(min=1e-12)

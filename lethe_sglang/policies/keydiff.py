@@ -1,0 +1,46 @@
+"""KeyDiff: keys unlike the mean key, whatever the attention says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from lethe_sglang.policies.base import Candidates, Policy
+
+if TYPE_CHECKING:
+    from lethe_sglang.config import EvictionConfig
+
+
+@dataclass(frozen=True)
+class KeyDiffPolicy(Policy):
+    """Evict the keys most similar to the mean normalised key: rank by ``-cos(k_j, mean_i k_i / |k_i|)``.
+
+    The anchor is the mean over a layer's candidates. The paper works per KV head; here the cosine is averaged over
+    heads, with one kept set per layer.
+    """
+
+    name: ClassVar[str] = "keydiff"
+    source: ClassVar[str] = "arXiv 2504.15364"
+    uses_keys: ClassVar[bool] = True
+
+    @classmethod
+    def from_config(cls, config: EvictionConfig) -> KeyDiffPolicy:
+        """No option of its own."""
+        return cls()
+
+    @property
+    def accumulation(self) -> None:
+        """Attention is not looked at."""
+        return None
+
+    def key_feature(self, keys: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        """Cosine to the mean normalised key."""
+        unit = torch.nn.functional.normalize(keys, dim=-1) * valid[:, :, None, None]
+        anchor = unit.sum(1, keepdim=True) / valid.sum(1).clamp(min=1).view(-1, 1, 1, 1)
+        return torch.nn.functional.cosine_similarity(keys, anchor, dim=-1).mean(-1)
+
+    def rank(self, candidates: Candidates) -> torch.Tensor:
+        """By difference from the mean key."""
+        return -candidates.need("feature")

@@ -1,0 +1,51 @@
+"""The matrix every policy enters: real pool, allocator, tree and scheduler; a server goes from policy to policy."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from problems import CHAINS, WALKS
+
+from lethe_sglang.policies import policy_names
+
+ARMS = [{"policy": name} for name in policy_names()]
+POLICIES = policy_names()
+
+
+def switch(server, policy: str) -> None:
+    """Send an idle server over to a policy."""
+    server.flush()
+    (reply,) = server.post("/set_internal_state", {"server_args": {"kv_evict_arm": POLICIES.index(policy)}})
+    assert reply["updated"] is True
+    assert server.lethe()["policy"] == policy
+
+
+def run(server, policy: str) -> None:
+    """Many rounds alone, together and through a retraction; nothing may leak and no output may depend on the batch."""
+    prompts = [WALKS[0], CHAINS[1]]
+    work = dict(tokens=112, ignore_eos=True)
+    switch(server, policy)
+    alone = []
+    for text in prompts:
+        alone.append(server.generate(text, **work)["text"])
+        last = server.lethe()["last_finished"]
+        assert last["rounds"] >= 3 and min(last["evicted_per_layer"]) >= 40
+    assert [o["text"] for o in server.generate_all(prompts, 2, **work)] == alone
+    checks = server.lethe()["shadow"]["checks"]
+
+    threads = [threading.Thread(target=server.generate, args=(text,), kwargs=work) for text in prompts]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 60
+    while server.lethe()["requests_running"] < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    server.post("/pause_generation", {"mode": "retract"})
+    server.post("/continue_generation")
+    for thread in threads:
+        thread.join(timeout=120)
+        assert not thread.is_alive()
+    report = server.lethe()
+    assert report["requests_retracted"] >= 1, "nothing was running any more when generation was paused"
+    assert report["shadow"]["checks"] > checks
+    server.check_healthy()
