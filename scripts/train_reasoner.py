@@ -1,0 +1,372 @@
+#!/usr/bin/env python3
+"""Train the bundled reasoner from scratch on generated problems, or check the shipped weights.
+
+python scripts/train_reasoner.py            train (resumes from out/reasoner; Ctrl-C is safe) and export
+python scripts/train_reasoner.py --check    solve --problems N a family with full KV, greedy; exit 1 below 95 %
+python scripts/train_reasoner.py --export   write models/reasoner from the last checkpoint
+
+Two CPU cores need an afternoon, a GPU minutes. First a copying curriculum until look-up forms (repeated random blocks
+and key-value look-ups), then the problems with growing length. Data, order and initialisation follow from --seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from lethe_sglang.evaluation.statistics import wilson  # noqa: E402
+from lethe_sglang.evaluation.tasks import (  # noqa: E402
+    END_THINK,
+    FAMILIES,
+    NAMES,
+    PUNCTUATION,
+    THINK,
+    TRAINED,
+    Problem,
+    problem,
+)  # fmt: skip
+
+MODEL = ROOT / "models" / "reasoner"
+STATE = ROOT / "out" / "reasoner"
+PAD, BOS, EOS = 0, 1, 2
+VOCAB = ["<pad>", "<bos>", "<eos>", THINK, END_THINK, *"0123456789", *PUNCTUATION, *NAMES, *NAMES.upper()]
+TOKEN = {text: i for i, text in enumerate(VOCAB)}
+VOCAB_SIZE = 128
+
+
+class Stage(NamedTuple):
+    """Part of the curriculum: ``steps`` batches of ``rows`` sequences of ``length`` tokens."""
+
+    kind: str
+    length: int
+    rows: int
+    steps: int
+
+
+STAGES = (
+    Stage("copy", 64, 64, 600),
+    Stage("tasks", 160, 40, 500),
+    Stage("tasks", 320, 24, 600),
+    Stage("tasks", 640, 12, 600),
+    Stage("tasks", 1024, 8, 350),
+    Stage("tasks", 2048, 4, 120),
+)
+TOTAL = sum(stage.steps for stage in STAGES)
+WARMUP, DECAY = 100, 0.35
+RATE, MATRIX_RATE = 3e-3, 2e-2
+
+
+def architecture() -> Qwen3Config:
+    """Qwen3, 6 layers, 4 query heads on 2 KV heads of 64, 1.5M parameters."""
+    return Qwen3Config(
+        vocab_size=VOCAB_SIZE, hidden_size=128, intermediate_size=320, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=4096, rms_norm_eps=1e-6, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, bos_token_id=BOS, eos_token_id=EOS,
+        pad_token_id=PAD, attention_bias=False, use_cache=True, dtype="float32",
+    )  # fmt: skip
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+def encode(item: Problem) -> tuple[list[int], int]:
+    """Tokens of a solved problem and how many of them are the prompt."""
+    prompt = [BOS, *(TOKEN[c] for c in item.question), TOKEN[THINK]]
+    reply = [*(TOKEN[c] for c in item.thinking), TOKEN[END_THINK], *(TOKEN[c] for c in item.answer), EOS]
+    return prompt + reply, len(prompt)
+
+
+def copying(rng: random.Random, length: int) -> tuple[list[int], int]:
+    """Make a repeated random block, or key-value pairs and queries for them."""
+    symbols = list(range(5, len(VOCAB)))
+    if rng.random() < 0.5:
+        size = rng.randint(length // 4, length // 2)
+        block = rng.choices(symbols, k=size)
+        return (block * 4)[:length], size
+    size = rng.randint(length // 10, length // 5)
+    keys, values = rng.sample(symbols, size), rng.choices(symbols, k=size)
+    pairs = [t for pair in zip(keys, values, strict=True) for t in pair]
+    queries = []
+    while len(pairs) + len(queries) + 2 <= length:
+        i = rng.randrange(size)
+        queries += [keys[i], values[i]]
+    return pairs + queries, len(pairs)
+
+
+def fitting(rng: random.Random, family: str, length: int) -> tuple[list[int], int]:
+    """Draw a problem of a family that fits ``length`` tokens, longer ones more often than not."""
+    kind = FAMILIES[family]
+    share = rng.uniform(0.35, 0.95)
+    while True:
+        tokens = max(int(length * share), kind.shortest // 2)
+        ids, prompt = encode(kind.generate(rng, min(tokens, kind.longest)))
+        if len(ids) <= length:
+            return ids, prompt
+        share *= 0.85
+
+
+def batch(seed: int, step: int, stage: Stage) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the step's inputs and labels, int64 ``[rows, length]``; labels are -100 in prompts and padding."""
+    rng = random.Random(f"train/{seed}/{step}")
+    inputs = torch.full((stage.rows, stage.length), PAD)
+    labels = torch.full((stage.rows, stage.length), -100)
+    for row in range(stage.rows):
+        if stage.kind == "copy":
+            ids, prompt = copying(rng, stage.length)
+        else:
+            ids, prompt = fitting(rng, TRAINED[(row + step) % len(TRAINED)], stage.length)
+        line = torch.tensor(ids)
+        inputs[row, : len(ids)] = line
+        labels[row, prompt : len(ids)] = line[prompt:]
+    return inputs, labels
+
+
+def schedule() -> Iterator[Stage]:
+    """Yield the stage of every step."""
+    for stage in STAGES:
+        for _ in range(stage.steps):
+            yield stage
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum with orthogonalised updates, in float32 and for all matrices of a shape at once.
+
+    ``torch.optim.Muon`` iterates in bfloat16, which takes a CPU as long as the whole backward pass of this model.
+    """
+
+    def __init__(self, params: list[torch.nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One Nesterov step along the orthogonal factor of the momentum (five Newton-Schulz iterations)."""
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[torch.nn.Parameter]] = {}
+            for p in group["params"]:
+                shapes.setdefault(p.shape, []).append(p)
+            for (rows, columns), params in shapes.items():
+                directions = []
+                for p in params:
+                    velocity = self.state[p].setdefault("velocity", torch.zeros_like(p))
+                    velocity.lerp_(p.grad, 1 - group["momentum"])
+                    directions.append(p.grad.lerp(velocity, group["momentum"]))
+                x = torch.stack(directions)
+                x = x.mT if rows > columns else x
+                x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+                for _ in range(5):
+                    gram = x @ x.mT
+                    x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+                x = x.mT if rows > columns else x
+                for p, update in zip(params, x, strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update, alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+
+
+def optimizers(model: Qwen3ForCausalLM) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside layers, AdamW for embeddings and norms."""
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    return [
+        Muon(matrices, lr=MATRIX_RATE),
+        torch.optim.AdamW(others, lr=RATE, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
+def pace(step: int) -> float:
+    """Learning rate over its peak: warm-up, flat, linear decay to zero."""
+    left = (TOTAL - step) / (DECAY * TOTAL)
+    return min((step + 1) / WARMUP, 1.0, left)
+
+
+def save(path: Path, model: Any, optims: list[torch.optim.Optimizer], step: int, seed: int) -> None:
+    """Write a checkpoint atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {"model": model.state_dict(), "optims": [o.state_dict() for o in optims], "step": step, "seed": seed}
+    torch.save(state, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train, from the last checkpoint if there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(args.seed)
+    model = Qwen3ForCausalLM(architecture()).to(device).train()
+    optims = optimizers(model)
+    path, first = args.state / "checkpoint.pt", 0
+    if path.exists() and not args.restart:
+        state = torch.load(path, map_location=device, weights_only=True)
+        model.load_state_dict(state["model"])
+        for optim, saved in zip(optims, state["optims"], strict=True):
+            optim.load_state_dict(saved)
+        first = state["step"]
+        if state["seed"] != args.seed:
+            raise SystemExit(f"--seed: {path} was made with --seed {state['seed']}; use it, or --restart")
+    step, deadline = first, time.monotonic() + 60 * args.minutes
+    forward = torch.compile(model, dynamic=False) if args.compile else model
+    try:
+        with tqdm(total=TOTAL, initial=first, unit="step", dynamic_ncols=True) as bar, log_file(args) as log:
+            for step, stage in itertools.islice(enumerate(schedule()), first, None):
+                if time.monotonic() > deadline:
+                    print(f"\n--minutes {args.minutes} are over at step {step}; run again to go on")
+                    return
+                began = time.perf_counter()
+                inputs, labels = (t.to(device) for t in batch(args.seed, step, stage))
+                for optim, peak in zip(optims, (MATRIX_RATE, RATE), strict=True):
+                    for group in optim.param_groups:
+                        group["lr"] = peak * pace(step)
+                logits = forward(input_ids=inputs).logits[:, :-1]
+                target = labels[:, 1:]
+                wanted = target >= 0
+                loss = torch.nn.functional.cross_entropy(logits[wanted].float(), target[wanted])
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                for optim in optims:
+                    optim.step()
+                    optim.zero_grad(set_to_none=True)
+                right = (logits.argmax(-1) == target)[wanted].float().mean().item()
+                took = time.perf_counter() - began
+                speed = int(inputs.numel() / took)
+                bar.update()
+                bar.set_postfix(loss=f"{loss.item():.4f}", token=f"{right:.4f}", length=stage.length, tps=speed)
+                if step % 10 == 0:
+                    line = {"step": step, "length": stage.length, "loss": loss.item(), "token": right, "seconds": took}
+                    log.write(json.dumps(line) + "\n")
+                    log.flush()
+                if (step + 1) % 100 == 0:
+                    save(path, model, optims, step + 1, args.seed)
+            step = TOTAL
+    except KeyboardInterrupt:
+        print(f"\nstopped at step {step}; run again to go on")
+    finally:
+        save(path, model, optims, step, args.seed)
+    if step == TOTAL:
+        export(args)
+
+
+def log_file(args: argparse.Namespace) -> TextIO:
+    """Open the training log for appending."""
+    return (args.state / "log.jsonl").open("a")
+
+
+# -- the model directory -----------------------------------------------------------------------------------------------
+
+TEMPLATE = (
+    "{{ '<bos>' }}{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    "{{ '<think>' }}"
+)
+
+
+def export(args: argparse.Namespace) -> None:
+    """Write weights, tokenizer and chat template of the last checkpoint to the model directory."""
+    state = torch.load(args.state / "checkpoint.pt", map_location="cpu", weights_only=True)
+    model = Qwen3ForCausalLM(architecture())
+    model.load_state_dict(state["model"])
+    model.save_pretrained(args.model)
+    tokenizer = Tokenizer(models.WordLevel(TOKEN, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"<[a-z]{3}>|</?think>|\S"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<pad>",
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(args.model)
+    print(f"{args.model}: step {state['step']} of {TOTAL}")
+
+
+# -- the check ---------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def solve(model: Any, items: list[Problem], rows: int = 32) -> list[bool]:
+    """Decode greedily with full KV and verify the answers.
+
+    A chain whose every token is the most likely one after those before it is what greedy decoding writes, so only the
+    others are decoded.
+    """
+    right = [False] * len(items)
+    order = sorted(range(len(items)), key=lambda i: sum(map(len, items[i])))
+    for start in range(0, len(order), rows):
+        part = order[start : start + rows]
+        solved = [encode(items[i]) for i in part]
+        width = max(len(ids) for ids, _ in solved)
+        inputs = torch.full((len(part), width), PAD)
+        for row, (ids, _) in enumerate(solved):
+            inputs[row, : len(ids)] = torch.tensor(ids)
+        best = model(input_ids=inputs).logits.argmax(-1)
+        for i, row, (ids, prompt) in zip(part, range(len(part)), solved, strict=True):
+            if torch.equal(best[row, prompt - 1 : len(ids) - 1], inputs[row, prompt : len(ids)]):
+                right[i] = True
+                continue
+            limit = 2 * (len(ids) - prompt)
+            out = model.generate(inputs[row : row + 1, :prompt], max_new_tokens=limit, do_sample=False)[0, prompt:]
+            text = "".join(VOCAB[t] for t in out.tolist() if t not in (PAD, BOS, EOS))
+            right[i] = END_THINK in text and FAMILIES[items[i].family].verify(items[i], text)
+    return right
+
+
+def check(args: argparse.Namespace) -> int:
+    """Print accuracy per family with its Wilson interval; 1 if a trained one is below 95 %."""
+    model = Qwen3ForCausalLM.from_pretrained(args.model).eval()
+    low = []
+    for family in FAMILIES:
+        items = [problem(family, args.split, i, tuple(args.tokens)) for i in range(args.problems)]
+        right = sum(solve(model, items))
+        interval = wilson(right, len(items))
+        note = "" if family in TRAINED else " (held out of training)"
+        share = f"{right / len(items):.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
+        print(f"{family:10} {right:4} / {len(items)}  {share}{note}", flush=True)
+        if family in TRAINED and right < 0.95 * len(items):
+            low.append(family)
+    if low:
+        print(f"below 95 %: {', '.join(low)}")
+    return bool(low)
+
+
+def main() -> int:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="verify the shipped weights")
+    parser.add_argument("--export", action="store_true", help="write the model directory and stop")
+    parser.add_argument("--problems", type=int, default=50, help="problems a family to check")
+    parser.add_argument("--tokens", type=int, nargs=2, default=(200, 800), help="range of chain lengths to check")
+    parser.add_argument("--split", default="check", help="seed range of the problems to check")
+    parser.add_argument("--model", type=Path, default=MODEL, help="model directory")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop (resumably) after so many minutes")
+    parser.add_argument("--restart", action="store_true", help="ignore a checkpoint")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
+    parser.add_argument("--state", type=Path, default=STATE)
+    args = parser.parse_args()
+    if args.check:
+        return check(args)
+    args.state.mkdir(parents=True, exist_ok=True)
+    if args.export:
+        export(args)
+    else:
+        train(args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
