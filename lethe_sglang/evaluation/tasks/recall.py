@@ -24,7 +24,7 @@ class Recall(Family):
 
     def generate(self, rng: random.Random, tokens: int) -> Problem:
         """See the base class."""
-        steps = max(tokens // 6, 1)
+        steps = max(tokens // 7, 1)
         stated, asked, fact = facts(rng)
         edges, start, chain, last = walk(rng, steps)
         question = f"{stated};{edges};?{start}{steps:03d}!{asked}"

@@ -27,7 +27,7 @@ class Walk(Family):
     name: ClassVar[str] = "walk"
 
     def generate(self, rng: random.Random, tokens: int) -> Problem:
-        """See the base class; a step is six tokens."""
-        steps = max(tokens // 6, 1)
+        """See the base class; a step is seven tokens."""
+        steps = max(tokens // 7, 1)
         edges, start, chain, last = walk(rng, steps)
         return Problem(self.name, f"{edges};?{start}{steps:03d}", chain, last)
