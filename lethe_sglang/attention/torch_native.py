@@ -78,13 +78,15 @@ class LetheTorchNativeBackend(TorchNativeAttnBackend):  # type: ignore[misc]
         self.lists: DecodeLists | None = None
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
-        """Zero the scores of the cells this forward writes and resolve the token lists of every layer."""
+        """Start the states of the cells this forward writes and resolve the token lists of every layer."""
         super().init_forward_metadata(forward_batch)
         cells = self.pool.cells
         if forward_batch.out_cache_loc is not None:
-            for state in (cells.score, cells.memory):
+            recurs = self.accumulation is not None and self.accumulation.rule == "recurrence"
+            fresh = forward_batch.positions.float() if recurs else 0.0
+            for state, value in ((cells.score, fresh), (cells.memory, 0.0)):
                 if state is not None:
-                    state.view(cells.num_layers, cells.blocks)[:, forward_batch.out_cache_loc] = 0
+                    state.view(cells.num_layers, cells.blocks)[:, forward_batch.out_cache_loc] = value
         self.lists = self._decode_lists(forward_batch) if forward_batch.forward_mode.is_decode() else None
 
     def _decode_lists(self, forward_batch: Any) -> DecodeLists:

@@ -73,10 +73,10 @@ class RKVConfig(Section):
     )
     threshold: float = Field(
         default=0.5,
-        ge=-1,
+        ge=0,
         le=1,
         description="Cosine above which two keys are duplicates; of a token's duplicates the latest does not count. "
-        "-1 to 1.",
+        "0 to 1.",
     )
 
     @model_validator(mode="after")

@@ -90,7 +90,7 @@ def update(
         return torch.maximum(score.mul_(decay), attention), memory
     assert memory is not None
     renewed = attention > rule.threshold
-    gap = torch.where(renewed & (score > 0), step - score, 0.0)
+    gap = torch.where(renewed, step - score, 0.0)
     return torch.where(renewed, torch.as_tensor(step, dtype=score.dtype, device=score.device), score), torch.maximum(
         memory, gap
     )
@@ -184,8 +184,11 @@ def replay(rule: Accumulation, attention: torch.Tensor) -> tuple[torch.Tensor, t
         Score and memory, float32 ``[n]`` each (memory None unless the rule is recurrence).
     """
     w, n = attention.shape
-    score = attention.new_zeros(n)
-    memory = attention.new_zeros(n) if rule.rule == "recurrence" else None
-    for i in range(w):
-        score, memory = update(rule, score, memory, attention[i], rule.decay, n - w + i + 1)
+    score, memory = attention.new_zeros(n), None
+    if rule.rule == "recurrence":  # what happened before the observed queries is not known
+        score = torch.arange(n, dtype=torch.float32, device=attention.device).clamp(min=n - w)
+        memory = attention.new_zeros(n)
+    for i, length in enumerate(range(n - w + 1, n + 1)):
+        if length % rule.every == 0:
+            score, memory = update(rule, score, memory, attention[i], rule.step_decay, length)
     return score, memory

@@ -20,7 +20,9 @@ class Accumulation(NamedTuple):
 
         sum         S = decay * S + a
         max         S = max(decay * S, a)
-        recurrence  if a > threshold:  M = max(M, t - S) if S > 0;  S = t     (S: last time stamp, M: memory)
+        recurrence  if a > threshold:  M = max(M, t - S);  S = t     (S: last time stamp, M: memory)
+
+    A cell that is written starts with S = M = 0, under recurrence with S = its position.
 
     Attributes
     ----------

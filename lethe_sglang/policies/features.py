@@ -29,8 +29,8 @@ def pooled(score: torch.Tensor, valid: torch.Tensor, kernel: int, how: str) -> t
     return pool(flat, kernel, stride=1, padding=kernel // 2).view(score.shape)
 
 
-def redundancy(keys: torch.Tensor, valid: torch.Tensor, threshold: float | None = None) -> torch.Tensor:
-    """Mean cosine of each key to the other candidates' keys, over heads (R-KV; G-KV without the threshold).
+def redundancy(keys: torch.Tensor, valid: torch.Tensor, threshold: float = 0.5) -> torch.Tensor:
+    """Mean cosine of the other candidates' keys to each key, over heads (R-KV, G-KV).
 
     Parameters
     ----------
@@ -39,7 +39,8 @@ def redundancy(keys: torch.Tensor, valid: torch.Tensor, threshold: float | None 
     valid
         bool ``[B, n]``.
     threshold
-        Of the other keys with a cosine above it, the latest one does not count: it stands in for the rest.
+        Cosine of near-duplicates, >= 0. Each key names the latest of its own, and its cosine to that one does not
+        count: the latest of a group of duplicates is not redundant, it stands in for the rest.
 
     Returns
     -------
@@ -50,14 +51,11 @@ def redundancy(keys: torch.Tensor, valid: torch.Tensor, threshold: float | None 
     unit = unit * valid[:, None, :, None]
     cosine = unit @ unit.mT
     cosine.diagonal(dim1=-2, dim2=-1).zero_()
-    if threshold is not None:
-        similar = cosine > threshold
-        n = keys.shape[1]
-        place = torch.arange(n, device=keys.device)
-        latest = torch.where(similar, place, -1).amax(-1, keepdim=True)
-        cosine = cosine.masked_fill(place == latest, 0.0)
+    place = torch.arange(keys.shape[1], device=keys.device)
+    latest = torch.where(cosine > threshold, place, -1).amax(-1, keepdim=True)
+    cosine = cosine.masked_fill(place == latest, 0.0)
     count = valid.sum(-1).clamp(min=1).view(-1, 1, 1)
-    return (cosine.sum(-1) / count).mean(1)
+    return (cosine.sum(-2) / count).mean(1)
 
 
 def masked_softmax(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:

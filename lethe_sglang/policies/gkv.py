@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 
 from lethe_sglang.policies.base import Accumulation, Candidates, Policy
-from lethe_sglang.policies.features import over_maximum, redundancy
+from lethe_sglang.policies.features import masked_softmax, over_maximum, redundancy
 
 if TYPE_CHECKING:
     from lethe_sglang.config import EvictionConfig
@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 class GKVPolicy(Policy):
     """Keep tokens by an importance that decays from round to round, less the redundancy of their keys.
 
-    With f the mean attention of the last ``window`` queries over its largest value and R the mean cosine of keys::
+    With f the mean attention of the last ``window`` queries over its largest value and R the redundancy of R-KV::
 
         F = max(alpha * F_old, f)    (or mean: alpha F_old + (1 - alpha) f; sum: alpha F_old + f)
         Z = lambda * F - (1 - lambda) * R / max R
+
+    A token at its first round has F = f.
 
     The official code works per KV head; here heads are averaged, with one kept set per layer.
 
@@ -55,18 +57,21 @@ class GKVPolicy(Policy):
         return Accumulation(window=self.window)
 
     def key_feature(self, keys: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        """Mean cosine to the other keys."""
+        """Mean cosine of the other keys."""
         return redundancy(keys, valid)
 
     def remember(self, candidates: Candidates) -> torch.Tensor:
         """F after this round."""
         f = over_maximum(candidates.need("score"), candidates.valid)
-        old = self.alpha * candidates.need("memory")
+        old = candidates.need("memory")
         if self.smoothing == "max":
-            return torch.maximum(old, f)
-        return old + f * (1 - self.alpha if self.smoothing == "mean" else 1.0)
+            return torch.maximum(self.alpha * old, f)
+        if self.smoothing == "sum":
+            return self.alpha * old + f
+        return self.alpha * torch.where(old > 0, old, f) + (1 - self.alpha) * f
 
     def rank(self, candidates: Candidates) -> torch.Tensor:
         """By Z."""
-        duplicates = over_maximum(candidates.need("feature"), candidates.valid)
+        valid = candidates.valid
+        duplicates = over_maximum(masked_softmax(candidates.need("feature"), valid), valid)
         return self.mix_lambda * self.remember(candidates) - (1 - self.mix_lambda) * duplicates

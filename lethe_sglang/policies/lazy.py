@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 class LazyPolicy(Policy):
     """Keep tokens whose next use is not overdue.
 
-    A token is used when its attention exceeds ``threshold``. With TS its last use, MRI the longest gap between two
-    uses and t the current step::
+    A token is used when its attention exceeds ``threshold``. With TS its last use (at first, the step before it was
+    written), MRI the longest gap between two uses and t the current step, as in the authors' code::
 
-        I = 2 sigmoid(-(t - TS) / MRI) + 2 sigmoid(-1 / (MRI - 1))        0 if MRI = 0; the second term is 0 if MRI = 1
+        I = 2 sigmoid(-1 - (t - TS) / MRI) + 2 sigmoid(1 - MRI)        0 if MRI = 0
 
-    A token that was never used counts as used when it was written.
+    Summaries of the paper give other forms of the second term; this one prefers tokens that come back often.
 
     Parameters
     ----------
@@ -32,7 +32,6 @@ class LazyPolicy(Policy):
 
     name: ClassVar[str] = "lazy"
     source: ClassVar[str] = "arXiv 2506.15969"
-    uses_position: ClassVar[bool] = True
     uses_memory: ClassVar[bool] = True
 
     threshold: float = 0.001
@@ -50,9 +49,7 @@ class LazyPolicy(Policy):
     def rank(self, candidates: Candidates) -> torch.Tensor:
         """By I."""
         longest, stamp = candidates.need("memory"), candidates.need("score")
-        written = candidates.need("position").to(torch.float32) + 1
-        idle = candidates.length.view(1, -1, 1) - torch.maximum(stamp, written)
+        idle = candidates.length.view(1, -1, 1) - stamp
         recurs = longest > 0
-        first = torch.sigmoid(-idle / torch.where(recurs, longest, 1.0))
-        second = torch.where(longest > 1, torch.sigmoid(-1 / torch.where(longest > 1, longest - 1, 1.0)), 0.0)
-        return torch.where(recurs, 2 * first + 2 * second, 0.0)
+        overdue = torch.sigmoid(-1 - idle / torch.where(recurs, longest, 1.0))
+        return torch.where(recurs, 2 * overdue + 2 * torch.sigmoid(1 - longest), 0.0)

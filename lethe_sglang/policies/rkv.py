@@ -19,9 +19,11 @@ class RKVPolicy(Policy):
     """Keep tokens that are attended to and unlike the others.
 
     ``Z[j] = lambda * I[j] - (1 - lambda) * R[j]``: I is the mean attention of the last ``window`` queries, max-pooled;
-    R is the softmax over tokens of a key's mean cosine to the others, of which the latest near-duplicate does not
-    count. The official code works per KV head and takes logits at their largest over the query group; here both are
-    means over heads, with one kept set per layer. Comparing all keys with all costs O(n^2) per layer and round.
+    R is the softmax over tokens of the mean cosine of the others to a key, in which each other's latest near-duplicate
+    does not count. Where a round came sooner than a window, the steps it lacks count as 0.
+
+    The official code works per KV head and takes logits at their largest over the query group; here both are means
+    over heads, with one kept set per layer. Comparing all keys with all costs O(n^2) per layer and round.
 
     Parameters
     ----------
@@ -56,7 +58,7 @@ class RKVPolicy(Policy):
         return Accumulation(window=self.window)
 
     def key_feature(self, keys: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        """Mean cosine to the other keys."""
+        """Mean cosine of the other keys."""
         return redundancy(keys, valid, self.threshold)
 
     def rank(self, candidates: Candidates) -> torch.Tensor:
