@@ -16,7 +16,7 @@ section "lint" python -m ruff check .
 section "format" python -m ruff format --check .
 section "types" python -m mypy
 run_suite() {
-  python -m pytest "$@"
+  python -m pytest -n 2 --dist loadfile "$@" # a file's servers stay with one worker
   local status=$?
   [[ $status == 5 && $# -gt 1 ]] || return $status  # 5: the user's own selection left nothing in this suite
 }

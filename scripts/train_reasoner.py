@@ -52,24 +52,35 @@ VOCAB_SIZE = 128
 
 
 class Stage(NamedTuple):
-    """Part of the curriculum: ``steps`` batches of ``rows`` sequences of ``length`` tokens."""
+    """Part of the curriculum.
+
+    ``steps`` batches of ``rows`` sequences of ``length`` tokens, the learning rate going linearly from ``first`` to
+    ``last`` times its peak.
+    """
 
     kind: str
     length: int
     rows: int
     steps: int
+    first: float
+    last: float
 
 
 STAGES = (
-    Stage("copy", 64, 64, 600),
-    Stage("tasks", 160, 40, 500),
-    Stage("tasks", 320, 24, 600),
-    Stage("tasks", 640, 12, 600),
-    Stage("tasks", 1024, 8, 350),
-    Stage("tasks", 2048, 4, 120),
+    Stage("copy", 64, 64, 600, 1.0, 1.0),
+    Stage("tasks", 160, 40, 500, 1.0, 1.0),
+    Stage("tasks", 320, 24, 600, 1.0, 0.8),
+    Stage("tasks", 640, 12, 480, 0.8, 0.35),
+    Stage("tasks", 1024, 8, 120, 0.35, 0.22),
+    Stage("context", 128, 48, 300, 0.6, 0.6),
+    Stage("tasks", 320, 24, 400, 0.6, 0.6),
+    Stage("tasks", 640, 12, 400, 0.6, 0.2),
+    Stage("tasks", 1024, 8, 150, 0.2, 0.06),
+    Stage("tasks", 2048, 4, 50, 0.06, 0.0),
 )
 TOTAL = sum(stage.steps for stage in STAGES)
-WARMUP, DECAY = 100, 0.35
+MIX = ("chain", "addition", "script", "chain", "addition", "walk", "recall")
+WARMUP = 100
 RATE, MATRIX_RATE = 3e-3, 2e-2
 
 
@@ -93,20 +104,38 @@ def encode(item: Problem) -> tuple[list[int], int]:
     return prompt + reply, len(prompt)
 
 
+SYMBOLS = range(5, len(VOCAB))
+
+
 def copying(rng: random.Random, length: int) -> tuple[list[int], int]:
     """Make a repeated random block, or key-value pairs and queries for them."""
-    symbols = list(range(5, len(VOCAB)))
     if rng.random() < 0.5:
         size = rng.randint(length // 4, length // 2)
-        block = rng.choices(symbols, k=size)
+        block = rng.choices(SYMBOLS, k=size)
         return (block * 4)[:length], size
-    size = rng.randint(length // 10, length // 5)
-    keys, values = rng.sample(symbols, size), rng.choices(symbols, k=size)
-    pairs = [t for pair in zip(keys, values, strict=True) for t in pair]
-    queries = []
-    while len(pairs) + len(queries) + 2 <= length:
+    return lookups(rng, length, 1)
+
+
+def in_context(rng: random.Random, length: int) -> tuple[list[int], int]:
+    """Make copies in which one token does not say what comes next: few symbols, or values of several digits."""
+    if rng.random() < 0.6:
+        size = rng.randint(length // 5, length // 2)
+        block = rng.choices(rng.sample(SYMBOLS, rng.randint(4, 24)), k=size)
+        return (block * 5)[:length], size
+    return lookups(rng, length, rng.randint(2, 4))
+
+
+def lookups(rng: random.Random, length: int, digits: int) -> tuple[list[int], int]:
+    """Make keys with values of ``digits`` symbols, then queries for them."""
+    alphabet = SYMBOLS if digits == 1 else rng.sample(SYMBOLS, 10)
+    size = rng.randint(length // (5 * digits + 5), length // (3 * digits + 2))
+    keys = rng.sample(SYMBOLS, size)
+    values = [rng.choices(alphabet, k=digits) for _ in keys]
+    pairs = [t for key, value in zip(keys, values, strict=True) for t in (key, *value)]
+    queries: list[int] = []
+    while len(pairs) + len(queries) + 1 + digits <= length:
         i = rng.randrange(size)
-        queries += [keys[i], values[i]]
+        queries += [keys[i], *values[i]]
     return pairs + queries, len(pairs)
 
 
@@ -130,19 +159,23 @@ def batch(seed: int, step: int, stage: Stage) -> tuple[torch.Tensor, torch.Tenso
     for row in range(stage.rows):
         if stage.kind == "copy":
             ids, prompt = copying(rng, stage.length)
+        elif stage.kind == "context":
+            ids, prompt = in_context(rng, stage.length)
         else:
-            ids, prompt = fitting(rng, TRAINED[(row + step) % len(TRAINED)], stage.length)
+            ids, prompt = fitting(rng, MIX[(row + step) % len(MIX)], stage.length)
         line = torch.tensor(ids)
         inputs[row, : len(ids)] = line
         labels[row, prompt : len(ids)] = line[prompt:]
     return inputs, labels
 
 
-def schedule() -> Iterator[Stage]:
-    """Yield the stage of every step."""
+def schedule() -> Iterator[tuple[Stage, float]]:
+    """Yield the stage of every step and its learning rate over the peak."""
+    step = 0
     for stage in STAGES:
-        for _ in range(stage.steps):
-            yield stage
+        for i in range(stage.steps):
+            step += 1
+            yield stage, min(step / WARMUP, stage.first + (stage.last - stage.first) * i / stage.steps)
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -192,12 +225,6 @@ def optimizers(model: Qwen3ForCausalLM) -> list[torch.optim.Optimizer]:
     ]
 
 
-def pace(step: int) -> float:
-    """Learning rate over its peak: warm-up, flat, linear decay to zero."""
-    left = (TOTAL - step) / (DECAY * TOTAL)
-    return min((step + 1) / WARMUP, 1.0, left)
-
-
 def save(path: Path, model: Any, optims: list[torch.optim.Optimizer], step: int, seed: int) -> None:
     """Write a checkpoint atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -225,7 +252,7 @@ def train(args: argparse.Namespace) -> None:
     forward = torch.compile(model, dynamic=False) if args.compile else model
     try:
         with tqdm(total=TOTAL, initial=first, unit="step", dynamic_ncols=True) as bar, log_file(args) as log:
-            for step, stage in itertools.islice(enumerate(schedule()), first, None):
+            for step, (stage, pace) in itertools.islice(enumerate(schedule()), first, None):
                 if time.monotonic() > deadline:
                     print(f"\n--minutes {args.minutes} are over at step {step}; run again to go on")
                     return
@@ -233,7 +260,7 @@ def train(args: argparse.Namespace) -> None:
                 inputs, labels = (t.to(device) for t in batch(args.seed, step, stage))
                 for optim, peak in zip(optims, (MATRIX_RATE, RATE), strict=True):
                     for group in optim.param_groups:
-                        group["lr"] = peak * pace(step)
+                        group["lr"] = peak * pace
                 logits = forward(input_ids=inputs).logits[:, :-1]
                 target = labels[:, 1:]
                 wanted = target >= 0

@@ -25,6 +25,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "show": Command("lethe_sglang.cli.show", "print the resolved configuration, the presets or the support matrix"),
     "bench": Command("lethe_sglang.cli.bench", "measure throughput and memory against stock SGLang"),
+    "eval": Command("lethe_sglang.cli.eval", "measure accuracy against memory on live servers"),
 }
 
 

@@ -15,8 +15,8 @@ from pydantic.fields import FieldInfo
 SHOWN_VALUE = 60
 """Longest rendering of a rejected value in a message, in characters."""
 
-_NOUNS = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
-_PLURALS = {int: "integers", float: "numbers", str: "strings", bool: "true or false values"}
+_NOUNS = {int: "an integer", float: "a number", str: "a string", bool: "true or false", dict: "a mapping"}
+_PLURALS = {int: "integers", float: "numbers", str: "strings", bool: "true or false values", dict: "mappings"}
 
 KnownKeys = Mapping[str, Sequence[str]]
 """Section path -> the keys it may hold; the top level is the empty path."""
@@ -152,10 +152,10 @@ def _legal(annotation: Any, metadata: Sequence[Any]) -> str:
         return "one of " + ", ".join(get_args(annotation)) + end
     if get_origin(annotation) is tuple:
         item, marks = _item(annotation)
-        return f"a list of one or more {_PLURALS[item]}{_bounds(marks)}{end}"
+        return f"a list of one or more {_PLURALS[get_origin(item) or item]}{_bounds(marks)}{end}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return f"a mapping with keys among {', '.join(annotation.model_fields)}"
-    name = "a non-empty string" if annotation is str else _NOUNS[annotation]
+    name = "a non-empty string" if annotation is str else _NOUNS[get_origin(annotation) or annotation]
     return f"{name}{_bounds(metadata)}{end}"
 
 

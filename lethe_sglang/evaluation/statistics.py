@@ -6,7 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 Z95 = 1.959963984540054
+DRAWS = 4000
+"""Resamples of a bootstrap and sign flips of a permutation test; both start from a fixed seed."""
 
 
 def wilson(right: int, total: int, z: float = Z95) -> tuple[float, float]:
@@ -79,3 +83,67 @@ def mcnemar(wins: int, losses: int) -> float:
     n = wins + losses
     tail = sum(math.comb(n, k) for k in range(min(wins, losses) + 1))
     return float(min(1.0, 2 * tail / 2**n))
+
+
+class Mean(NamedTuple):
+    """A mean with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def pooled_mean(strata: Sequence[Sequence[float]]) -> Mean:
+    """Mean over all values, with a bootstrap interval that resamples within each stratum.
+
+    Parameters
+    ----------
+    strata
+        Values in groups whose sizes are fixed (problems of a family). Where a problem was sampled several times, give
+        one value per problem, the mean of its samples: problems are what is drawn.
+
+    Raises
+    ------
+    ValueError
+        If there is no value.
+    """
+    groups = [np.asarray(values, dtype=np.float64) for values in strata if len(values)]
+    total = sum(len(values) for values in groups)
+    if not total:
+        raise ValueError("a mean needs at least one value")
+    rng = np.random.default_rng(0)
+    sums = np.zeros(DRAWS)
+    for values in groups:
+        sums += values[rng.integers(0, len(values), size=(DRAWS, len(values)))].sum(axis=1)
+    low, high = np.quantile(sums / total, (0.025, 0.975))
+    return Mean(float(sum(values.sum() for values in groups) / total), float(low), float(high))
+
+
+def paired_means(strata: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Paired:
+    """Compare two arms by their mean per problem, where problems were sampled several times.
+
+    Parameters
+    ----------
+    strata
+        Per group of problems, the values of the first and of the second arm, problem by problem.
+
+    Returns
+    -------
+    Paired
+        The gain with a stratified bootstrap interval; ``wins`` and ``losses`` count problems on which the first arm's
+        mean is higher, lower; ``p`` is that of a sign-flip permutation test over problems.
+
+    Raises
+    ------
+    ValueError
+        If two arms do not have the same number of problems, or there is none.
+    """
+    if any(len(first) != len(second) for first, second in strata):
+        raise ValueError("paired arms need the same problems in every group")
+    gaps = [[a - b for a, b in zip(first, second, strict=True)] for first, second in strata]
+    gain = pooled_mean(gaps)
+    flat = np.asarray([gap for group in gaps for gap in group])
+    flips = np.random.default_rng(0).integers(0, 2, size=(DRAWS, len(flat))) * 2 - 1
+    extreme = int((np.abs(flips @ flat) >= abs(flat.sum()) - 1e-9).sum())
+    p = (extreme + 1) / (DRAWS + 1)
+    return Paired(gain.mean, gain.low, gain.high, int((flat > 0).sum()), int((flat < 0).sum()), p)

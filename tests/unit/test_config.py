@@ -367,3 +367,6 @@ def test_arms_are_laid_over_the_configuration_and_checked_with_it():
     assert second.debug.record_requests and second.debug.arms is None
     with pytest.raises(ConfigError, match=r"debug\.arms\[1\]: rounds\.interval"):
         from_mapping({"debug": {"arms": [{}, {"rounds": {"interval": 0}}]}})
+    for wrong in (3, [3], {"policy": "h2o"}):
+        with pytest.raises(ConfigError, match=r"debug\.arms.*mapping"):
+            from_mapping({"debug": {"arms": wrong}})

@@ -1,0 +1,383 @@
+"""Accuracy against memory on live servers: every problem to every arm, one line per reply, resumable at any kill."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import importlib
+import itertools
+import json
+import math
+import sys
+import time
+import urllib.error
+import uuid
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from lethe_sglang.config import ConfigError
+from lethe_sglang.evaluation.datasets import Item
+from lethe_sglang.evaluation.eval_store import Store, read_lines
+from lethe_sglang.evaluation.experiment import Arm, Experiment
+from lethe_sglang.evaluation.servers import Server, ServerError, tail
+
+FETCH_REQUESTS, FETCH_SECONDS = 32, 5.0
+"""Replies, or seconds, after which the server is asked what they held (it remembers 1,024) and they are written."""
+
+_FACTS = (
+    "device",
+    "dtype",
+    "attention_backend",
+    "tp_size",
+    "page_size",
+    "max_running_requests",
+    "max_total_num_tokens",
+)
+_PATIENCE = 20
+"""How often the server is asked again for a request's record, or to switch, a quarter of a second apart."""
+
+
+class Job(NamedTuple):
+    """One reply to get."""
+
+    item: Item
+    sample: int
+    limit: int
+
+
+class Prompts:
+    """The model's tokenizer and chat template.
+
+    Parameters
+    ----------
+    model_path
+        Directory of the model.
+    variables
+        What the chat template takes besides the messages.
+
+    Attributes
+    ----------
+    end
+        Text of the token that ends a reply.
+    """
+
+    def __init__(self, model_path: str, variables: dict[str, Any] | None = None) -> None:
+        from transformers import AutoTokenizer  # slow to import: only when something is asked
+
+        self.variables = variables or {}
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(model_path, local_files_only=Path(model_path).is_dir())
+        self.end = str(self._tokenizer.eos_token or "")
+
+    def encode(self, question: str) -> list[int]:
+        """Return a question's prompt as token ids, with the template's special tokens and no others."""
+        if not self._tokenizer.chat_template:
+            return list(self._tokenizer(question)["input_ids"])
+        text = self._tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False, **self.variables
+        )
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def length(self, text: str) -> int:
+        """Return the number of tokens of a text."""
+        return len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+# -- one server --------------------------------------------------------------------------------------------------------
+
+
+def check_server(server: Server, evicts: bool) -> dict[str, Any]:
+    """Check that a server is what its arms need, and return what its defaults came to."""
+    info = server.get("/server_info")
+    state = info["internal_states"][0].get("lethe")
+    if not evicts and state is not None:
+        raise ServerError("the stock server evicts; it must run without --kv-evict")
+    if evicts and (state is None or "finished" not in state):
+        raise ServerError("the server does not report what its requests held; is this version of the plugin installed?")
+    return {name: info[name] for name in _FACTS if name in info}
+
+
+def switch(server: Server, arm: Arm, index: int) -> None:
+    """Empty the prefix cache and bring the server to an arm.
+
+    Raises
+    ------
+    ServerError
+        If the server refuses, or then reports another configuration.
+    """
+    for attempt in range(_PATIENCE):
+        server.post("/flush_cache?timeout=60", {})
+        if _updated(json.loads(server.post("/set_internal_state", {"server_args": {"kv_evict_arm": index}}))):
+            break
+        if attempt == _PATIENCE - 1:
+            raise ServerError(f"the server refused to switch to arm {index}; its last lines:\n{tail(server.log)}")
+        time.sleep(0.25)
+    state, config = _state(server), arm.config
+    assert config is not None
+    wanted = {"policy": config.policy, "budget_tokens": config.budget.tokens, "interval": config.rounds.interval}
+    if found := {name: state.get(name) for name, value in wanted.items() if state.get(name) != value}:
+        raise ServerError(f"the server was switched to {wanted} and reports {found}")
+
+
+def held(server: Server, lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return what the requests of some replies held, by rid.
+
+    A request that was retracted has several records, which become one; one that ended with its first tokens may have
+    none, because it never reached a decode step.
+
+    Raises
+    ------
+    ServerError
+        If the server does not report one of the others.
+    """
+    rids = {line["rid"] for line in lines}
+    expected = {line["rid"] for line in lines if line["tokens"] > 2}
+    found: dict[str, dict[str, Any]] = {}
+    for _ in range(_PATIENCE):
+        found = {}
+        for record in _state(server)["finished"]:
+            if (rid := record["rid"]) in rids:
+                values = {name: value for name, value in record.items() if name != "rid"}
+                found[rid] = _joined(found[rid], values) if rid in found else values
+        if expected <= found.keys():
+            return {rid: found.get(rid, _held_by_stock(1)) for rid in rids}
+        time.sleep(0.25)
+    missing = sorted(expected - found.keys())
+    raise ServerError(f"the server did not report what {len(missing)} requests held, {missing[0]} among them")
+
+
+def _joined(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    steps = one["steps"] + other["steps"]
+    joined = {name: max(one[name], other[name]) for name in ("blocks_held_peak", "blocks_stock_peak")}
+    for name in ("own_held_mean", "own_stock_mean"):
+        joined[name] = (one[name] * one["steps"] + other[name] * other["steps"]) / max(steps, 1)
+    columns = zip(one["evicted_per_layer"], other["evicted_per_layer"], strict=True)
+    evicted = [a + b for a, b in columns]
+    return {"rounds": one["rounds"] + other["rounds"], "evicted_per_layer": evicted, **joined, "steps": steps}
+
+
+def _held_by_stock(tokens: int) -> dict[str, Any]:
+    """Say what stock SGLang holds besides a shared prompt: one block more at every decode step."""
+    mean = max(tokens - 1, 0) / 2
+    return {"rounds": 0, "evicted_per_layer": [], "steps": max(tokens - 1, 0), "own_held_mean": mean,
+            "own_stock_mean": mean}  # fmt: skip
+
+
+def _state(server: Server) -> dict[str, Any]:
+    return dict(server.get("/server_info")["internal_states"][0]["lethe"])
+
+
+def _updated(answer: Any) -> bool:
+    """Read the answer to ``/set_internal_state``: one flag per scheduler, plain or under ``updated``."""
+    flags = answer if isinstance(answer, list) else [answer]
+    return bool(flags) and all(flag["updated"] if isinstance(flag, dict) else flag for flag in flags)
+
+
+# -- all arms ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class Run:
+    """One pass over what is missing.
+
+    Attributes
+    ----------
+    experiment, store
+        What to run, and where results go.
+    prompts
+        The model's tokenizer.
+    items
+        Problems per task.
+    only
+        Names of the arms to run; empty is all.
+    port
+        Where the servers listen, on 127.0.0.1.
+    say
+        Takes one line of progress at a time.
+    """
+
+    experiment: Experiment
+    store: Store
+    prompts: Prompts
+    items: dict[str, list[Item]]
+    only: tuple[str, ...] = ()
+    port: int = 31000
+    say: Callable[[str], None] = print
+    _limits: dict[str, int] = field(default_factory=dict)
+
+    def all(self) -> None:
+        """Start the stock server for ``full``, then the evicting server for the other arms, where replies are missing.
+
+        Raises
+        ------
+        ConfigError
+            If existing replies are to other questions.
+        ServerError
+            If a server fails; what was answered before is kept.
+        """
+        arms = [arm for arm in self.experiment.every_arm() if not self.only or arm.name in self.only]
+        for kind in ("stock", "lethe"):
+            todo = [(arm, self.missing(arm)) for arm in arms if (arm.index is None) == (kind == "stock")]
+            traced = {arm.name: self._untraced(arm) for arm, _ in todo if arm.index is not None}
+            if any(jobs for _, jobs in todo) or any(traced.values()):
+                self._serve(kind, todo, traced)
+        self.say(f"{len(arms)} arms are done; now: lethe eval report {self.store.directory}")
+
+    def missing(self, arm: Arm) -> list[Job]:
+        """Return the replies that an arm still lacks."""
+        lines = {(line["id"], line["sample"]): line for line in read_lines(self.store.generations(arm.name))}
+        jobs = []
+        for task in self.experiment.tasks:
+            for item, sample in itertools.product(self.items[task.label], range(self.experiment.samples_of(task))):
+                if (line := lines.get((item.id, sample))) is None:
+                    jobs.append(Job(item, sample, self._limit(item, self.experiment.limit_of(task))))
+                elif line["question"] != item.prompt:
+                    raise ConfigError(f"--out {self.store.directory}: {arm.name} answered another {item.id}; the "
+                                      "problems have changed, give another directory")  # fmt: skip
+        return jobs
+
+    def _limit(self, item: Item, limit: int | str) -> int:
+        if isinstance(limit, int):
+            return limit
+        if item.id not in self._limits:
+            self._limits[item.id] = math.ceil(float(limit[:-1]) * (self.prompts.length(item.reference) + 1))
+        return self._limits[item.id]
+
+    def _untraced(self, arm: Arm) -> list[Item]:
+        done = {line["id"] for line in read_lines(self.store.traces) if line["arm"] == arm.name}
+        in_turn = itertools.chain.from_iterable(itertools.zip_longest(*self.items.values()))
+        first = itertools.islice((item for item in in_turn if item is not None), self.experiment.trace)
+        return [item for item in first if item.id not in done]
+
+    def _serve(self, kind: str, todo: list[tuple[Arm, list[Job]]], traced: dict[str, list[Item]]) -> None:
+        config = self.store.directory / "server.yaml" if kind == "lethe" else None
+        if config is not None:
+            config.write_text(yaml.safe_dump(self.experiment.server_config(), sort_keys=False), encoding="utf-8")
+        command = self.experiment.server_command(self.port, config)
+        offline = {"HF_HUB_OFFLINE": "1"} if Path(self.experiment.model_path).is_dir() else {}
+        log = self.store.directory / "logs" / f"{kind}.log"
+        self.say(f"starting the {kind} server")
+        with Server(command, self.port, log, offline) as server:
+            try:
+                facts = check_server(server, evicts=kind == "lethe")
+                self.store.note_server(kind, {"command": self.experiment.readable(command), **facts})
+                for arm, jobs in todo:
+                    self._answer(server, arm, jobs)
+                    self._trace(server, arm, traced.get(arm.name, []))
+            except urllib.error.HTTPError as error:
+                answer = error.read().decode(errors="replace")[:500]
+                raise ServerError(f"the server refused {error.url}: {answer}") from None
+            except TimeoutError:
+                raise ServerError(f"no answer within {self.experiment.server.timeout:g} s (server.timeout)") from None
+            except (OSError, http.client.HTTPException) as error:
+                raise ServerError(f"the server is gone ({error}); its last lines:\n{tail(log)}") from None
+
+    def _answer(self, server: Server, arm: Arm, jobs: list[Job]) -> None:
+        if not jobs:
+            return
+        if arm.index is None:
+            server.post("/flush_cache?timeout=60", {})
+        else:
+            switch(server, arm, arm.index)
+        path = self.store.generations(arm.name)
+        segment = 1 + max((line["segment"] for line in read_lines(path)), default=0)
+        began = fetched = time.monotonic()
+        ready: list[dict[str, Any]] = []
+        done = right = 0
+        with _bar(len(jobs), arm.name) as bar:
+            try:
+                for batch in self._replies(server, jobs):
+                    ready += [{**line, "segment": segment, "at": round(time.monotonic() - began, 3)} for line in batch]
+                    done, right = done + len(batch), right + sum(line["ok"] for line in batch)
+                    bar.set_postfix(right=f"{right / max(done, 1):.3f}", refresh=False)
+                    bar.update(len(batch))
+                    late = time.monotonic() - fetched > FETCH_SECONDS
+                    if late or len(ready) >= FETCH_REQUESTS or done == len(jobs):
+                        self._keep(server, arm, ready)
+                        ready, fetched = [], time.monotonic()
+            except BaseException:
+                with contextlib.suppress(Exception):  # the server may still know what the last replies held
+                    self._keep(server, arm, ready)
+                raise
+
+    def _keep(self, server: Server, arm: Arm, lines: list[dict[str, Any]]) -> None:
+        """Write replies with what they held."""
+        if not lines:
+            return
+        if arm.index is None:
+            memory = {line["rid"]: _held_by_stock(line["tokens"]) for line in lines}
+        else:
+            memory = held(server, lines)
+        kept = [{**line, "memory": memory[line["rid"]]} for line in lines]
+        self.store.append(self.store.generations(arm.name), kept)
+
+    def _replies(self, server: Server, jobs: list[Job]) -> Iterator[list[dict[str, Any]]]:
+        """Keep ``concurrency`` requests open and yield marked replies as they come, none where that takes long."""
+        pool = ThreadPoolExecutor(self.experiment.concurrency)
+        queue, waiting = iter(jobs), set[Future[dict[str, Any]]]()
+        try:
+            while True:
+                free = 2 * self.experiment.concurrency - len(waiting)
+                for job in itertools.islice(queue, free):  # tokenizers do not like threads: encode here
+                    waiting.add(pool.submit(self._ask, server, job, self.prompts.encode(job.item.prompt)))
+                if not waiting:
+                    return
+                finished, waiting = wait(waiting, timeout=FETCH_SECONDS, return_when=FIRST_COMPLETED)
+                yield [self._marked(future.result()) for future in finished]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _ask(self, server: Server, job: Job, prompt: list[int]) -> dict[str, Any]:
+        sampling = self.experiment.sampling
+        rid = f"{uuid.uuid4().hex[:12]}/{job.item.id}/{job.sample}"
+        params = {"temperature": sampling.temperature, "top_p": sampling.top_p, "max_new_tokens": job.limit,
+                  "skip_special_tokens": False}  # fmt: skip
+        if sampling.temperature > 0:
+            params["sampling_seed"] = sampling.seed * 2**32 + zlib.crc32(f"{job.item.id}/{job.sample}".encode())
+        body = {"input_ids": prompt, "rid": rid, "sampling_params": params}
+        reply = json.loads(server.post("/generate", body, self.experiment.server.timeout))
+        return {"job": job, "rid": rid, "text": reply["text"], "meta": reply["meta_info"]}
+
+    def _marked(self, reply: dict[str, Any]) -> dict[str, Any]:
+        job, text, meta = reply["job"], reply["text"], reply["meta"]
+        item, finish = job.item, meta["finish_reason"]
+        if finish["type"] not in ("stop", "length"):
+            raise ServerError(f"{item.id}: the server gave up: {finish.get('message', finish['type'])}")
+        return {"id": item.id, "sample": job.sample, "task": item.task, "question": item.prompt, "answer": item.answer,
+                "output": text, "ok": item.grade(text.removesuffix(self.prompts.end)),
+                "tokens": meta["completion_tokens"],
+                "prompt_tokens": meta["prompt_tokens"], "finish": finish["type"], "limit": job.limit,
+                "seconds": round(meta.get("e2e_latency", 0.0), 3), "rid": reply["rid"]}  # fmt: skip
+
+    def _trace(self, server: Server, arm: Arm, items: list[Item]) -> None:
+        """Ask a few problems one by one on the arm that records kept sets."""
+        if arm.index is None or not items:
+            return
+        count = sum(1 for _ in self.experiment.mappings())
+        switch(server, arm, count + arm.index)
+        limits = {task.label: self.experiment.limit_of(task) for task in self.experiment.tasks}
+        for item in items:
+            job = Job(item, 0, self._limit(item, limits[item.task]))
+            reply = self._ask(server, job, self.prompts.encode(item.prompt))
+            rounds = [
+                {name: entry[name] for name in ("round", "prefix", "tail", "kept")}
+                for entry in _state(server)["kept"]
+                if entry["rid"] == reply["rid"]
+            ]
+            meta = reply["meta"]
+            line = {"arm": arm.name, "id": item.id, "rid": reply["rid"], "prompt_tokens": meta["prompt_tokens"],
+                    "tokens": meta["completion_tokens"], "rounds": rounds}  # fmt: skip
+            self.store.append(self.store.traces, [line])
+
+
+def _bar(total: int, name: str) -> Any:
+    """Progress bar; a log file gets a line every half minute."""
+    every = 0.5 if sys.stderr.isatty() else 30
+    return importlib.import_module("tqdm").tqdm(
+        total=total, desc=name, unit="reply", mininterval=every, dynamic_ncols=True
+    )
