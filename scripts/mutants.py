@@ -65,8 +65,8 @@ MUTANTS = {
                                              True),
     "keys move, values do not": Mutant(ROUNDS, "(self.key, self.value, self.score", "(self.key, self.score", PAGE8, True),
     "re-prefills after retraction are shared": Mutant(
-        LIFE, "    if runtime.evicts(req):\n        req.skip_radix_cache_insert = True\n\n\ndef adder",
-        "\n\ndef adder", STORM, True),
+        LIFE, "    if runtime.evicts(req):\n        req.skip_radix_cache_insert = True\n\n\ndef add_switch",
+        "\n\ndef add_switch", STORM, True),
     "admission is stock": Mutant(LIFE, "return LethePrefillAdder", "return result",
                                  "tests/engine/test_pressure.py -k admits", True),
     "ranks rank their own scores": Mutant("lethe_sglang/engine/runtime.py", "self._reduce if self.tp_size > 1 else None",
