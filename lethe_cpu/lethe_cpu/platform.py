@@ -81,9 +81,10 @@ class PortableCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
             _share_cores(server_args.tp_size)
 
     def init_backend(self) -> None:
-        """Use, in a worker process, as many threads as each rank has cores."""
+        """Use, in a worker process, as many threads as each rank has cores, or ``OMP_NUM_THREADS``."""
         ranks = len(os.environ.get(CORES_OF_RANKS, "").split("|"))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+        cores = len(os.sched_getaffinity(0)) // ranks
+        torch.set_num_threads(max(1, min(cores, int(os.environ.get("OMP_NUM_THREADS") or cores))))
 
     def get_default_attention_backend(self) -> str:
         """Return the one attention backend that is plain torch."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ class ShadowMismatch(AssertionError):
 
 
 class Shadow:
-    """Per row, the keys and values of all logical positions: ``[2, L, capacity, H, D]``.
+    """The keys and values of all logical positions of every row in use: ``[2, L, S, capacity, H, D]``.
 
     Only own tokens are compared: the radix tree may replace a prefix by an equal one that another batch computed.
 
@@ -32,58 +33,77 @@ class Shadow:
         if cells.position is None:
             raise ValueError("debug.shadow needs positions to be tracked")
         self.store, self.ledger, self.req_to_token = cells, ledger, req_to_token
-        self.rows: dict[int, torch.Tensor] = {}
+        self.places: dict[int, int] = {}
+        self.free: list[int] = []
+        self.copy = torch.zeros((2, cells.num_layers, 0, 0, *cells.key.shape[1:]), dtype=cells.key.dtype)
         self.checks = 0
         self.cells = 0
 
-    def _ensure(self, row: int, length: int) -> torch.Tensor:
-        held = self.rows.get(row)
-        if held is None or held.shape[2] < length:
-            key = self.store.key
-            grown = torch.zeros((2, self.store.num_layers, max(2 * length, 256), *key.shape[1:]), dtype=key.dtype)
-            if held is not None:
-                grown[:, :, : held.shape[2]] = held
-            self.rows[row] = held = grown
-        return held
+    def forget(self, rows: Iterable[int]) -> None:
+        """Give back the places of rows that SGLang frees."""
+        self.free += [self.places.pop(row) for row in rows if row in self.places]
 
-    def _copy(self, layer: int, row: int, lo: int, hi: int) -> None:
-        cells = layer * self.store.blocks + self.req_to_token[row, lo:hi].to(torch.int64)
-        shadow = self._ensure(row, hi)
-        shadow[0, layer, lo:hi] = self.store.key[cells]
-        shadow[1, layer, lo:hi] = self.store.value[cells]
+    def _place(self, rows: list[int], length: int) -> torch.Tensor:
+        """Return the places of rows, int64 ``[B]``, with room for ``length`` positions each."""
+        missing = [row for row in rows if row not in self.places]
+        _, _, places, capacity, *cell = self.copy.shape
+        if len(missing) > len(self.free) or length > capacity:
+            more = max(2 * places, places + len(missing) - len(self.free)) if len(missing) > len(self.free) else places
+            grown = self.copy.new_zeros((2, self.store.num_layers, more, max(2 * length, capacity), *cell))
+            grown[:, :, :places, :capacity] = self.copy
+            self.copy = grown
+            self.free += range(places, more)
+        for row in missing:
+            self.places[row] = self.free.pop()
+        return torch.tensor([self.places[row] for row in rows])
 
     def write_extend(self, layer: int, forward_batch: Any) -> None:
         """Copy what a prefill (or one chunk of it) has written; rows are intact then."""
-        for row, seq_len in zip(forward_batch.req_pool_indices.tolist(), forward_batch.seq_lens.tolist(), strict=True):
-            self._copy(layer, row, 0, seq_len)
+        rows, lengths = forward_batch.req_pool_indices.tolist(), forward_batch.seq_lens.tolist()
+        for row, place, length in zip(rows, self._place(rows, max(lengths)).tolist(), lengths, strict=True):
+            cells = layer * self.store.blocks + self.req_to_token[row, :length].to(torch.int64)
+            self.copy[0, layer, place, :length] = self.store.key[cells]
+            self.copy[1, layer, place, :length] = self.store.value[cells]
 
     def check_decode(self, layer: int, forward_batch: Any, cells: torch.Tensor, length: torch.Tensor) -> None:
-        """Copy the newest token, then compare all own cells of every request's token list.
+        """Copy the newest tokens, then compare all own cells of every request's token list.
 
         Raises
         ------
         ShadowMismatch
-            Naming the request's row, layer and logical position.
+            Naming the request's row, layer and logical positions.
         """
         assert self.store.position is not None
-        rows, seq_lens = forward_batch.req_pool_indices.tolist(), forward_batch.seq_lens.tolist()
-        for i, (row, seq_len) in enumerate(zip(rows, seq_lens, strict=True)):
-            if row == 0:
-                continue
-            self._copy(layer, row, seq_len - 1, seq_len)
-            if row not in self.ledger.requests:  # first decode step: the tree may have replaced part of the prefix
-                continue
-            prefix, tail = self.ledger.table[row, :2].tolist()
-            kept = int(self.ledger.kept_of(self.ledger.table[row])[layer])
-            own = cells[i, prefix : int(length[i])]
-            position = torch.cat([self.store.position[own[:kept]].to(torch.int64), torch.arange(tail, seq_len)])
-            if position.numel() != own.numel() or bool((position[1:] <= position[:-1]).any()):
-                raise ShadowMismatch(f"row {row} layer {layer}: list is not ascending or has the wrong length")
-            shadow = self.rows[row][:, layer, position]
-            for name, expected, buffer in (("key", shadow[0], self.store.key), ("value", shadow[1], self.store.value)):
-                wrong = (buffer[own] != expected).flatten(1).any(1)
-                if bool(wrong.any()):
-                    where = position[wrong][:4].tolist()
-                    raise ShadowMismatch(f"row {row} layer {layer} {name}: cells of positions {where} differ")
-            self.checks += 1
-            self.cells += own.numel()
+        real = forward_batch.req_pool_indices != 0
+        rows, seq_lens = forward_batch.req_pool_indices[real].to(torch.int64), forward_batch.seq_lens[real]
+        cells, length = cells[real], length[real]
+        if not len(rows):
+            return
+        place = self._place(rows.tolist(), int(seq_lens.max()))
+        newest = layer * self.store.blocks + self.req_to_token[rows, seq_lens - 1].to(torch.int64)
+        self.copy[0, layer, place, seq_lens - 1] = self.store.key[newest]
+        self.copy[1, layer, place, seq_lens - 1] = self.store.value[newest]
+
+        table = self.ledger.table[rows].to(torch.int64)
+        prefix, tail = table[:, 0:1], table[:, 1:2]
+        kept = self.ledger.kept_of(table)[:, layer : layer + 1]
+        j = torch.arange(cells.shape[1]).unsqueeze(0)
+        # First decode step: the tree may have replaced part of the prefix, and the row is not followed yet.
+        followed = torch.tensor([row in self.ledger.requests for row in rows.tolist()]).unsqueeze(1)
+        own = (j >= prefix) & (j < length.unsqueeze(1)) & followed
+        packed = self.store.position[cells].to(torch.int64)
+        position = torch.where(j < prefix + kept, packed, tail + j - prefix - kept).masked_fill(~own, 0)
+        ascending = (position[:, 1:] > position[:, :-1]) | ~own[:, :-1] | ~own[:, 1:]
+        ends = position.amax(1) == seq_lens - 1
+        if not bool(ascending.all()) or not bool((ends | ~followed.squeeze(1)).all()):
+            bad = rows[~(ascending.all(1) & (ends | ~followed.squeeze(1)))].tolist()
+            raise ShadowMismatch(f"rows {bad} layer {layer}: lists are not ascending or have the wrong length")
+        where = cells[own]
+        at = place.unsqueeze(1).expand_as(cells)[own], position[own]
+        for name, copy, buffer in (("key", self.copy[0], self.store.key), ("value", self.copy[1], self.store.value)):
+            if not torch.equal(copy[layer][at], buffer[where]):
+                wrong = (copy[layer][at] != buffer[where]).flatten(1).any(1)
+                row = rows.unsqueeze(1).expand_as(cells)[own][wrong][:4].tolist()
+                raise ShadowMismatch(f"rows {row} layer {layer} {name}: positions {at[1][wrong][:4].tolist()} differ")
+        self.checks += int(followed.sum())
+        self.cells += int(own.sum())

@@ -314,8 +314,7 @@ class Runtime:
     def close_rows(self, rows: Sequence[int]) -> None:
         """Forget rows that SGLang frees."""
         if self.shadow is not None:
-            for row in rows:
-                self.shadow.rows.pop(row, None)
+            self.shadow.forget(rows)
         for state in self.ledger.close(rows):
             self.counters.peak_request = max(self.counters.peak_request, state.peak)
             self.counters.last_finished = {
