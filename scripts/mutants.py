@@ -29,6 +29,7 @@ class Mutant(NamedTuple):
     engine: bool = False
 
 
+FEATURES, REF = "lethe_sglang/policies/features.py", "tests/unit/test_dense_reference.py"
 ROUNDS, LEDGER, LIFE = (
     "lethe_sglang/cache/rounds.py",
     "lethe_sglang/cache/ledger.py",
@@ -44,8 +45,8 @@ MUTANTS = {
     "a shrunk request keeps its blocks": Mutant(ROUNDS, "max(p.old_packed - p.new_packed, 0)) for", "0) for", UNIT),
     "the tail is packed in the wrong layer": Mutant(ROUNDS, "(number % num_layers) * cells.blocks",
                                                     "((number + 1) % num_layers) * cells.blocks", UNIT),
-    "states stay behind": Mutant(ROUNDS, "if b is not cells.position], source",
-                                 "if b is not cells.position and b is not cells.score], source", UNIT),
+    "states stay behind": Mutant(ROUNDS, "if id(b) not in anew], source",
+                                 "if id(b) not in anew and b is not cells.score], source", UNIT),
     "ties go to the earlier token": Mutant("lethe_sglang/kernels/repack.py", "order = (n - 1) - order",
                                            "order = (n - 1) - order if False else key.argsort(-1, True, stable=True)", UNIT),
     "the recent window shrinks": Mutant(LEDGER, "committed - self.recent, self.page_size", "committed, self.page_size", UNIT),
@@ -57,6 +58,20 @@ MUTANTS = {
     "an upward import": Mutant("lethe_sglang/cache/layout.py", "from itertools import accumulate",
                                "from itertools import accumulate\nimport lethe_sglang.engine.compat",
                                "tests/unit/test_architecture.py"),
+    "the memory is not renewed": Mutant(ROUNDS, "(cells.memory, remembered)", "(cells.memory, None)", f"{REF} -k gkv"),
+    "windows reach behind a round": Mutant(LEDGER, "max(state.due_at - self.window, committed)", "state.due_at - self.window",
+                                           f"{REF} -k snapkv"),
+    "redundancy is of who looks": Mutant(FEATURES, "cosine.sum(-2)", "cosine.sum(-1)", f"{REF} -k rkv"),
+    "pooling takes the largest": Mutant(FEATURES, 'if how == "avg" else', "if False else", f"{REF} -k snapkv"),
+    "max is a sum": Mutant("lethe_sglang/kernels/score.py", "torch.maximum(score.mul_(decay), attention)",
+                           "score.mul_(decay).add(attention)", f"{REF} -k morphkv"),
+    "gaps are not remembered": Mutant("lethe_sglang/kernels/score.py", "torch.maximum(memory, gap)", "gap", f"{REF} -k lazy"),
+    "keys like the mean stay": Mutant("lethe_sglang/policies/keydiff.py", 'return -candidates', "return candidates",
+                                      f"{REF} -k keydiff"),
+    "the shadow looks at keys only": Mutant("lethe_sglang/cache/shadow.py", '("value", self.copy[1], self.store.value)',
+                                            '("value", self.copy[0], self.store.key)', "tests/unit/test_shadow.py"),
+    "the shadow does not mind the order": Mutant("lethe_sglang/cache/shadow.py", "if not bool(ascending.all()) or", "if False or",
+                                                 "tests/unit/test_shadow.py"),
     "dead blocks are freed again at the end": Mutant(LIFE, "original(tree, kv, live)", "original(tree, kv, list(ranges))",
                                                      PAGE8, True),
     "dead positions count as held": Mutant(LIFE, "result - current().ledger.dead_len(kv.req_pool_idx)", "result", PAGE8, True),

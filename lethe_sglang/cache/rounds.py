@@ -151,11 +151,14 @@ def run_round(
         if reduce_scores is not None:
             feature = reduce_scores(feature)
     candidates = Candidates(score, position, memory, feature, valid, column([p.committed for p in plans]))
+    remembered = policy.remember(candidates) if policy.uses_memory else None
+    if remembered is not None:
+        candidates = candidates._replace(memory=remembered)
     rank = policy.rank(candidates)
     keep = select(rank, valid, pinned, count)
 
     # States that follow from the candidates are written anew; all others move with their cell.
-    renewed = [(cells.position, position), (cells.memory, policy.remember(candidates) if policy.uses_memory else None)]
+    renewed = [(cells.position, position), (cells.memory, remembered)]
     written = [(buffer, values) for buffer, values in renewed if buffer is not None and values is not None]
     source, destination, freed, flat = _move(
         plans, cells, req_to_token, own.cells, keep, [values for _, values in written], column

@@ -109,7 +109,7 @@ def _read(source: str) -> dict[Any, Any]:
         label = f"--kv-evict-config {source}"
         path = presets().get(source, Path(source))
         text = _read_text(path, label)
-        data = _parse_json(text, label) if path.suffix == ".json" else _parse_yaml(text, label)
+        data = _parse_json(text, label) if path.suffix == ".json" else parse_yaml(text, label)
     if not isinstance(data, dict):
         given = "nothing" if data is None else show(data)
         raise one_line([f"{label}: holds {given}, expected a mapping of sections such as 'budget:'"])
@@ -141,7 +141,8 @@ def _parse_json(text: str, label: str) -> Any:
         raise one_line([f"{label}: holds a value that cannot be read: {error}"]) from None
 
 
-def _parse_yaml(text: str, label: str) -> Any:
+def parse_yaml(text: str, label: str) -> Any:
+    """Parse YAML text; ``label`` names it in the one-line ``ConfigError`` of text that is not YAML."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:

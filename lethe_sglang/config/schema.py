@@ -259,6 +259,15 @@ class DebugConfig(Section):
     )
 
 
+def laid_over(base: Mapping[str, Any], mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay a configuration's mapping over another, section by section."""
+    merged = dict(base)
+    for name, value in mapping.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
+        merged[name] = {**merged[name], **value} if both else value
+    return merged
+
+
 class EvictionConfig(Section):
     """A whole configuration, as one YAML or JSON file holds it."""
 
@@ -312,13 +321,9 @@ class EvictionConfig(Section):
     def arm(self, index: int) -> EvictionConfig:
         """Return the configuration that arm ``index`` of ``debug.arms`` stands for."""
         assert self.debug.arms is not None
-        merged: dict[str, Any] = self.model_dump(exclude_unset=True)
-        merged["debug"] = {k: v for k, v in merged["debug"].items() if k != "arms"}
-        for name, value in self.debug.arms[index].items():
-            if isinstance(value, Mapping) and isinstance(merged.get(name), Mapping):
-                value = {**merged[name], **value}
-            merged[name] = value
-        return EvictionConfig.model_validate(merged)
+        base: dict[str, Any] = self.model_dump(exclude_unset=True)
+        base["debug"] = {k: v for k, v in base["debug"].items() if k != "arms"}
+        return EvictionConfig.model_validate(laid_over(base, self.debug.arms[index]))
 
     @property
     def every_arm(self) -> tuple[EvictionConfig, ...]:

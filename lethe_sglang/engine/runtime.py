@@ -73,7 +73,7 @@ class Runtime:
     """
 
     def __init__(self, config: EvictionConfig, num_layers: int, page_size: int, context_length: int | None) -> None:
-        self.request = config
+        self.base = config
         self.num_layers = num_layers
         self.page_size = page_size
         self.context_length = context_length
@@ -98,8 +98,8 @@ class Runtime:
     @property
     def tracked(self) -> tuple[bool, bool, bool]:
         """Which states a cell carries for any of the arms: score, position (of packed cells), memory."""
-        policies = [build_policy(arm) for arm in self.request.every_arm]
-        debug = self.request.debug
+        policies = [build_policy(arm) for arm in self.base.every_arm]
+        debug = self.base.debug
         positions = debug.shadow or debug.fingerprints or debug.record_kept
         return (
             any(policy.accumulation is not None for policy in policies),
@@ -110,7 +110,7 @@ class Runtime:
     def switch(self, arm: int) -> None:
         """Go over to arm ``arm`` of ``debug.arms``; the server must be idle (see :meth:`check_arm`)."""
         self.check_arm(arm)
-        self.configure(self.request.arm(arm))
+        self.configure(self.base.arm(arm))
         self.ledger.configure(*self._rounds())
         for react in self.on_switch:
             react(self.policy)
@@ -124,7 +124,7 @@ class Runtime:
         ValueError
             If there is no such arm or a request is followed.
         """
-        arms = self.request.debug.arms or ()
+        arms = self.base.debug.arms or ()
         if not 0 <= arm < len(arms):
             raise ValueError(f"kv_evict_arm: got {arm}, debug.arms has {len(arms)}; legal: 0 to {len(arms) - 1}")
         if self.ledger.requests:

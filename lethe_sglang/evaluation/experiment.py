@@ -18,7 +18,8 @@ from pydantic import BaseModel, Field, PlainValidator, ValidationError, model_va
 
 from lethe_sglang.config import ConfigError, EvictionConfig, from_mapping
 from lethe_sglang.config.errors import one_line, show, unknown_key
-from lethe_sglang.config.loading import _parse_yaml
+from lethe_sglang.config.loading import parse_yaml
+from lethe_sglang.config.schema import laid_over
 from lethe_sglang.config.section import Section
 from lethe_sglang.evaluation.datasets import DATASETS, Item, dataset_items, family_items
 from lethe_sglang.evaluation.servers import HOST
@@ -264,7 +265,7 @@ class Experiment(Section):
         """
         found = [Arm(FULL, None, {}, None)] if self.full else []
         for i, (name, mapping) in enumerate(self.mappings()):
-            from_mapping(_laid_over(self.base, mapping), where=f"arm {name}")
+            from_mapping(laid_over(self.base, mapping), where=f"arm {name}")
             debug = {**self.base.get("debug", {}), "arms": [mapping]}
             whole = from_mapping({**self.base, "debug": debug}, where=f"arm {name}")
             found.append(Arm(name, i, mapping, whole.arm(0)))
@@ -323,7 +324,7 @@ def load(path: Path, changes: Mapping[str, Any] | None = None) -> Experiment:
         With one line that holds every problem found.
     """
     try:
-        data = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        data = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; give the path of an experiment's YAML file") from None
     except UnicodeDecodeError:
@@ -375,14 +376,6 @@ def differences(old: Experiment, new: Experiment) -> list[str]:
         elif arms[arm.name] != arm.config:
             found.append(f"arms: {arm.name} is configured differently")
     return found
-
-
-def _laid_over(base: Mapping[str, Any], mapping: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in mapping.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = {**merged[key], **value} if both else value
-    return merged
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -88,8 +88,7 @@ def run(plan: HarnessPlan, directory: Path) -> dict[str, dict[str, Any]]:
         evaluate = importlib.import_module("lm_eval").simple_evaluate  # imports the rest of it
     except (ImportError, AttributeError) as error:
         raise ConfigError(
-            f"lm-eval: the lm-evaluation-harness is not installed ({error}); "
-            "pip install 'lethe-sglang[eval]' 'lm_eval[api]'"
+            f"lm-eval: the lm-evaluation-harness is not installed ({error}); pip install 'lethe-sglang[eval]'"
         ) from None
     info = _ask(plan.url, "/server_info")
     arguments = plan.arguments(plan.model or str(_ask(plan.url, "/v1/models")["data"][0]["id"]))

@@ -91,9 +91,8 @@ def update(
     assert memory is not None
     renewed = attention > rule.threshold
     gap = torch.where(renewed, step - score, 0.0)
-    return torch.where(renewed, torch.as_tensor(step, dtype=score.dtype, device=score.device), score), torch.maximum(
-        memory, gap
-    )
+    stamp = torch.where(renewed, torch.as_tensor(step, dtype=score.dtype, device=score.device), score)
+    return stamp, torch.maximum(memory, gap)
 
 
 def accumulate(

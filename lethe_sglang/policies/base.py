@@ -141,5 +141,5 @@ class Policy(ABC):
         raise NotImplementedError
 
     def remember(self, candidates: Candidates) -> torch.Tensor | None:
-        """Return the memory that survivors take along, float32 ``[L, B, n]``; None leaves it as it is."""
+        """Renew the memory, float32 ``[L, B, n]``, before ``rank`` sees it; None leaves it as it is."""
         return None

@@ -74,4 +74,4 @@ class GKVPolicy(Policy):
         """By Z."""
         valid = candidates.valid
         duplicates = over_maximum(masked_softmax(candidates.need("feature"), valid), valid)
-        return self.mix_lambda * self.remember(candidates) - (1 - self.mix_lambda) * duplicates
+        return self.mix_lambda * candidates.need("memory") - (1 - self.mix_lambda) * duplicates
