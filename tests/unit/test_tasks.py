@@ -6,27 +6,45 @@ import re
 
 import pytest
 
-from lethe_sglang.evaluation.tasks import END_THINK, FAMILIES, NAMES, PUNCTUATION, TRAINED, problem
+from lethe_sglang.evaluation.tasks import (
+    END_THINK,
+    FAMILIES,
+    INDICES,
+    NAMES,
+    PUNCTUATION,
+    RESULTS,
+    TRAINED,
+    problem,
+    tokens_of,
+)
 
-ALPHABET = set("0123456789" + PUNCTUATION + NAMES + NAMES.upper())
+ALPHABET = {*"0123456789", *PUNCTUATION, *INDICES, *RESULTS, *NAMES, *NAMES.upper(), *(f"{name}'" for name in NAMES)}
 
 
 def solve_walk(question):
-    edge = dict(re.findall(r"(\w)>(\w)", question))
-    node, steps = re.search(r"\?(\w)(\d{3})", question).groups()
-    for _ in range(int(steps)):
-        node = edge[node]
+    edge = dict(re.findall(r"(\w)(\w)(?:;|$)", question.split("?")[0]))
+    node, hundreds, rest = re.search(r"\?(\w)(\d)#(\d\d)", question).groups()
+    for _ in range(int(hundreds + rest)):
+        node = edge[node.lower()]
     return node
 
 
+def fact(facts, name):
+    return re.search(rf"{name}'(#\d\d)", facts)[1]
+
+
 def solve_recall(question):
-    asked = question[-1]
-    return f"{solve_walk(question)}!{asked}{re.search(f'!{asked}([0-9]{{2}})', question)[1]}"
+    facts, rest = question.split(";", 1)
+    walk, asked = rest.split("!")
+    return f"{solve_walk(walk)}!{asked}{fact(facts, asked[0])}"
 
 
 def solve_addition(question):
-    number = dict(re.findall(r"(\w)=(\d{3})", question))
-    total = sum(int(number[name][::-1]) for name in re.findall(r"#\d\d(\w)", question)) % 1000
+    number = {}
+    for line in question.split(";?")[0].split(";"):
+        last, before, first = re.fullmatch(r"\w(\d)\w(\d)\w'(\d)", line).groups()
+        number[line[0]] = int(first + before + last)
+    total = sum(number[name] for name in re.findall(r"#\d\d(\w)", question)) % 1000
     return f"{total:03d}"[::-1]
 
 
@@ -34,29 +52,26 @@ def solve_script(question):
     code, asked = question.split(";?")
     value = {}
     for line in code.split(";"):
-        name, rule = line[2], line[4:]
-        if rule.isdigit():
-            value[name] = int(rule)
-        else:
-            value[name] = (value[rule[0]] + (1 if rule[1] == "+" else -1) * value[rule[2]]) % 10
-    return "".join(f"{name.upper()}{value[name]}" for name in asked)
+        name, rule = line[3], line[4:]
+        value[name.upper()] = int(rule) if rule.isdigit() else (value[rule[0]] + value[rule[3]]) % 10
+    return "".join(f"{name}{value[name]}" for name in asked)
 
 
 def solve_chain(question):
     given, asked = question.split(";?")
-    rule = dict(line.split("=") for line in given.split(";"))
+    rule = {line[0].upper(): (line[1], int(line[-1])) for line in given.split(";")}
 
     def value(name):
-        base, _, add = rule[name].rpartition("+")
-        return (value(base) if base else 0) + int(add)
+        base, add = rule[name]
+        return add + (value(base) if base != "." else 0)
 
-    return "".join(f"{name.upper()}{value(name) % 10}" for name in re.findall(r"#\d(\w)", asked))
+    return "".join(f"!{int(i)}{value(name.upper()) % 10}" for i, name in re.findall(r"#(\d\d)(\w)", asked))
 
 
 def solve_mixed(question):
-    stated, rest = question.split(";", 1)
-    asked = rest[-1]
-    return f"{solve_chain(rest[:-2])}!{asked}{re.search(f'!{asked}([0-9]{{2}})', stated)[1]}"
+    facts, rest = question.split(";", 1)
+    chain, asked = rest.rsplit("!", 1)
+    return f"{solve_chain(chain)}!{asked}{fact(facts, asked[0])}"
 
 
 SOLVERS = {
@@ -74,7 +89,7 @@ def test_a_solver_that_reads_the_question_alone_finds_the_answer(family):
     for i in range(150):
         item = problem(family, "unit", i, (60, 2000))
         assert SOLVERS[family](item.question) == item.answer, item.question
-        assert set(item.question + item.thinking + item.answer) <= ALPHABET
+        assert set(tokens_of(item.question + item.thinking + item.answer)) <= ALPHABET
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -91,11 +106,12 @@ def test_the_verifier_takes_the_answer_and_nothing_else(family):
 def test_the_knob_sets_the_length_of_the_chain(family):
     kind = FAMILIES[family]
     for tokens in (120, 300, 600):
-        lengths = [len(problem(family, "unit", i, (tokens, tokens)).thinking) for i in range(30)]
+        lengths = [len(tokens_of(problem(family, "unit", i, (tokens, tokens)).thinking)) for i in range(30)]
         assert max(lengths) <= 1.1 * tokens + 40
         if family not in ("chain", "mixed"):  # their chains end when every name has been asked for
-            assert min(lengths) >= 0.75 * tokens - 40
-    assert max(len(problem(family, "unit", i, (2000, 2000)).thinking) for i in range(5)) <= 1.1 * kind.longest + 40
+            assert min(lengths) >= min(tokens, kind.longest) * 0.75 - 40
+    longest = max(len(tokens_of(problem(family, "unit", i, (2000, 2000)).thinking)) for i in range(5))
+    assert longest <= 1.1 * kind.longest + 40
 
 
 def test_splits_and_indices_give_different_problems_and_the_same_one_again():

@@ -5,7 +5,18 @@ from __future__ import annotations
 import random
 
 from lethe_sglang.evaluation.tasks.addition import Addition
-from lethe_sglang.evaluation.tasks.base import END_THINK, NAMES, PUNCTUATION, THINK, Family, Problem
+from lethe_sglang.evaluation.tasks.base import (
+    END_THINK,
+    INDICES,
+    NAMES,
+    PUNCTUATION,
+    RESULTS,
+    THINK,
+    TOKEN_PATTERN,
+    Family,
+    Problem,
+    tokens_of,
+)
 from lethe_sglang.evaluation.tasks.chain import Chain
 from lethe_sglang.evaluation.tasks.mixed import Mixed
 from lethe_sglang.evaluation.tasks.recall import Recall
@@ -15,7 +26,10 @@ from lethe_sglang.evaluation.tasks.walk import Walk
 FAMILIES: dict[str, Family] = {f.name: f for f in (Chain(), Walk(), Addition(), Script(), Recall(), Mixed())}
 TRAINED: tuple[str, ...] = tuple(name for name, family in FAMILIES.items() if not family.held_out)
 
-__all__ = ["END_THINK", "FAMILIES", "NAMES", "PUNCTUATION", "THINK", "TRAINED", "Family", "Problem", "problem"]
+__all__ = [
+    "END_THINK", "FAMILIES", "INDICES", "NAMES", "PUNCTUATION", "RESULTS", "THINK", "TOKEN_PATTERN", "TRAINED",
+    "Family", "Problem", "problem", "tokens_of",
+]  # fmt: skip
 
 
 def problem(family: str, split: str, index: int, tokens: tuple[int, int] = (200, 800)) -> Problem:
