@@ -19,7 +19,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -71,14 +71,16 @@ class Stage(NamedTuple):
     steps: int
     first: float
     last: float
+    ends: float = 1.0
+    """Weight in the loss of a reply's first token and of its answer, since a chain has one beginning and one end."""
 
 
 STAGES = (
     Stage("copy", (64,), 4096, 500, 1.0, 1.0),
-    Stage("tasks", (128, 192), 6144, 600, 1.0, 1.0),
-    Stage("tasks", (192, 320), 6144, 1200, 1.0, 0.5),
-    Stage("tasks", (320, 512, 768), 6144, 700, 0.5, 0.15),
-    Stage("tasks", (512, 1024, 2048), 6144, 150, 0.15, 0.0),
+    Stage("tasks", (128, 192), 6144, 400, 1.0, 1.0),
+    Stage("tasks", (192, 320), 6144, 500, 1.0, 0.6),
+    Stage("tasks", (320, 512, 768), 6144, 550, 0.6, 0.2, ends=8.0),
+    Stage("tasks", (512, 1024, 2048), 6144, 200, 0.2, 0.0, ends=8.0),
 )
 TOTAL = sum(stage.steps for stage in STAGES)
 MIX = ("chain", "addition", "script", "walk", "chain", "script", "recall", "addition")
@@ -113,12 +115,11 @@ SYMBOLS = range(5, len(VOCAB))
 
 
 def copying(rng: random.Random, length: int) -> tuple[list[int], int]:
-    """Make a repeated random block, or key-value pairs and queries for them."""
+    """Make a repeated random block, or key-value pairs and queries for them; short ones as often as long ones."""
+    size = round(math.exp(rng.uniform(math.log(3), math.log(length // 2))))
     if rng.random() < 0.5:
-        size = rng.randint(length // 4, length // 2)
-        block = rng.choices(SYMBOLS, k=size)
-        return (block * 4)[:length], size
-    size = rng.randint(length // 8, length // 3)
+        return (rng.choices(SYMBOLS, k=size) * length)[:length], size
+    size = max(size * 2 // 3, 2)
     keys = rng.sample(SYMBOLS, size)
     values = dict(zip(keys, rng.choices(SYMBOLS, k=size), strict=True))
     pairs = [t for key in keys for t in (key, values[key])]
@@ -138,13 +139,14 @@ def fitting(rng: random.Random, family: str, length: int) -> tuple[list[int], in
         share *= 0.85
 
 
-def batch(seed: int, step: int, stage: Stage) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """Return the step's inputs, labels (-100 in prompts and padding), int64 ``[rows, length]``, and each row's kind."""
+def batch(seed: int, step: int, stage: Stage) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
+    """Return the step's inputs, labels (-100 in prompts and padding) and weights, ``[rows, length]``, and kinds."""
     rng = random.Random(f"train/{seed}/{step}")
     length = stage.lengths[step % len(stage.lengths)]
     rows = stage.tokens // length
     inputs = torch.full((rows, length), PAD)
     labels = torch.full((rows, length), -100)
+    weights = torch.ones(rows, length)
     mix = ("copy",) if stage.kind == "copy" else LONG_MIX if length > LONG else MIX
     kinds = [mix[(row + step) % len(mix)] for row in range(rows)]
     for row, kind in enumerate(kinds):
@@ -152,7 +154,10 @@ def batch(seed: int, step: int, stage: Stage) -> tuple[torch.Tensor, torch.Tenso
         line = torch.tensor(ids)
         inputs[row, : len(ids)] = line
         labels[row, prompt : len(ids)] = line[prompt:]
-    return inputs, labels, kinds
+        if kind != "copy":
+            weights[row, prompt] = stage.ends
+            weights[row, ids.index(TOKEN[END_THINK]) :] = stage.ends
+    return inputs, labels, weights, kinds
 
 
 def schedule() -> Iterator[tuple[Stage, float]]:
@@ -245,15 +250,16 @@ def train(args: argparse.Namespace) -> None:
                     print(f"\n--minutes {args.minutes} are over at step {step}; run again to go on")
                     return
                 began = time.perf_counter()
-                inputs, labels, kinds = batch(args.seed, step, stage)
-                inputs, labels = inputs.to(device), labels.to(device)
+                *tensors, kinds = batch(args.seed, step, stage)
+                inputs, labels, weights = (t.to(device) for t in tensors)
                 for optim, peak in zip(optims, (MATRIX_RATE, RATE), strict=True):
                     for group in optim.param_groups:
                         group["lr"] = peak * pace
                 logits = forward(input_ids=inputs).logits[:, :-1]
                 target = labels[:, 1:]
                 wanted = target >= 0
-                loss = torch.nn.functional.cross_entropy(logits[wanted].float(), target[wanted])
+                losses = torch.nn.functional.cross_entropy(logits[wanted].float(), target[wanted], reduction="none")
+                loss = torch.dot(losses, weights[:, 1:][wanted]) / weights[:, 1:][wanted].sum()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 for optim in optims:
@@ -327,32 +333,39 @@ def solve(model: Any, items: list[Problem], rows: int = 32) -> list[bool]:
     A chain whose every token is the most likely one after those before it is what greedy decoding writes, so only the
     others are decoded.
     """
+    solved = [encode(item) for item in items]
     right = [False] * len(items)
-    order = sorted(range(len(items)), key=lambda i: sum(map(len, items[i])))
-    for start in range(0, len(order), rows):
-        part = order[start : start + rows]
-        solved = [encode(items[i]) for i in part]
-        width = max(len(ids) for ids, _ in solved)
-        inputs = torch.full((len(part), width), PAD)
-        for row, (ids, _) in enumerate(solved):
-            inputs[row, : len(ids)] = torch.tensor(ids)
+    for part in batches(range(len(items)), lambda i: len(solved[i][0]), rows):
+        width = max(len(solved[i][0]) for i in part)
+        inputs = torch.tensor([solved[i][0] + [PAD] * (width - len(solved[i][0])) for i in part])
         best = model(input_ids=inputs).logits.argmax(-1)
-        for i, row, (ids, prompt) in zip(part, range(len(part)), solved, strict=True):
-            if torch.equal(best[row, prompt - 1 : len(ids) - 1], inputs[row, prompt : len(ids)]):
-                right[i] = True
-                continue
-            limit = 2 * (len(ids) - prompt)
-            out = model.generate(inputs[row : row + 1, :prompt], max_new_tokens=limit, do_sample=False)[0, prompt:]
-            text = "".join(VOCAB[t] for t in out.tolist() if t not in (PAD, BOS, EOS))
+        for row, i in enumerate(part):
+            ids, prompt = solved[i]
+            right[i] = torch.equal(best[row, prompt - 1 : len(ids) - 1], inputs[row, prompt : len(ids)])
+    derailed = [i for i in range(len(items)) if not right[i]]
+    for part in batches(derailed, lambda i: solved[i][1], rows):
+        width = max(solved[i][1] for i in part)
+        prompts = [solved[i][0][: solved[i][1]] for i in part]
+        inputs = torch.tensor([[PAD] * (width - len(prompt)) + prompt for prompt in prompts])
+        limit = max(math.ceil(1.25 * (len(solved[i][0]) - solved[i][1])) for i in part)
+        out = model.generate(inputs, attention_mask=(inputs != PAD).long(), max_new_tokens=limit, do_sample=False)
+        for i, line in zip(part, out[:, width:].tolist(), strict=True):
+            text = "".join(VOCAB[t] for t in line if t not in (PAD, BOS, EOS))
             right[i] = END_THINK in text and FAMILIES[items[i].family].verify(items[i], text)
     return right
+
+
+def batches(indices: Iterable[int], size: Callable[[int], int], rows: int) -> Iterator[list[int]]:
+    """Yield batches of ``rows`` indices of like size."""
+    ordered = sorted(indices, key=size)
+    yield from (ordered[start : start + rows] for start in range(0, len(ordered), rows))
 
 
 def check(args: argparse.Namespace) -> int:
     """Print accuracy per family with its Wilson interval; 1 if a trained one is below 95 %."""
     model = Qwen3ForCausalLM.from_pretrained(args.model).eval()
     low = []
-    for family in FAMILIES:
+    for family in args.families:
         items = [problem(family, args.split, i, tuple(args.tokens)) for i in range(args.problems)]
         right = sum(solve(model, items))
         interval = wilson(right, len(items))
@@ -373,6 +386,7 @@ def main() -> int:
     parser.add_argument("--export", action="store_true", help="write the model directory and stop")
     parser.add_argument("--problems", type=int, default=50, help="problems a family to check")
     parser.add_argument("--tokens", type=int, nargs=2, default=(200, 800), help="range of chain lengths to check")
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="families to check")
     parser.add_argument("--split", default="check", help="seed range of the problems to check")
     parser.add_argument("--model", type=Path, default=MODEL, help="model directory")
     parser.add_argument("--seed", type=int, default=0)

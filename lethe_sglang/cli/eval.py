@@ -41,6 +41,10 @@ def add_parser(subparsers: Subparsers) -> None:
     run_parser.add_argument("--model-path", metavar="PATH", help="directory of the model; beats the file's model_path")
     run_parser.add_argument("--data-dir", metavar="DIR", type=Path, help="where relative paths of datasets start")
     run_parser.add_argument("--port", metavar="N", type=_integer(1, 65535), default=31000, help="port of the servers")
+    run_parser.add_argument(
+        "--servers", metavar="N", type=_integer(1, 16), default=1,
+        help="servers of the plugin that run side by side, on N ports from --port on (default: 1)",
+    )  # fmt: skip
     report = actions.add_parser("report", help="write report.md and pictures into a results directory")
     report.add_argument("directory", metavar="DIR", type=Path, help="results directory")
     _add_harness_parser(actions)
@@ -99,7 +103,7 @@ def _run(args: argparse.Namespace) -> int:
             store.begin(experiment, _command(args, experiment))
             prompts = Prompts(experiment.model_path, experiment.chat_template_kwargs)
             Run(experiment=experiment, store=store, prompts=prompts, items=items, only=tuple(args.only), port=args.port,
-                say=_say).all()  # fmt: skip
+                servers=args.servers, say=_say).all()  # fmt: skip
     except PermissionError as error:
         raise ConfigError(
             f"--out {store.directory}: {error.strerror}; give a directory that can be written to"
@@ -147,8 +151,9 @@ def _check(experiment: Experiment, args: argparse.Namespace) -> None:
     path = Path(experiment.model_path)
     if path.is_dir() != (path / "config.json").is_file() or (not path.is_dir() and not _hub_name(str(path))):
         raise ConfigError(f"model_path {path}: no model there; give a directory with a config.json, or --model-path")
-    if not port_free(args.port):
-        raise ConfigError(f"--port {args.port}: in use; give another, such as --port {some_free_port()}")
+    for port in range(args.port, args.port + args.servers):
+        if port > 65535 or not port_free(port):
+            raise ConfigError(f"--port {args.port}: {port} is in use; give another, such as --port {some_free_port()}")
 
 
 def _command(args: argparse.Namespace, experiment: Experiment) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +19,8 @@ from lethe_sglang.evaluation.statistics import Mean, Paired, paired, paired_mean
 
 RANDOM = "random"
 """The policy that every other has to beat."""
+
+OURS = "lethe"
 
 _ALL = "all tasks"
 _NONE = "-"
@@ -141,10 +144,8 @@ class Results:
         """Return the replies of policy ``random`` at an arm's budget and interval."""
         if arm.config is None or arm.config.policy == RANDOM:
             return None
-        wanted = (RANDOM, arm.config.budget.tokens, arm.config.rounds.interval)
         for found in self.replies.values():
-            other = found.arm.config
-            if other is not None and (other.policy, other.budget.tokens, other.rounds.interval) == wanted:
+            if found.arm.config is not None and found.arm.config.policy == RANDOM and alike(arm, found.arm):
                 return found
         return None
 
@@ -155,8 +156,18 @@ class Results:
         return [task.label for task in self.experiment.tasks if task.label in there]
 
 
+def alike(one: Arm, other: Arm) -> bool:
+    """Whether two evicting arms have the same budget, interval and treatment of prompts."""
+    shapes = [
+        (arm.config.budget.tokens, arm.config.rounds.interval, arm.config.retain.prompt)
+        for arm in (one, other)
+        if arm.config is not None
+    ]
+    return len(shapes) == 2 and shapes[0] == shapes[1]
+
+
 def write(directory: Path) -> str:
-    """Write ``report.md`` and its pictures into a results directory, and return the page.
+    """Write ``report.md``, its pictures and ``replies.csv`` into a results directory, and return the page.
 
     Raises
     ------
@@ -167,7 +178,22 @@ def write(directory: Path) -> str:
     pictures = draw(results, directory) if results.replies and eval_plots.available() else []
     page = to_markdown(results, pictures)
     (directory / "report.md").write_text(page + "\n", encoding="utf-8")
+    write_replies(results, directory / "replies.csv")
     return page
+
+
+def write_replies(results: Results, path: Path) -> None:
+    """Write one line per reply without its text, from which every number of the page follows."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["arm", "problem", "sample", "ok", "tokens", "finish", "rounds", "evicted", "steps", "held",
+                        "stock"])  # fmt: skip
+        for name, replies in results.replies.items():
+            for (problem, sample), line in sorted(replies.lines.items()):
+                m = line["memory"]
+                table.writerow([name, problem, sample, int(line["ok"]), line["tokens"], line["finish"], m["rounds"],
+                                sum(m["evicted_per_layer"]), m["steps"], round(m["own_held_mean"], 2),
+                                round(m["own_stock_mean"], 2)])  # fmt: skip
 
 
 def draw(results: Results, directory: Path) -> list[Picture]:
@@ -214,6 +240,8 @@ def to_markdown(results: Results, pictures: Sequence[Picture]) -> str:
     if unfinished := _unfinished(results):
         lines += [f"**Unfinished**: {', '.join(unfinished)}. Compare arms only by their paired differences.", ""]
     lines += [f"## {_ALL.capitalize()}", "", *_table(results, results.replies, speed=True), "", *_legend(results), ""]
+    if duels := _duels(results):
+        lines += [f"## {OURS} against each policy of its budget", "", *duels, ""]
     if len(results.tasks) > 1:
         for task in results.tasks:
             parts = {name: part for name, replies in results.replies.items() if (part := replies.of(task)).lines}
@@ -295,6 +323,18 @@ def _table(results: Results, parts: dict[str, Replies], speed: bool) -> list[str
         ]
         lines.append(f"| {' | '.join([*cells, *([_speed(results, part, full)] if speed else [])])} |")
     return lines
+
+
+def _duels(results: Results) -> list[str]:
+    """Compare ``lethe`` with every other policy that has its budget and interval; nothing where there is none."""
+    rows = []
+    for mine in results.replies.values():
+        if mine.arm.config is None or mine.arm.config.policy != OURS:
+            continue
+        for other in results.replies.values():
+            if other.arm.config is not None and other.arm.config.policy != OURS and alike(mine.arm, other.arm):
+                rows.append(f"| {mine.arm.name} | {other.arm.name} | {_difference(mine.against(other))} |")
+    return ["| arm | against | difference |", "| --- | --- | ---: |", *rows] if rows else []
 
 
 def _where_evicted(part: Replies, full: Replies | None) -> str:

@@ -9,12 +9,14 @@ import itertools
 import json
 import math
 import sys
+import threading
 import time
 import urllib.error
 import uuid
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -196,7 +198,9 @@ class Run:
     only
         Names of the arms to run; empty is all.
     port
-        Where the servers listen, on 127.0.0.1.
+        Where the first server listens, on 127.0.0.1; the next ones take the ports after it.
+    servers
+        How many servers of the plugin run side by side, each taking the next arm.
     say
         Takes one line of progress at a time.
     """
@@ -207,8 +211,11 @@ class Run:
     items: dict[str, list[Item]]
     only: tuple[str, ...] = ()
     port: int = 31000
+    servers: int = 1
     say: Callable[[str], None] = print
     _limits: dict[str, int] = field(default_factory=dict)
+    _running: list[Server] = field(default_factory=list)
+    _encoding: threading.Lock = field(default_factory=threading.Lock)
 
     def all(self) -> None:
         """Start the stock server for ``full``, then the evicting server for the other arms, where replies are missing.
@@ -255,18 +262,47 @@ class Run:
         return [item for item in first if item.id not in done]
 
     def _serve(self, kind: str, todo: list[tuple[Arm, list[Job]]], traced: dict[str, list[Item]]) -> None:
+        """Work through the arms on as many servers of a kind as there are arms for, ``servers`` at most."""
         config = self.store.directory / "server.yaml" if kind == "lethe" else None
         if config is not None:
             config.write_text(yaml.safe_dump(self.experiment.server_config(), sort_keys=False), encoding="utf-8")
-        command = self.experiment.server_command(self.port, config)
+        queue = deque((arm, jobs) for arm, jobs in todo if jobs or traced.get(arm.name))
+        count = min(self.servers, len(queue))
+        if count <= 1:
+            self._work(kind, 0, config, queue, traced)
+            return
+        with ThreadPoolExecutor(count) as pool:
+            workers = [pool.submit(self._work, kind, i, config, queue, traced) for i in range(count)]
+            try:
+                for worker in as_completed(workers):
+                    worker.result()
+            except BaseException:
+                queue.clear()
+                for server in self._running:  # what its worker then says is a consequence, not the cause
+                    server.stop()
+                raise
+
+    def _work(
+        self, kind: str, number: int, config: Path | None, queue: deque[tuple[Arm, list[Job]]],
+        traced: dict[str, list[Item]],
+    ) -> None:  # fmt: skip
+        """Take arms from the queue until it is empty, on one server."""
+        port = self.port + number
+        command = self.experiment.server_command(port, config)
         offline = {"HF_HUB_OFFLINE": "1"} if Path(self.experiment.model_path).is_dir() else {}
-        log = self.store.directory / "logs" / f"{kind}.log"
-        self.say(f"starting the {kind} server")
-        with Server(command, self.port, log, offline) as server:
+        log = self.store.directory / "logs" / (f"{kind}-{number}.log" if number else f"{kind}.log")
+        self.say(f"starting the {kind} server" + (f" {number}" if number else ""))
+        with Server(command, port, log, offline) as server:
+            self._running.append(server)
             try:
                 facts = check_server(server, evicts=kind == "lethe")
-                self.store.note_server(kind, {"command": self.experiment.readable(command), **facts})
-                for arm, jobs in todo:
+                if number == 0:
+                    self.store.note_server(kind, {"command": self.experiment.readable(command), **facts})
+                while True:
+                    try:
+                        arm, jobs = queue.popleft()
+                    except IndexError:
+                        break
                     self._answer(server, arm, jobs)
                     self._trace(server, arm, traced.get(arm.name, []))
             except urllib.error.HTTPError as error:
@@ -324,13 +360,17 @@ class Run:
             while True:
                 free = 2 * self.experiment.concurrency - len(waiting)
                 for job in itertools.islice(queue, free):  # tokenizers do not like threads: encode here
-                    waiting.add(pool.submit(self._ask, server, job, self.prompts.encode(job.item.prompt)))
+                    waiting.add(pool.submit(self._ask, server, job, self._encode(job.item)))
                 if not waiting:
                     return
                 finished, waiting = wait(waiting, timeout=FETCH_SECONDS, return_when=FIRST_COMPLETED)
                 yield [self._marked(future.result()) for future in finished]
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def _encode(self, item: Item) -> list[int]:
+        with self._encoding:
+            return self.prompts.encode(item.prompt)
 
     def _ask(self, server: Server, job: Job, prompt: list[int]) -> dict[str, Any]:
         sampling = self.experiment.sampling
@@ -363,7 +403,7 @@ class Run:
         limits = {task.label: self.experiment.limit_of(task) for task in self.experiment.tasks}
         for item in items:
             job = Job(item, 0, self._limit(item, limits[item.task]))
-            reply = self._ask(server, job, self.prompts.encode(item.prompt))
+            reply = self._ask(server, job, self._encode(item))
             rounds = [
                 {name: entry[name] for name in ("round", "prefix", "tail", "kept")}
                 for entry in _state(server)["kept"]

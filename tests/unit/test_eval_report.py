@@ -143,7 +143,7 @@ def test_every_task_has_a_table_of_its_own(tmp_path):
 def test_every_row_has_as_many_cells_as_its_head(tmp_path):
     page = to_markdown(Results.read(directory(tmp_path)), [])
     widths = [text.count("|") for text in page.splitlines() if text.startswith("|")]
-    assert set(widths[:7]) == {12} and set(widths[7:]) == {11}
+    assert [set(part) for part in (widths[:7], widths[7:11], widths[11:])] == [{12}, {4}, {11}]
 
 
 def test_pairs_are_taken_on_what_both_arms_answered(tmp_path):
@@ -155,6 +155,23 @@ def test_pairs_are_taken_on_what_both_arms_answered(tmp_path):
 def test_a_finished_experiment_is_not_called_unfinished_and_an_empty_one_has_no_table(tmp_path):
     assert "Unfinished" not in to_markdown(Results.read(directory(tmp_path / "a")), [])
     assert write(directory(tmp_path / "b", {})).endswith("No reply yet.")
+
+
+def test_lethe_is_compared_with_every_policy_of_its_own_budget(tmp_path):
+    page = to_markdown(Results.read(directory(tmp_path)), [])
+    found = page.split("## lethe against each policy of its budget")[1].split("##")[0]
+    assert "| lethe@48 | random@48 | +25.0 [" in found and ", 3:1 |" in found
+    assert "| lethe@24 | random@24 | +25.0 [" in found and "@24 | random@48" not in found
+    assert "against each policy" not in to_markdown(Results.read(directory(tmp_path / "b", {"full": "1111"})), [])
+
+
+def test_every_reply_is_in_a_table_without_its_text(tmp_path):
+    write(directory(tmp_path))
+    lines = (tmp_path / "replies.csv").read_text().splitlines()
+    assert len(lines) == 1 + 5 * 8
+    assert lines[0] == "arm,problem,sample,ok,tokens,finish,rounds,evicted,steps,held,stock"
+    assert "lethe@48,walk/0,0,0,101,stop,2,40,100,20.0,50.0" in lines
+    assert "full,chain/0,0,1,101,length,0,0,100,50.0,50.0" in lines
 
 
 def test_several_samples_are_clustered_by_problem(tmp_path):

@@ -156,7 +156,7 @@ def a_port():
         return probe.getsockname()[1]
 
 
-def run(directory, only=(), **changes):
+def run(directory, only=(), servers=1, **changes):
     experiment = parse({**DATA, **changes}, "small.yaml")
     items = experiment.items()
     Fake.answers |= {item.prompt: item.reference for found in items.values() for item in found}
@@ -164,7 +164,7 @@ def run(directory, only=(), **changes):
     with store.locked():
         store.begin(experiment, "lethe eval run small.yaml")
         Run(experiment=experiment, store=store, prompts=FakePrompts(), items=items, only=only, port=a_port(),
-            say=lambda line: None).all()  # fmt: skip
+            servers=servers, say=lambda line: None).all()  # fmt: skip
     return store
 
 
@@ -200,6 +200,40 @@ def test_stock_answers_for_full_and_one_server_is_switched_through_the_other_arm
     notes = Store(tmp_path).config()["runs"][-1]
     assert list(notes["servers"]) == ["stock", "lethe"] and notes["servers"]["stock"]["device"] == "cpu"
     assert {"command", "machine", "versions", "verifier"} <= set(notes)
+
+
+def test_servers_side_by_side_share_the_arms_out(tmp_path, monkeypatch):
+    together, ask = threading.Barrier(2), Run._ask
+
+    def meet(self, server, job, prompt):
+        if job.item.id == "chain/0":  # both servers are at work, or this test does not end well
+            together.wait(10)
+        return ask(self, server, job, prompt)
+
+    monkeypatch.setattr(Run, "_ask", meet)
+    store = run(tmp_path, servers=3, full=False, trace=1)
+    assert sorted(body["server_args"]["kv_evict_arm"] for body in asked("/set_internal_state")) == [0, 1, 2, 3]
+    for arm in ARMS[1:]:
+        assert len({line["id"] for line in read_lines(store.generations(arm))}) == 5
+    assert sorted(line["arm"] for line in read_lines(store.traces)) == sorted(ARMS[1:])
+    assert list(store.config()["runs"][-1]["servers"]) == ["lethe"]
+    assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["lethe-1.log", "lethe.log"]
+
+
+def test_one_failing_server_ends_the_others_and_says_why(tmp_path, monkeypatch):
+    failed, ask = threading.Event(), Run._ask
+
+    def fail(self, server, job, prompt):
+        if server.port == self.port and job.item.id == "chain/0":
+            failed.set()
+            raise ServerError("the cause")
+        assert failed.wait(10)
+        time.sleep(0.2)
+        return ask(self, server, job, prompt)
+
+    monkeypatch.setattr(Run, "_ask", fail)
+    with pytest.raises(ServerError, match="the cause"):
+        run(tmp_path, servers=2, full=False)
 
 
 def test_greedy_requests_are_bounded_by_the_reference_and_keep_special_tokens(tmp_path):
@@ -520,6 +554,6 @@ def test_a_busy_port_and_a_directory_without_results_are_refused(tmp_path, capsy
         busy.listen()
         port = str(busy.getsockname()[1])
         assert program.main(["eval", "run", str(file), "--port", port]) == 2
-    assert f"--port {port}: in use; give another" in capsys.readouterr().err
+    assert f"--port {port}: {port} is in use; give another" in capsys.readouterr().err
     assert program.main(["eval", "report", str(tmp_path)]) == 2
     assert "no results there; give a directory made by lethe eval run" in capsys.readouterr().err
