@@ -79,12 +79,17 @@ STAGES = (
     Stage("copy", (64,), 4096, 500, 1.0, 1.0),
     Stage("tasks", (128, 192), 6144, 400, 1.0, 1.0),
     Stage("tasks", (192, 320), 6144, 500, 1.0, 0.6),
-    Stage("tasks", (320, 512, 768), 6144, 550, 0.6, 0.2, ends=8.0),
-    Stage("tasks", (512, 1024, 2048), 6144, 200, 0.2, 0.0, ends=8.0),
+    Stage("tasks", (320, 512, 768), 6144, 500, 0.6, 0.25, ends=8.0),
+    Stage("late", (192, 320, 512), 6144, 300, 0.25, 0.1, ends=8.0),
+    Stage("late", (512, 1024, 2048), 6144, 150, 0.1, 0.0, ends=8.0),
+    Stage("late", (320, 512, 768, 768, 1024), 6144, 480, 0.35, 0.0, ends=8.0),
+    Stage("last", (320, 512, 768), 6144, 190, 0.25, 0.0, ends=8.0),
 )
 TOTAL = sum(stage.steps for stage in STAGES)
 MIX = ("chain", "addition", "script", "walk", "chain", "script", "recall", "addition")
-LONG_MIX = ("addition", "walk", "addition", "recall", "addition", "script")
+LATE_MIX = ("script", "recall", "addition", "script", "chain", "script", "walk", "recall")
+LAST_MIX = ("recall", "script", "recall", "chain", "recall", "script", "walk", "addition")
+LONG_MIX = ("addition", "walk", "script", "recall", "addition", "script")
 LONG = 700
 """Rows of more tokens than this are left to the families that fill them."""
 WARMUP = 100
@@ -147,7 +152,8 @@ def batch(seed: int, step: int, stage: Stage) -> tuple[torch.Tensor, torch.Tenso
     inputs = torch.full((rows, length), PAD)
     labels = torch.full((rows, length), -100)
     weights = torch.ones(rows, length)
-    mix = ("copy",) if stage.kind == "copy" else LONG_MIX if length > LONG else MIX
+    mix = {"copy": ("copy",), "tasks": MIX, "late": LATE_MIX, "last": LAST_MIX}[stage.kind]
+    mix = LONG_MIX if length > LONG and stage.kind != "last" else mix
     kinds = [mix[(row + step) % len(mix)] for row in range(rows)]
     for row, kind in enumerate(kinds):
         ids, prompt = copying(rng, length) if kind == "copy" else fitting(rng, kind, length)

@@ -30,13 +30,13 @@ def solve_walk(question):
 
 
 def fact(facts, name):
-    return re.search(rf"{name}'(#\d\d)", facts)[1]
+    return re.search(rf"{name}'\d{name.upper()}\d", facts)[0]
 
 
 def solve_recall(question):
     facts, rest = question.split(";", 1)
     walk, asked = rest.split("!")
-    return f"{solve_walk(walk)}!{asked}{fact(facts, asked[0])}"
+    return f"{solve_walk(walk)}!{fact(facts, asked[0])}"
 
 
 def solve_addition(question):
@@ -71,7 +71,7 @@ def solve_chain(question):
 def solve_mixed(question):
     facts, rest = question.split(";", 1)
     chain, asked = rest.rsplit("!", 1)
-    return f"{solve_chain(chain)}!{asked}{fact(facts, asked[0])}"
+    return f"{solve_chain(chain)}!{fact(facts, asked[0])}"
 
 
 SOLVERS = {

@@ -19,6 +19,6 @@ class Mixed(Family):
 
     def generate(self, rng: random.Random, tokens: int) -> Problem:
         """See the base class."""
-        stated, asked, fact = facts(rng)
         question, thinking, answer = chain(rng, tokens)
-        return Problem(self.name, f"{stated};{question}!{asked}", thinking, f"{answer}!{asked}{fact}")
+        stated, asked, fact = facts(rng, taken=question)
+        return Problem(self.name, f"{stated};{question}!{asked}", thinking, f"{answer}!{fact}")
