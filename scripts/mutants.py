@@ -36,6 +36,11 @@ ROUNDS, LEDGER, LIFE = (
     "lethe_sglang/engine/lifecycle.py",
 )
 UNIT, SERVE = "tests/unit/test_rounds.py", "tests/engine/test_serving.py"
+ARTIFACT, MEASURE, CACHE = (
+    "tests/unit/test_profile_artifact.py",
+    "tests/unit/test_measure.py",
+    "tests/unit/test_profile_cache.py",
+)
 PAGE8 = f"{SERVE} -k page8"
 STORM = "tests/engine/test_pressure.py -k storm"
 MUTANTS = {
@@ -72,6 +77,19 @@ MUTANTS = {
                                             '("value", self.copy[0], self.store.key)', "tests/unit/test_shadow.py"),
     "the shadow does not mind the order": Mutant("lethe_sglang/cache/shadow.py", "if not bool(ascending.all()) or", "if False or",
                                                  "tests/unit/test_shadow.py"),
+    "hoyer is not normalised": Mutant("lethe_sglang/allocation/sparsity.py", "(root - 1).clamp(min=1e-6)", "root",
+                                      "tests/unit/test_sparsity.py"),
+    "sparse layers get more": Mutant("lethe_sglang/allocation/rules.py", "max(1 - h, SMALLEST)", "max(h, SMALLEST)", ARTIFACT),
+    "profiles of other heads pass": Mutant("lethe_sglang/allocation/profile.py", '    "kv_heads": "KV heads",\n', "", ARTIFACT),
+    "rows keep what they had measured": Mutant("lethe_sglang/attention/measure.py", "tensor[:, row] = 0", "pass", MEASURE),
+    "a use is forgotten": Mutant("lethe_sglang/attention/measure.py", "torch.where(used | (valid", "torch.where((valid", MEASURE),
+    "nobody locks the cache": Mutant("lethe_sglang/engine/profile_cache.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_UN", CACHE),
+    "the lock's holder is not asked": Mutant("lethe_sglang/engine/profile_cache.py", "if (found := _read(path, model)) is None:",
+                                             "if (found := None) is None:", CACHE),
+    "an interrupted pass starts over": Mutant("lethe_sglang/profiling/run.py", "for n, r in partial.load().items()",
+                                              "for n, r in {}.items()", "tests/unit/test_profiling.py"),
+    "the prompt is not counted": Mutant("lethe_sglang/allocation/deployment.py", "return self.prompt + min(", "return min(",
+                                        "tests/unit/test_plan.py"),
     "dead blocks are freed again at the end": Mutant(LIFE, "original(tree, kv, live)", "original(tree, kv, list(ranges))",
                                                      PAGE8, True),
     "dead positions count as held": Mutant(LIFE, "result - current().ledger.dead_len(kv.req_pool_idx)", "result", PAGE8, True),

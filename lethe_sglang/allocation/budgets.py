@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
+from lethe_sglang.allocation.profile import Profile
+from lethe_sglang.allocation.rules import pyramid
+from lethe_sglang.allocation.rules import weights as rule_weights
 from lethe_sglang.config import ConfigError, EvictionConfig
 
 _FIRST_WINDOW = 4
@@ -116,7 +119,7 @@ def layer_budgets(
     return _quantise([float(share) for share in shares], classes, total, low, high)
 
 
-def from_config(config: EvictionConfig, num_layers: int) -> tuple[int, ...]:
+def from_config(config: EvictionConfig, num_layers: int, profile: Profile | None = None) -> tuple[int, ...]:
     """Return k_l of every layer as ``config`` asks for it; with allocation breakpoint, k_l of the first round.
 
     Parameters
@@ -125,6 +128,8 @@ def from_config(config: EvictionConfig, num_layers: int) -> tuple[int, ...]:
         The server's configuration.
     num_layers
         L, the layers of the model.
+    profile
+        The model's profile; required if ``budget.reads_profile``.
 
     Returns
     -------
@@ -136,19 +141,31 @@ def from_config(config: EvictionConfig, num_layers: int) -> tuple[int, ...]:
     Raises
     ------
     ConfigError
-        If ``budget.weights`` or ``budget.layers`` is not as long as the model has layers.
+        If ``budget.weights``, ``budget.layers`` or the profile has not as many layers as the model, or there is no
+        profile where one is needed.
     """
-    budget = config.budget
+    budget, weights = config.budget, config.budget.weights
     if budget.allocation == "list" and budget.layers is not None:
         _require(
             len(budget.layers) == num_layers,
             f"budget.layers: got {len(budget.layers)} values, but the model has {num_layers} layers; give one each",
         )
         return tuple(tokens - config.recent for tokens in budget.layers)
+    if budget.allocation == "pyramid":
+        weights = tuple(pyramid(num_layers))
+    if budget.reads_profile:
+        if profile is None:
+            raise ConfigError(f"budget.allocation {budget.allocation}: needs a profile; set budget.profile to a file")
+        _require(
+            profile.model.layers == num_layers,
+            f"budget.profile: has {profile.model.layers} layers, but the model has {num_layers}; "
+            "make one with lethe profile",
+        )
+        weights = rule_weights(budget.allocation, profile, budget.alpha)
     return layer_budgets(
         num_layers,
         config.scored,
-        budget.weights,
+        weights,
         floor=config.floor,
         min_factor=budget.min_factor,
         max_factor=budget.max_factor,

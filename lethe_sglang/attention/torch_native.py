@@ -9,9 +9,10 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from lethe_sglang.kernels.indices import token_lists
-from lethe_sglang.kernels.score import accumulate, attend, observation_attention, replay
+from lethe_sglang.kernels.score import accumulate, attend_heads, observation_attention, replay
 
 if TYPE_CHECKING:
+    from lethe_sglang.attention.measure import Measurer
     from lethe_sglang.cache.ledger import Ledger
     from lethe_sglang.cache.pool import PackedKVPool
     from lethe_sglang.cache.shadow import Shadow
@@ -60,6 +61,8 @@ class LetheTorchNativeBackend(TorchNativeAttnBackend):  # type: ignore[misc]
         What the policy accumulates; None scores nothing.
     shadow
         Uncompressed copy to compare gathered cells with (``debug.shadow``).
+    measurer
+        Sees the attention of every decode query (``debug.measure``).
     """
 
     def __init__(
@@ -69,12 +72,14 @@ class LetheTorchNativeBackend(TorchNativeAttnBackend):  # type: ignore[misc]
         ledger: Ledger,
         accumulation: Accumulation | None,
         shadow: Shadow | None = None,
+        measurer: Measurer | None = None,
     ) -> None:
         super().__init__(model_runner)
         self.pool = pool
         self.ledger = ledger
         self.accumulation = accumulation
         self.shadow = shadow
+        self.measurer = measurer
         self.lists: DecodeLists | None = None
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
@@ -95,6 +100,8 @@ class LetheTorchNativeBackend(TorchNativeAttnBackend):  # type: ignore[misc]
         prefix, tail, score_from, score_after = table[:, :4].unbind(1)
         kept = self.ledger.kept_of(table)
         width = int((prefix + kept.amax(1) + seq_lens - tail).max())
+        if self.measurer is not None:
+            self.measurer.begin_step(rows, seq_lens, width)
         cells, length = token_lists(
             self.req_to_token_pool.req_to_token, rows, seq_lens, prefix, tail, kept,
             self.ledger.offsets_of(table), self.pool.cells.blocks, width,
@@ -123,13 +130,15 @@ class LetheTorchNativeBackend(TorchNativeAttnBackend):  # type: ignore[misc]
         if self.shadow is not None:
             self.shadow.check_decode(index, forward_batch, lists.cells[index], lists.length[index])
         query = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        output, attention = attend(
+        output, heads = attend_heads(
             query, store.key, store.value, lists.cells[index], lists.length[index], layer.scaling
         )
-        if lists.scored is not None and lists.first < attention.shape[1]:
+        if self.measurer is not None:
+            self.measurer.add(index, forward_batch.req_pool_indices, heads, forward_batch.seq_lens)
+        if lists.scored is not None and lists.first < heads.shape[2]:
             assert store.score is not None and self.accumulation is not None
             accumulate(
-                self.accumulation, store.score, store.memory, lists.scored[index], attention[:, lists.first :],
+                self.accumulation, store.score, store.memory, lists.scored[index], heads[:, :, lists.first :].mean(1),
                 lists.decay, forward_batch.seq_lens.unsqueeze(1),
             )  # fmt: skip
         return output.reshape(-1, layer.tp_q_head_num * layer.v_head_dim)

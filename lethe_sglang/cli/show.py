@@ -1,9 +1,10 @@
-"""``lethe show``: what a set of flags resolves to, which presets exist, what is supported."""
+"""``lethe show``: what a set of flags resolves to, which presets exist, what is supported, what a profile holds."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -11,8 +12,6 @@ import yaml
 from lethe_sglang.config import ConfigError, EvictionConfig, presets, resolve
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 _WIDE = 1_000_000
@@ -23,9 +22,15 @@ def add_parser(subparsers: Subparsers) -> None:
     """Register ``lethe show``."""
     parser = subparsers.add_parser(
         "show",
-        help="print the resolved configuration, the presets or the support matrix",
-        description="Print the configuration that the flags resolve to, as YAML that --kv-evict-config accepts.",
+        help="print the resolved configuration, a profile, the presets or the support matrix",
+        description="Print the configuration that the flags resolve to, as YAML that --kv-evict-config accepts; or, "
+        "with profile FILE, the statistics and budgets of a profile, and how it differs from OTHER.",
+        usage="lethe show [profile FILE [OTHER] [--plot OUT]] [--kv-evict ...] [--presets | --support]",
         allow_abbrev=False,
+    )
+    parser.add_argument("what", nargs="*", metavar="profile FILE [OTHER]", help="show a profile, or two compared")
+    parser.add_argument(
+        "--plot", metavar="OUT", help="draw the profiles' sparsity and budgets per layer (.png, .pdf, .svg)"
     )
     parser.add_argument("--kv-evict", metavar="NAME", help="policy; beats the one in the configuration")
     parser.add_argument(
@@ -36,6 +41,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--kv-evict-budget", metavar="N", type=int, help="mean tokens kept per layer; beats budget.tokens"
     )
+    parser.add_argument("--kv-evict-profile", metavar="FILE|auto|none", help="beats budget.profile")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--presets", action="store_true", help="list the presets instead")
     instead.add_argument("--support", action="store_true", help="print the support matrix instead")
@@ -49,7 +55,13 @@ def run(args: argparse.Namespace) -> int:
     ConfigError
         If the flags resolve to no legal configuration.
     """
-    flags = (args.kv_evict, args.kv_evict_config, args.kv_evict_budget)
+    flags = (args.kv_evict, args.kv_evict_config, args.kv_evict_budget, args.kv_evict_profile)
+    if args.what or args.plot is not None:
+        if args.what[:1] != ["profile"] or len(args.what) not in (2, 3):
+            raise ConfigError(f"lethe show {' '.join(args.what)}: not known; write lethe show profile FILE [OTHER]")
+        if args.presets or args.support or any(flag is not None for flag in flags):
+            raise ConfigError("lethe show profile: takes --plot only; give one or the other")
+        return _show_profile(args.what[1:], args.plot)
     if args.presets or args.support:
         if any(flag is not None for flag in flags):
             option = "--presets" if args.presets else "--support"
@@ -59,6 +71,13 @@ def run(args: argparse.Namespace) -> int:
     if args.kv_evict == "none":
         raise ConfigError("--kv-evict none: SGLang runs unpatched, so there is no configuration to show")
     print(render(resolve(*flags)))
+    return 0
+
+
+def _show_profile(files: list[str], plot: str | None) -> int:
+    from lethe_sglang.cli.show_profile import show
+
+    print(show([Path(file) for file in files], None if plot is None else Path(plot)))
     return 0
 
 

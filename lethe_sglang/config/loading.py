@@ -26,8 +26,10 @@ def presets() -> dict[str, Path]:
     return {}
 
 
-def resolve(policy: str | None = None, source: str | None = None, budget: int | None = None) -> EvictionConfig:
-    """Return the configuration that the three flags ask for.
+def resolve(
+    policy: str | None = None, source: str | None = None, budget: int | None = None, profile: str | None = None
+) -> EvictionConfig:
+    """Return the configuration that the four flags ask for.
 
     Parameters
     ----------
@@ -39,6 +41,9 @@ def resolve(policy: str | None = None, source: str | None = None, budget: int | 
         defaults.
     budget
         ``--kv-evict-budget``: tokens, beats the file's ``budget.tokens``. None keeps the file's.
+    profile
+        ``--kv-evict-profile``: beats the file's ``budget.profile``, and asks for ``budget.allocation: profiled`` where
+        the file names no allocation. None keeps the file's.
 
     Raises
     ------
@@ -71,7 +76,20 @@ def resolve(policy: str | None = None, source: str | None = None, budget: int | 
                 )
             data["budget"] = {**section, "tokens": budget}
         flags.append(f"--kv-evict-budget {budget}")
-    return from_mapping(data, where=" ".join(flags))
+    if profile is not None:
+        section = data.get("budget", {})
+        if isinstance(section, Mapping):
+            data["budget"] = {"allocation": "profiled", **section, "profile": profile}
+        flags.append(f"--kv-evict-profile {profile}")
+    config = from_mapping(data, where=" ".join(flags))
+    if profile not in (None, "none") and not any(arm.budget.reads_profile for arm in config.every_arm):
+        raise one_line(
+            [
+                f"--kv-evict-profile {profile}: not read by budget.allocation {config.budget.allocation}; "
+                "set budget.allocation to profiled, or leave the flag out"
+            ]
+        )
+    return config
 
 
 def from_mapping(data: Mapping[str, Any], where: str = "") -> EvictionConfig:

@@ -28,6 +28,10 @@ DEFAULT_REQUEST_FACTOR = 4
 """Largest per-request budget, in multiples of ``budget.tokens``, when ``requests.max_budget`` is not given."""
 
 
+FROM_PROFILE = ("profiled", "d2o", "cake", "zipvl")
+"""Values of ``budget.allocation`` that a profile of the model turns into budgets."""
+
+
 class BudgetConfig(Section):
     """How many tokens a layer keeps, and how the layers share them."""
 
@@ -38,10 +42,28 @@ class BudgetConfig(Section):
         "together, not counting the shared prefix. Tokens, >= 2. "
         "With allocation list it is the mean of layers, rounded down.",
     )
-    allocation: Literal["uniform", "weights", "list", "breakpoint"] = Field(
+    allocation: Literal[
+        "uniform", "profiled", "pyramid", "d2o", "cake", "zipvl", "weights", "list", "breakpoint"
+    ] = Field(
         default="uniform",
-        description="How the layers share the budget. uniform: all alike; weights: in proportion to weights; list: as "
-        "written in layers; breakpoint: measured from the scores at every round.",
+        description="How the layers share the budget. uniform: all alike; profiled: less for layers whose attention is "
+        "sparse in the model's profile; d2o, cake, zipvl: from the same profile by the rules of these papers; pyramid: "
+        "linear from first to last layer; weights: in proportion to weights; list: as written in layers; breakpoint: "
+        "measured from the scores at every round.",
+    )  # fmt: skip
+    profile: str = Field(
+        default="auto",
+        min_length=1,
+        description="Where profiled, d2o, cake and zipvl take the model's profile from. auto: the one in the user's "
+        "cache, made at the server's start if there is none; none: no profile, all layers alike; else a file that "
+        "lethe profile has written.",
+    )
+    alpha: float = Field(
+        default=1.0,
+        ge=-16,
+        le=16,
+        description="Exponent of allocation profiled, w = (1 - sparsity) ** alpha. 0 is uniform, larger more uneven, "
+        "negative turns the order of the layers round. -16 to 16.",
     )
     weights: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
         default=None,
@@ -62,21 +84,26 @@ class BudgetConfig(Section):
         gt=0,
         le=1,
         description="Smallest share of a layer, as a multiple of the mean number of scored tokens K. "
-        "Allocation weights only. 0 < min_factor <= 1.",
+        "Not read by uniform and list. 0 < min_factor <= 1.",
     )
     max_factor: float = Field(
         default=4.0,
         ge=1,
         description="Largest share of a layer, as a multiple of the mean number of scored tokens K. "
-        "Allocation weights only. >= 1.",
+        "Not read by uniform and list. >= 1.",
     )
     classes: int = Field(
         default=4,
         ge=1,
         le=16,
-        description="Largest number of distinct per-layer budgets that weights may give (length classes; an attention "
-        "plan is made per class). 1 to 16.",
+        description="Largest number of distinct per-layer budgets (length classes; an attention plan is made per "
+        "class). Not read by list. 1 to 16.",
     )
+
+    @property
+    def reads_profile(self) -> bool:
+        """Whether the layers' shares come from a profile: the allocation is such a one and ``profile`` is not none."""
+        return self.allocation in FROM_PROFILE and self.profile != "none"
 
     @model_validator(mode="before")
     @classmethod
@@ -249,6 +276,11 @@ class DebugConfig(Section):
     record_requests: bool = Field(
         default=False,
         description="Keep what each of the last 1,024 finished requests held, for the telemetry. true or false.",
+    )
+    measure: bool = Field(
+        default=False,
+        description="Evict nothing and accumulate attention statistics of decode queries per layer; what lethe profile "
+        "runs. true or false.",
     )
     arms: tuple[dict[str, Any], ...] | None = Field(
         default=None,

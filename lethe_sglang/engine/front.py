@@ -2,7 +2,7 @@
 
 What travels to the scheduler is ``server_args._lethe``, an ``EvictionRequest``: unpickling it imports this module, so a
 process in which the plugin is broken dies instead of serving without eviction; and the launcher reports ready only
-after every rank has reported that its hooks are in place (``check_ranks``).
+after every rank has reported that its hooks are in place (``launch``).
 """
 
 from __future__ import annotations
@@ -11,17 +11,16 @@ import argparse
 import hashlib
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from lethe_sglang import __version__
-from lethe_sglang.allocation.budgets import from_config
 from lethe_sglang.config import ConfigError, EvictionConfig, parse_request, resolve
-from lethe_sglang.engine import compat, guard
+from lethe_sglang.engine import compat, guard, profile_pass
 from lethe_sglang.engine.hooks import LAUNCHER_HOOKS, SCHEDULER_HOOKS, install
 from lethe_sglang.policies import build_policy, policy_names
 
-ENGINE_OPTIONS = ("kv_evict", "kv_evict_config", "kv_evict_budget")
+ENGINE_OPTIONS = ("kv_evict", "kv_evict_config", "kv_evict_budget", "kv_evict_profile")
 
 
 @dataclass(frozen=True)
@@ -34,15 +33,18 @@ class EvictionRequest:
         The resolved configuration.
     from_cli
         Whether errors belong on a terminal (one line, exit status 2) or to a Python caller (``ConfigError``).
+    budgets
+        k_l of every layer for the configuration and each of its arms; the launcher settles them once for all ranks.
     """
 
     config: EvictionConfig
     from_cli: bool
+    budgets: tuple[tuple[int, ...], ...] = ()
 
     @property
     def fingerprint(self) -> str:
-        """Identifies plugin version and configuration; every rank must report the same."""
-        text = f"{__version__}\n{compat.SUPPORTED}\n{self.config.model_dump_json()}"
+        """Identifies plugin version, configuration and budgets; every rank must report the same."""
+        text = f"{__version__}\n{compat.SUPPORTED}\n{self.config.model_dump_json()}\n{self.budgets}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def fail(self, error: Exception) -> NoReturn:
@@ -53,7 +55,9 @@ class EvictionRequest:
         raise error
 
 
-def make_request(policy: str | None, source: str | None, budget: int | None, from_cli: bool) -> EvictionRequest | None:
+def make_request(
+    policy: str | None, source: str | None, budget: int | None, profile: str | None, from_cli: bool
+) -> EvictionRequest | None:
     """Resolve what the operator asked for; None if it is stock SGLang.
 
     Raises
@@ -63,11 +67,12 @@ def make_request(policy: str | None, source: str | None, budget: int | None, fro
     """
     try:
         if policy is None or policy == "none":
-            if source is not None or budget is not None:
-                given = "--kv-evict-config" if source is not None else "--kv-evict-budget"
-                raise ConfigError(f"{given} needs --kv-evict; legal: {', '.join(policy_names())}")
+            given = {"--kv-evict-config": source, "--kv-evict-budget": budget, "--kv-evict-profile": profile}
+            for flag, value in given.items():
+                if value is not None:
+                    raise ConfigError(f"{flag} needs --kv-evict; legal: {', '.join(policy_names())}")
             return None
-        config = resolve(policy=policy, source=source, budget=budget)
+        config = resolve(policy=policy, source=source, budget=budget, profile=profile)
         for arm in config.every_arm:
             build_policy(arm)
         compat.verify()
@@ -95,6 +100,11 @@ def add_flags(result: Any, parser: argparse.ArgumentParser) -> None:
         "--kv-evict-budget", default=None, type=int, metavar="N",
         help="Mean tokens a layer keeps after a round, shared prefix not counted; beats budget.tokens of the config.",
     )  # fmt: skip
+    group.add_argument(
+        "--kv-evict-profile", default=None, metavar="FILE|auto|none",
+        help="Share the budget among the layers by the model's profile: a file of `lethe profile`; auto: measured once "
+        "at the first start and kept in the user's cache; none: all layers alike. Beats budget.profile of the config.",
+    )  # fmt: skip
 
 
 def from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:
@@ -104,6 +114,7 @@ def from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namesp
         getattr(args, "kv_evict", None),
         getattr(args, "kv_evict_config", None),
         getattr(args, "kv_evict_budget", None),
+        getattr(args, "kv_evict_profile", None),
         from_cli=True,
     )
     if request is not None:
@@ -115,7 +126,7 @@ def from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namesp
 
 
 def engine_server_args(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``Engine.server_args_class``: take ``kv_evict``, ``kv_evict_config`` (str or dict), ``kv_evict_budget``."""
+    """Wrap ``Engine.server_args_class``: take the flags as ``kv_evict...``; ``kv_evict_config`` is a str or a dict."""
 
     def build(**kwargs: Any) -> Any:
         options = {name: kwargs.pop(name, None) for name in ENGINE_OPTIONS}
@@ -125,7 +136,9 @@ def engine_server_args(stock: Callable[..., Any]) -> Callable[..., Any]:
 
             source = json.dumps(source)
         server_args = stock(**kwargs)
-        request = make_request(options["kv_evict"], source, options["kv_evict_budget"], from_cli=False)
+        request = make_request(
+            options["kv_evict"], source, options["kv_evict_budget"], options["kv_evict_profile"], from_cli=False
+        )
         if request is not None:
             server_args._lethe = request
         return server_args
@@ -152,20 +165,35 @@ def check_resolution(server_args: Any, previous: Callable[[Any], None]) -> None:
 
     try:
         guard.check_options(resolving_view(server_args))
+        guard.check_measuring(resolving_view(server_args), request.config.debug.measure)
         model = model_config_of(server_args)
         guard.check_model(model)
-        for arm in request.config.every_arm:
-            from_config(arm, model.num_attention_layers)
+        profile_pass.settle(request.config, profile_pass.fingerprint_of(model, resolving_view(server_args)), make=None)
     except ConfigError as error:
         request.fail(error)
 
 
-def check_ranks(result: Any, cls: type, server_args: Any, *args: Any, **kwargs: Any) -> None:
-    """AFTER ``Engine._launch_scheduler_processes``: ready means that every rank has reported its fingerprint."""
+def launch(original: Callable[..., Any], cls: type, server_args: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND ``Engine._launch_scheduler_processes``: settle the budgets first; ready means that every rank has them."""
     request = requested(server_args)
     if request is None:
-        return
-    init_result, processes = result
+        return original(cls, server_args, *args, **kwargs)
+    from sglang.srt.arg_groups.model_override_base import model_config_of, resolved_view
+
+    try:
+        model = profile_pass.fingerprint_of(model_config_of(server_args), resolved_view(server_args))
+        budgets = profile_pass.settle(request.config, model, lambda path: profile_pass.run(server_args, path))
+    except ConfigError as error:
+        request.fail(error)
+    request = replace(request, budgets=budgets)
+    server_args._lethe = request
+    result = original(cls, server_args, *args, **kwargs)
+    _check_ranks(request, *result)
+    return result
+
+
+def _check_ranks(request: EvictionRequest, init_result: Any, processes: Any) -> None:
+    """Let the launcher report ready only after every rank has reported the request's fingerprint."""
     stock_wait = init_result.wait_for_ready
 
     def wait_for_ready() -> None:
@@ -210,7 +238,11 @@ def start_scheduler(scheduler: Any, server_args: Any, *args: Any, **kwargs: Any)
     resolved, model = resolved_view(server_args), model_config_of(server_args)
     guard.check_options(resolved)
     guard.check_model(model)
-    set_runtime(Runtime(request.config, model.num_attention_layers, resolved.page_size or 1, model.context_len))
+    if not request.budgets:
+        raise RuntimeError("--kv-evict: the launcher has not settled the layers' budgets; another plugin replaced it")
+    set_runtime(
+        Runtime(request.config, request.budgets, model.num_attention_layers, resolved.page_size or 1, model.context_len)
+    )
     install(SCHEDULER_HOOKS)
     ATTENTION_BACKENDS["torch_native"] = lifecycle.torch_native_backend
     scheduler._lethe_request = request

@@ -137,6 +137,18 @@ def check_options(resolved: Any) -> None:
 _TRUE = ("1", "true", "yes", "on")
 
 
+def check_measuring(resolved: Any, measuring: bool) -> None:
+    """Refuse ``debug.measure`` where a step behind a request's last one would be counted.
+
+    Raises
+    ------
+    ConfigError
+        One line with the option to change.
+    """
+    if measuring and not resolved.disable_overlap_schedule:
+        raise ConfigError("debug.measure: counts a step too many under overlap; set --disable-overlap-schedule")
+
+
 def check_model(model: Any) -> None:
     """Refuse unsupported models.
 

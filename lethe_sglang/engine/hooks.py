@@ -30,7 +30,7 @@ ENTRY_HOOKS = (
 """Installed in every process that loads plugins; they do nothing unless eviction was asked for."""
 
 LAUNCHER_HOOKS = (
-    Hook("sglang.srt.entrypoints.engine.Engine._launch_scheduler_processes", HookType.AFTER, "front.check_ranks"),
+    Hook("sglang.srt.entrypoints.engine.Engine._launch_scheduler_processes", HookType.AROUND, "front.launch"),
     Hook("sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request", HookType.BEFORE,
          "front.check_request"),
 )  # fmt: skip

@@ -71,6 +71,8 @@ def observe_prefill(result: Any, batch: Any) -> None:
         row = req.kv.req_pool_idx
         if row is None:
             continue
+        if runtime.measurer is not None:
+            runtime.measurer.names[row] = req.rid
         if runtime.policy.accumulation is not None and runtime.evicts(req) and is_private(req, batch.tree_cache):
             runtime.ledger.observed[row] = req.kv.cache_protected_len
         else:
@@ -139,7 +141,9 @@ def torch_native_backend(runner: Any) -> Any:
     from lethe_sglang.attention.torch_native import LetheTorchNativeBackend
 
     runtime = attach(runner)
-    backend = LetheTorchNativeBackend(runner, runtime.pool, runtime.ledger, runtime.policy.accumulation, runtime.shadow)
+    backend = LetheTorchNativeBackend(
+        runner, runtime.pool, runtime.ledger, runtime.policy.accumulation, runtime.shadow, runtime.measurer
+    )
     runtime.on_switch.append(lambda policy: setattr(backend, "accumulation", policy.accumulation))
     return backend
 

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from lethe_sglang.allocation.breakpoint import breakpoint_budgets, breakpoint_counts
-from lethe_sglang.allocation.budgets import from_config, scale
+from lethe_sglang.allocation.budgets import scale
+from lethe_sglang.attention.measure import Measurer
 from lethe_sglang.cache.layout import request_bound
 from lethe_sglang.cache.ledger import Ledger, RequestState, RoundPlan
 from lethe_sglang.cache.pool import PackedKVPool
@@ -64,6 +65,8 @@ class Runtime:
     ----------
     config
         The resolved configuration.
+    budgets
+        k_l of every layer for the configuration and each of its arms (``config.every_arm``), first layer first.
     num_layers
         Attention layers of the model (of this rank's pool).
     page_size
@@ -72,13 +75,21 @@ class Runtime:
         Longest sequence the server takes (tokens).
     """
 
-    def __init__(self, config: EvictionConfig, num_layers: int, page_size: int, context_length: int | None) -> None:
+    def __init__(
+        self,
+        config: EvictionConfig,
+        budgets: Sequence[tuple[int, ...]],
+        num_layers: int,
+        page_size: int,
+        context_length: int | None,
+    ) -> None:
         self.base = config
+        self.budgets_of_arms = tuple(budgets)
         self.num_layers = num_layers
         self.page_size = page_size
         self.context_length = context_length
         self.on_switch: list[Callable[[Policy], None]] = []
-        self.configure(config)
+        self.configure(config, self.budgets_of_arms[0])
         self.counters = Counters(num_layers)
         self.tp_group: Any = None
         self.tp_size = 1
@@ -86,14 +97,15 @@ class Runtime:
         self.ledger: Ledger
         self.req_to_token: torch.Tensor
         self.shadow: Shadow | None = None
+        self.measurer: Measurer | None = None
 
     # -- construction -----------------------------------------------------------------------------------------------
 
-    def configure(self, config: EvictionConfig) -> None:
-        """Take a configuration; nothing else of the runtime depends on it."""
+    def configure(self, config: EvictionConfig, budgets: tuple[int, ...]) -> None:
+        """Take a configuration and its k_l; nothing else of the runtime depends on it."""
         self.config = config
         self.policy = build_policy(config)
-        self.budgets = from_config(config, self.num_layers)
+        self.budgets = budgets
 
     @property
     def tracked(self) -> tuple[bool, bool, bool]:
@@ -110,7 +122,7 @@ class Runtime:
     def switch(self, arm: int) -> None:
         """Go over to arm ``arm`` of ``debug.arms``; the server must be idle (see :meth:`check_arm`)."""
         self.check_arm(arm)
-        self.configure(self.base.arm(arm))
+        self.configure(self.base.arm(arm), self.budgets_of_arms[arm + 1])
         self.ledger.configure(*self._rounds())
         for react in self.on_switch:
             react(self.policy)
@@ -150,6 +162,8 @@ class Runtime:
         )
         if self.config.debug.shadow:
             self.shadow = Shadow(pool.cells, self.ledger, req_to_token)
+        if self.base.debug.measure:
+            self.measurer = Measurer(req_to_token.shape[0], self.num_layers, self.config.retain.sinks, pool.device)
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
@@ -158,6 +172,8 @@ class Runtime:
         cached: RequestOverride | None = getattr(req, "_kv_evict", None)
         if cached is None:
             cached = parse_request(req.sampling_params.custom_params, self.config, self.context_length)
+            if self.base.debug.measure:
+                cached = RequestOverride(mode="none", budget=cached.budget)
             req._kv_evict = cached
         return cached
 
@@ -273,6 +289,24 @@ class Runtime:
         event.record()
         return host, event
 
+    def measured(self) -> list[dict[str, Any]]:
+        """Hand out, once, the statistics of requests that finished under ``debug.measure``, averaged over ranks.
+
+        Every rank must call it at the same time, as SGLang does for what it reports.
+
+        Returns
+        -------
+        list[dict]
+            Per request: ``rid``, ``prompt_tokens``, ``queries``; ``by_length`` maps a power of two to the ``queries``
+            whose context has that many to twice as many tokens, and the ``sums`` ``[L][PER_QUERY]`` over them;
+            ``per_prompt`` ``[L][PER_PROMPT]``.
+        """
+        records = self.measurer.drain() if self.measurer is not None else []
+        if records and self.tp_size > 1:
+            mean = self._reduce(torch.stack([record.values for record in records]).to(self.req_to_token.device)).cpu()
+            records = [record._replace(values=values) for record, values in zip(records, mean, strict=True)]
+        return [record.report() for record in records]
+
     def _reduce(self, scores: torch.Tensor) -> torch.Tensor:
         """Average over tensor-parallel ranks, in rank order, so that every rank ranks the same numbers."""
         parts = [torch.empty_like(scores) for _ in range(self.tp_size)]
@@ -313,6 +347,8 @@ class Runtime:
 
     def close_rows(self, rows: Sequence[int]) -> None:
         """Forget rows that SGLang frees."""
+        if self.measurer is not None:
+            self.measurer.close(rows)
         if self.shadow is not None:
             self.shadow.forget(rows)
         for state in self.ledger.close(rows):

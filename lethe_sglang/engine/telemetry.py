@@ -49,6 +49,8 @@ def snapshot(runtime: Runtime) -> dict[str, Any]:
         out["finished"] = list(counters.finished)
     if config.debug.record_kept:
         out["kept"] = list(counters.kept_log)
+    if runtime.measurer is not None:
+        out["measured"], out["statistics_bytes"] = runtime.measured(), runtime.measurer.bytes
     if runtime.shadow is not None:
         out["shadow"] = {"checks": runtime.shadow.checks, "cells": runtime.shadow.cells}
     return out

@@ -20,6 +20,22 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend one query per request to its padded token list.
 
+    As :func:`attend_heads`, with the attention averaged over query heads: float32 ``[B, n]``, the ``a`` of the scores.
+    """
+    output, attention = attend_heads(query, keys, values, cells, length, scaling)
+    return output, attention.mean(1)
+
+
+def attend_heads(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    cells: torch.Tensor,
+    length: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend one query per request to its padded token list.
+
     Parameters
     ----------
     query
@@ -36,8 +52,8 @@ def attend(
     Returns
     -------
     tuple
-        Output ``[B, Hq, D]`` in the query's dtype, and ``(1/Hq) * sum_h A_h[j]``, float32 ``[B, n]`` (0 beyond a
-        list's end), where ``A = softmax(scaling * q k)``.
+        Output ``[B, Hq, D]`` in the query's dtype, and ``A = softmax(scaling * q k)``, float32 ``[B, Hq, n]`` (0 beyond
+        a list's end).
     """
     batch, heads, dim = query.shape
     kv_heads = keys.shape[1]
@@ -55,7 +71,7 @@ def attend(
     beyond = torch.arange(n, device=cells.device).unsqueeze(0) >= length.unsqueeze(1)
     attention = logits.masked_fill_(beyond.unsqueeze(1), float("-inf")).softmax(-1)
     out = torch.bmm(attention.view(batch * kv_heads, heads // kv_heads, n), v.float())
-    return out.view(batch, heads, dim).to(query.dtype), attention.mean(1)
+    return out.view(batch, heads, dim).to(query.dtype), attention
 
 
 def update(

@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "attention": {"config", "policies", "allocation", "kernels", "cache"},
     "engine": {"config", "policies", "allocation", "kernels", "cache", "attention"},
     "evaluation": {"config", "policies", "allocation", "engine"},
-    "cli": {"config", "policies", "allocation", "engine", "evaluation"},
+    "profiling": {"config", "policies", "allocation", "kernels", "cache", "attention", "engine"},
+    "cli": {"config", "policies", "allocation", "engine", "evaluation", "profiling"},
 }
 SRT_ALLOWED = ("engine/", "attention/", "profiling/", "plugin.py", "cache/pool.py")
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -161,8 +161,9 @@ class TestMessages:
             ({"requests": {"allow_off": 1}}, "requests.allow_off: got 1, expected true or false"),
             ({"policy": ""}, 'policy: got "", expected a non-empty string'),
             (
-                {"budget": {"allocation": "profiled"}},
-                'budget.allocation: got "profiled", expected one of uniform, weights, list, breakpoint',
+                {"budget": {"allocation": "profile"}},
+                'budget.allocation: got "profile", expected one of uniform, profiled, pyramid, d2o, cake, zipvl, '
+                "weights, list, breakpoint",
             ),
         ],
     )

@@ -1,0 +1,331 @@
+"""The artifact of the one-time pass: a versioned YAML file with a model's fingerprint and its layers' statistics."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lethe_sglang.config import ConfigError
+
+FORMAT = 1
+"""Version of the file; a reader knows exactly one."""
+
+STATISTICS = {
+    "hoyer": "Hoyer sparsity of a query's attention, 0 (uniform) to 1 (one token)",
+    "entropy": "entropy of a query's attention, nats",
+    "variance": "variance of a query's attention over tokens, in units of the squared mean",
+    "coverage_90": "tokens that hold 90 % of a query's attention",
+    "coverage_95": "tokens that hold 95 % of a query's attention",
+    "coverage_99": "tokens that hold 99 % of a query's attention",
+    "distance": "mean distance to what is attended to, tokens",
+    "sink_share": "share of attention on the sinks",
+    "concentration": "variance over tokens of all attention received, in units of the squared mean",
+    "fluctuation": "variance over queries of the attention a token receives, summed over tokens",
+    "recurrence": "share of tokens that became important again, of those that had stayed unimportant for a while",
+}
+"""Every statistic, in the order of the file, with its meaning and unit."""
+
+PER_QUERY = tuple(STATISTICS)[:8]
+"""Statistics of single queries, which are also kept by length of the context."""
+
+PER_PROMPT = tuple(STATISTICS)[8:]
+"""Statistics of the tokens of a whole answer."""
+
+_IDENTITY = {
+    "architecture": "architecture",
+    "layers": "layers",
+    "heads": "query heads",
+    "kv_heads": "KV heads",
+    "head_dim": "head width",
+    "config_hash": "hash of the model's configuration",
+    "weights": "weights",
+}
+_NUMERICS = {"dtype": "dtype", "quantization": "quantization"}
+
+Layers = tuple[float, ...]
+
+
+class Part(BaseModel):
+    """Base of the parts of a profile: immutable, no unknown keys, finite numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelFingerprint(Part):
+    """Which model a profile is of.
+
+    Attributes
+    ----------
+    name
+        For people only; never compared.
+    config_hash
+        Of the model's configuration without what varies from copy to copy.
+    weights
+        ``sampled:`` and a hash of samples of the weight files, or ``revision:`` and the hub's commit. Only values of
+        one kind are compared; empty is not known.
+    layers, heads, kv_heads, head_dim
+        Attention layers; query and KV heads of the whole model, not of one rank.
+    dtype, quantization
+        How the model ran; a profile may be used under another.
+    """
+
+    name: str
+    architecture: str
+    config_hash: str
+    weights: str = ""
+    layers: int = Field(ge=1)
+    heads: int = Field(ge=1)
+    kv_heads: int = Field(ge=1)
+    head_dim: int = Field(ge=1)
+    dtype: str
+    quantization: str | None = None
+
+    def differences(self, other: ModelFingerprint) -> list[str]:
+        """Say in which respects ``other`` (the server's model) is another model."""
+        fields = {k: text for k, text in _IDENTITY.items() if k != "weights" or self._comparable(other)}
+        return self._compare(other, fields)
+
+    def numeric_differences(self, other: ModelFingerprint) -> list[str]:
+        """Say in which respects the same model runs otherwise under ``other``."""
+        return self._compare(other, _NUMERICS)
+
+    def _comparable(self, other: ModelFingerprint) -> bool:
+        kinds = {self.weights.partition(":")[0], other.weights.partition(":")[0]}
+        return len(kinds) == 1 and "" not in kinds
+
+    def _compare(self, other: ModelFingerprint, fields: dict[str, str]) -> list[str]:
+        pairs = ((text, getattr(self, name), getattr(other, name)) for name, text in fields.items())
+        return [f"{text} {ours} against {theirs}" for text, ours, theirs in pairs if ours != theirs]
+
+    @property
+    def key(self) -> str:
+        """Name of this model's profile in a cache: everything but ``name``, and the version of the file."""
+        content = self.model_dump(mode="json", exclude={"name"})
+        return digest({"format": FORMAT, **content})
+
+
+class PromptsInfo(Part):
+    """What the model was asked.
+
+    Attributes
+    ----------
+    source
+        File name or ``built-in``.
+    hash
+        Of all prompts as they were put to the model.
+    count, queries
+        Prompts measured, and their decode queries in all.
+    prompt_tokens, answer_tokens
+        Means per prompt.
+    """
+
+    source: str
+    hash: str
+    count: int = Field(ge=1)
+    queries: int = Field(ge=1)
+    prompt_tokens: float = Field(ge=0)
+    answer_tokens: float = Field(ge=0)
+
+
+class Settings(Part):
+    """How the pass was run; see ``lethe profile --help``. ``idle_steps`` defines recurrence, in decode steps."""
+
+    max_new_tokens: int = Field(ge=1)
+    temperature: float = Field(ge=0)
+    seed: int
+    sinks: int = Field(ge=0)
+    idle_steps: int = Field(ge=1)
+
+
+class Cost(Part):
+    """What the pass took: seconds of measuring, seconds in all, device bytes of the statistics."""
+
+    measuring_seconds: float = Field(ge=0)
+    total_seconds: float = Field(ge=0)
+    statistics_bytes: int = Field(ge=0)
+
+
+class Statistic(Part):
+    """One statistic of every layer.
+
+    Attributes
+    ----------
+    mean
+        Mean over prompts of each prompt's mean over its decode queries.
+    spread
+        Standard deviation over prompts.
+    by_length
+        Mean over all queries whose context has at least that many tokens and fewer than twice as many.
+    """
+
+    mean: Layers
+    spread: Layers
+    by_length: dict[int, Layers] = Field(default_factory=dict)
+
+
+class Budgets(Part):
+    """What ``profiled`` makes of the statistics, to look at: servers derive theirs from the statistics."""
+
+    allocation: Literal["profiled"] = "profiled"
+    alpha: float
+    tokens: int = Field(ge=2)
+    layers: tuple[Annotated[int, Field(ge=1)], ...]
+
+
+class Profile(Part):
+    """A whole artifact."""
+
+    format: Literal[1] = 1
+    model: ModelFingerprint
+    versions: dict[str, str]
+    prompts: PromptsInfo
+    settings: Settings
+    cost: Cost
+    statistics: dict[str, Statistic]
+    budgets: Budgets
+
+    @model_validator(mode="after")
+    def _check_layers(self) -> Profile:
+        if missing := [name for name in STATISTICS if name not in self.statistics]:
+            raise ValueError(f"statistics.{missing[0]}: missing")
+        for name, statistic in self.statistics.items():
+            for row in (statistic.mean, statistic.spread, *statistic.by_length.values()):
+                if len(row) != self.model.layers:
+                    raise ValueError(f"statistics.{name}: got {len(row)} values for {self.model.layers} layers")
+        if not all(0 <= h <= 1 for h in self.statistics["hoyer"].mean):
+            raise ValueError("statistics.hoyer: outside of 0 to 1")
+        if len(self.budgets.layers) != self.model.layers:
+            raise ValueError(f"budgets.layers: got {len(self.budgets.layers)} values for {self.model.layers} layers")
+        return self
+
+    def mean(self, statistic: str) -> Layers:
+        """Return a statistic's mean of every layer."""
+        return self.statistics[statistic].mean
+
+    @property
+    def digest(self) -> str:
+        """Hash of the whole content."""
+        return digest(self.model_dump(mode="json"))
+
+    def check(self, model: ModelFingerprint, where: str) -> None:
+        """Refuse another model.
+
+        Raises
+        ------
+        ConfigError
+            One line that says what differs.
+        """
+        if differing := self.model.differences(model):
+            raise ConfigError(
+                f"{where}: profile of another model ({self.model.name}): {', '.join(differing)}; make one with "
+                f"lethe profile --model-path {model.name}, or set budget.profile to auto"
+            )
+
+
+def digest(content: Any) -> str:
+    """Hash JSON-like content: 16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def save(profile: Profile, path: Path) -> None:
+    """Write a profile; a reader sees the old file or the whole new one.
+
+    Raises
+    ------
+    OSError
+        If the directory cannot be written to.
+    """
+    text = "# Attention statistics of one model, made by `lethe profile`; see docs/profiling.md.\n"
+    text += yaml.dump(_rounded(profile.model_dump(mode="json")), Dumper=_Dumper, sort_keys=False, width=120)
+    write_atomically(path, text)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file's content in one step.
+
+    Raises
+    ------
+    OSError
+        If the directory cannot be written to.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
+    try:
+        with draft.open("x", encoding="utf-8") as out:
+            out.write(text)
+            out.flush()
+            os.fsync(out.fileno())
+        draft.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        raise
+
+
+def load(path: Path, where: str | None = None) -> Profile:
+    """Read a profile.
+
+    Parameters
+    ----------
+    path
+        The file.
+    where
+        What an error names; None is the path.
+
+    Raises
+    ------
+    ConfigError
+        One line, if it cannot be read, is no profile or is of another version.
+    """
+    name = where or str(path)
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except OSError as error:
+        raise ConfigError(f"{name}: cannot be read: {error.strerror}; make it with lethe profile") from None
+    except (ValueError, yaml.YAMLError, RecursionError):
+        raise ConfigError(f"{name}: not YAML; make it again with lethe profile") from None
+    if not isinstance(data, dict) or "format" not in data:
+        raise ConfigError(f"{name}: not a profile; make one with lethe profile")
+    if data["format"] != FORMAT:
+        raise ConfigError(
+            f"{name}: format {data['format']}, this version reads format {FORMAT}; make it again with lethe profile"
+        )
+    try:
+        return Profile.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = ".".join(str(part) for part in first["loc"])
+        message = f"{option}{': ' if option else ''}{first['msg']}".replace("Value error, ", "")
+        raise ConfigError(f"{name}: {message}; make it again with lethe profile") from None
+
+
+def _rounded(value: Any) -> Any:
+    """Six significant digits are more than a measurement has."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value
+
+
+class _Dumper(yaml.SafeDumper):
+    """The safe writer of YAML, with lists on one line and without aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Write equal lists out."""
+        return True
+
+
+def _represent_list(dumper: _Dumper, values: list[Any]) -> yaml.Node:
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=True)
+
+
+_Dumper.add_representer(list, _represent_list)

@@ -1,0 +1,1 @@
+"""The one-time pass: a model answers calibration prompts uncompressed and its layers' attention is measured."""

@@ -1,0 +1,305 @@
+"""The pass itself: ``sgl.Engine`` in measuring mode over calibration prompts."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lethe_sglang import __version__
+from lethe_sglang.allocation.budgets import from_config
+from lethe_sglang.allocation.profile import (
+    Budgets,
+    Cost,
+    ModelFingerprint,
+    Profile,
+    PromptsInfo,
+    Settings,
+    digest,
+    save,
+)
+from lethe_sglang.config import ConfigError, EvictionConfig
+from lethe_sglang.profiling.progress import Progress
+from lethe_sglang.profiling.prompts import MODEL_FILE, Prompt, generated, hash_of, read
+from lethe_sglang.profiling.records import Partial, Record, longest, summarise
+
+_TRIES = 40
+"""Generated prompts looked at for each one that the tokenizer can write."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """What to measure.
+
+    Attributes
+    ----------
+    model_path
+        Directory or Hugging Face name.
+    prompts
+        A file of prompts; None takes the model's own, else generated ones.
+    out
+        Where the profile goes; None is its place in the user's cache.
+    count
+        Most prompts to measure.
+    max_new_tokens, temperature, seed
+        How the model answers; ``seed`` also picks the generated prompts.
+    concurrency
+        Requests that run at once.
+    time_limit
+        Seconds after which no further prompts are started; None is no limit.
+    raw
+        Put prompts as they are, without the chat template.
+    config
+        Whose ``budget`` the budgets in the profile are made for, and whose ``retain.sinks`` counts.
+    server_args
+        More arguments of the engine, as for SGLang's launcher.
+    """
+
+    model_path: str
+    prompts: Path | None = None
+    out: Path | None = None
+    count: int = 16
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    seed: int = 1
+    concurrency: int = 4
+    time_limit: float | None = None
+    raw: bool = False
+    config: EvictionConfig
+    server_args: tuple[str, ...] = ()
+
+    def engine_args(self) -> list[str]:
+        """Return SGLang's arguments."""
+        measuring = {"retain": {"sinks": self.config.retain.sinks}, "debug": {"measure": True}}
+        backend = [] if "--attention-backend" in self.server_args else ["--attention-backend", "torch_native"]
+        return [
+            "--model-path", self.model_path, "--log-level", "error", *backend, *self.server_args,
+            "--kv-evict", "streaming", "--kv-evict-config", json.dumps(measuring), "--disable-overlap-schedule",
+            "--random-seed", str(self.seed), "--max-running-requests", str(self.concurrency),
+        ]  # fmt: skip
+
+
+class Interrupted(Exception):
+    """The pass was stopped after ``done`` of ``total`` prompts, which are kept in ``path``."""
+
+    def __init__(self, done: int, total: int, path: Path) -> None:
+        super().__init__(f"{done} of {total} prompts are kept in {path}; the same command goes on from there")
+
+
+def measure(task: Pass) -> tuple[Profile, Path]:
+    """Run a pass, going on from an interrupted one, and write its profile.
+
+    Returns
+    -------
+    tuple
+        The profile and where it was written.
+
+    Raises
+    ------
+    ConfigError
+        If the prompts or the model cannot be used, or the profile cannot be written.
+    Interrupted
+        On Ctrl-C, once the engine runs.
+    """
+    started = time.monotonic()
+    source, prompts = _given(task)
+    print(f"lethe profile: starting SGLang with {task.model_path}", file=sys.stderr, flush=True)
+    engine = _start(task)
+    try:
+        return _measure(task, engine, source, prompts, started)
+    finally:
+        engine.shutdown()
+
+
+def _given(task: Pass) -> tuple[str, list[Prompt] | None]:
+    """Return the prompts of a file and its name; None if they are to be generated."""
+    own = Path(task.model_path) / MODEL_FILE
+    path = task.prompts if task.prompts is not None else own if own.is_file() else None
+    return ("built-in", None) if path is None else (path.name, read(path)[: task.count])
+
+
+def _start(task: Pass) -> Any:
+    import sglang as sgl
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from sglang.srt.server_args import prepare_server_args
+
+    return sgl.Engine(server_args=prepare_server_args(task.engine_args()))
+
+
+def _measure(
+    task: Pass, engine: Any, source: str, prompts: list[Prompt] | None, started: float
+) -> tuple[Profile, Path]:
+    from sglang.srt.arg_groups.model_override_base import model_config_of, resolved_view
+
+    from lethe_sglang.attention.measure import IDLE_STEPS
+    from lethe_sglang.engine import profile_cache
+    from lethe_sglang.engine.profile_pass import fingerprint_of
+
+    model = fingerprint_of(model_config_of(engine.server_args), resolved_view(engine.server_args))
+    settings = Settings(
+        max_new_tokens=task.max_new_tokens, temperature=task.temperature, seed=task.seed,
+        sinks=task.config.retain.sinks, idle_steps=IDLE_STEPS,
+    )  # fmt: skip
+    tokenizer = engine.tokenizer_manager.tokenizer
+    if prompts is None:
+        prompts = _writable(tokenizer, task)
+    out = task.out if task.out is not None else profile_cache.file_of(model, profile_cache.directory())
+    key = digest([model.key, hash_of(prompts), task.raw, settings.model_dump(mode="json")])
+    partial = Partial(out.with_name(f"{out.name}.partial"), key)
+
+    def ask(numbers: Sequence[int]) -> tuple[list[Record], int]:
+        ids = [tokens_of(tokenizer, prompts[i], task.raw) for i in numbers]
+        params = {"temperature": task.temperature, "max_new_tokens": task.max_new_tokens}
+        engine.generate(input_ids=ids, sampling_params=params, rid=[f"lethe-{i}" for i in numbers])
+        report = engine.get_server_info()["internal_states"][0]["lethe"]
+        asked = {f"lethe-{i}": str(i) for i in numbers}
+        found = [{**r, "rid": asked[r["rid"]]} for r in report["measured"] if r["rid"] in asked]
+        return longest(found), int(report["statistics_bytes"])
+
+    begun = time.monotonic()
+    records, size = collect(
+        len(prompts), task.concurrency, ask, partial, Progress(len(prompts), sys.stderr), task.time_limit
+    )
+    now = time.monotonic()
+    cost = Cost(measuring_seconds=now - begun, total_seconds=now - started, statistics_bytes=size)
+    profile = assemble(task.config, model, records, source, hash_of(prompts), settings, cost, _versions())
+    try:
+        save(profile, out)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be written: {error.strerror}; give another file") from None
+    partial.remove()
+    return profile, out
+
+
+def collect(
+    total: int,
+    concurrency: int,
+    ask: Callable[[Sequence[int]], tuple[list[Record], int]],
+    partial: Partial,
+    progress: Progress,
+    time_limit: float | None,
+) -> tuple[list[Record], int]:
+    """Put the prompts that are not finished yet, some at a time.
+
+    Parameters
+    ----------
+    total
+        Prompts, numbered from 0.
+    concurrency
+        Prompts put at a time.
+    ask
+        Puts prompts by number; returns their records and the bytes of the device's statistics.
+    partial
+        Where finished prompts are kept.
+    progress
+        Shows how far it is.
+    time_limit
+        Seconds after which no further prompts are put; at least one lot is.
+
+    Returns
+    -------
+    tuple
+        Records in the prompts' order, and the most bytes reported.
+
+    Raises
+    ------
+    Interrupted
+        On Ctrl-C.
+    ConfigError
+        If no prompt left a decode query.
+    """
+    done = {n: r for n, r in partial.load().items() if int(n) < total}
+    left = [i for i in range(total) if str(i) not in done]
+    size, started = 0, time.monotonic()
+    try:
+        partial.start(list(done.values()))
+        progress.show(len(done), ", going on from an interrupted pass" if done else "")
+        for numbers in _lots(left, concurrency):
+            if time_limit is not None and done and time.monotonic() - started > time_limit:
+                print(f"\nlethe profile: time limit reached after {len(done)} prompts", file=sys.stderr, flush=True)
+                break
+            found, used = ask(numbers)
+            partial.add(found)
+            done |= {record["rid"]: record for record in found}
+            size = max(size, used)
+            progress.show(len(done))
+    except KeyboardInterrupt:
+        raise Interrupted(len(done), total, partial.path) from None
+    except OSError as error:
+        raise ConfigError(f"--out: {partial.path}: cannot be written: {error.strerror}; give another file") from None
+    finally:
+        progress.end()
+    if not done:
+        raise ConfigError("--prompts: no answer had a second token; give other prompts or a larger --max-new-tokens")
+    return [done[n] for n in sorted(done, key=int)], size
+
+
+def _lots(numbers: list[int], size: int) -> Iterator[list[int]]:
+    return (numbers[i : i + size] for i in range(0, len(numbers), size))
+
+
+def assemble(
+    config: EvictionConfig,
+    model: ModelFingerprint,
+    records: Sequence[Record],
+    source: str,
+    prompts_hash: str,
+    settings: Settings,
+    cost: Cost,
+    versions: dict[str, str],
+) -> Profile:
+    """Make a profile; its budgets are those of ``config`` with allocation profiled, recent window included."""
+    queries = sum(record["queries"] for record in records)
+    budget = config.model_dump()["budget"] | {"allocation": "profiled", "weights": None, "layers": None}
+    wanted = EvictionConfig.model_validate({"budget": budget, "retain": config.retain.model_dump()})
+    draft = Profile(
+        model=model,
+        versions=versions,
+        prompts=PromptsInfo(
+            source=source, hash=prompts_hash, count=len(records), queries=queries,
+            prompt_tokens=sum(record["prompt_tokens"] for record in records) / len(records),
+            answer_tokens=queries / len(records) + 1,
+        ),
+        settings=settings,
+        cost=cost,
+        statistics=summarise(records),
+        budgets=Budgets(alpha=wanted.budget.alpha, tokens=wanted.budget.tokens, layers=(1,) * model.layers),
+    )  # fmt: skip
+    layers = tuple(k + wanted.recent for k in from_config(wanted, model.layers, draft))
+    return draft.model_copy(update={"budgets": draft.budgets.model_copy(update={"layers": layers})})
+
+
+def tokens_of(tokenizer: Any, prompt: Prompt, raw: bool) -> list[int]:
+    """Return the token ids of a prompt as a chat server would put it, or as it is if ``raw`` or without a template."""
+    if raw or not getattr(tokenizer, "chat_template", None):
+        return list(tokenizer.encode("\n".join(content for _, content in prompt)))
+    messages = [{"role": role, "content": content} for role, content in prompt]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def _writable(tokenizer: Any, task: Pass) -> list[Prompt]:
+    """Take generated prompts that the tokenizer can write: a toy vocabulary may lack capitals or spaces."""
+    candidates = itertools.islice(generated(task.seed), _TRIES * task.count)
+    found = list(itertools.islice((p for p in candidates if _round_trips(tokenizer, p[0][1])), task.count))
+    if not found:
+        raise ConfigError(f"--prompts: needed, the tokenizer of {task.model_path} cannot write the built-in ones")
+    return found
+
+
+def _round_trips(tokenizer: Any, text: str) -> bool:
+    back = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False))
+    return "".join(back.split()) == "".join(text.split())
+
+
+def _versions() -> dict[str, str]:
+    from importlib import metadata
+
+    return {"lethe-sglang": __version__, **{name: metadata.version(name) for name in ("sglang", "torch")}}

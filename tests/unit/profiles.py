@@ -1,0 +1,49 @@
+"""Profiles and records for tests."""
+
+from __future__ import annotations
+
+from lethe_sglang.allocation.profile import (
+    PER_PROMPT,
+    PER_QUERY,
+    STATISTICS,
+    Budgets,
+    Cost,
+    ModelFingerprint,
+    Profile,
+    PromptsInfo,
+    Settings,
+    Statistic,
+)
+
+MODEL = ModelFingerprint(
+    name="toy", architecture="ToyForCausalLM", config_hash="c0ffee", weights="sampled:1234", layers=4, heads=2,
+    kv_heads=1, head_dim=64, dtype="float32",
+)  # fmt: skip
+SETTINGS = Settings(max_new_tokens=256, temperature=0.0, seed=1, sinks=4, idle_steps=16)
+
+
+def profile(model: ModelFingerprint = MODEL, **means: tuple[float, ...]) -> Profile:
+    layers = model.layers
+    statistics = {
+        name: Statistic(mean=means.get(name, (0.5,) * layers), spread=(0.01,) * layers) for name in STATISTICS
+    }
+    return Profile(
+        model=model,
+        versions={"lethe-sglang": "0.1.0"},
+        prompts=PromptsInfo(
+            source="built-in", hash="beef", count=2, queries=200, prompt_tokens=40.0, answer_tokens=101.0
+        ),
+        settings=SETTINGS,
+        cost=Cost(measuring_seconds=3.0, total_seconds=20.0, statistics_bytes=1000),
+        statistics=statistics,
+        budgets=Budgets(alpha=1.0, tokens=64, layers=(64,) * layers),
+    )
+
+
+def record(rid: str, value: float, queries: int = 10, layers: int = 4) -> dict:
+    """A prompt's record in which every per-query statistic of layer l has the mean ``value + l``."""
+    sums = [[(value + layer) * queries for _ in PER_QUERY] for layer in range(layers)]
+    return {
+        "rid": rid, "prompt_tokens": 20, "queries": queries, "by_length": {"16": {"queries": queries, "sums": sums}},
+        "per_prompt": [[value + layer for _ in PER_PROMPT] for layer in range(layers)],
+    }  # fmt: skip

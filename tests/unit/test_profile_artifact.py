@@ -1,0 +1,250 @@
+"""The artifact, the rules that read it, and how it is shown."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import yaml
+from profiles import MODEL, profile
+
+from lethe_sglang.allocation import from_config, layer_budgets, rules
+from lethe_sglang.allocation.profile import STATISTICS, load, save, write_atomically
+from lethe_sglang.cli import main as cli
+from lethe_sglang.cli.show_profile import rank_correlation
+from lethe_sglang.config import ConfigError, from_mapping, resolve
+
+HOYER = (0.9, 0.5, 0.7, 0.8)
+
+
+class TestArtifact:
+    def test_what_is_saved_loads_to_the_same_profile(self, tmp_path):
+        made = profile(hoyer=HOYER, coverage_95=(10.0, 40.0, 20.0, 12.5))
+        save(made, tmp_path / "new" / "p.yaml")
+        assert load(tmp_path / "new" / "p.yaml") == made
+        assert load(tmp_path / "new" / "p.yaml").digest == made.digest
+        assert [p.name for p in (tmp_path / "new").iterdir()] == ["p.yaml"], "a draft stayed behind"
+
+    def test_a_failed_write_leaves_the_old_file_and_no_draft(self, tmp_path, monkeypatch):
+        path = tmp_path / "p.yaml"
+        path.write_text("old")
+        monkeypatch.setattr("os.fsync", lambda number: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OSError, match="No space"):
+            write_atomically(path, "new")
+        assert path.read_text() == "old"
+        assert list(tmp_path.iterdir()) == [path]
+
+    def test_every_statistic_has_a_meaning_and_is_required(self, tmp_path):
+        data = profile().model_dump(mode="json")
+        del data["statistics"]["recurrence"]
+        (tmp_path / "p.yaml").write_text(json.dumps(data))
+        with pytest.raises(ConfigError, match=r"statistics\.recurrence: missing"):
+            load(tmp_path / "p.yaml")
+        assert all(STATISTICS.values())
+
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("", "not a profile; make one with lethe profile"),
+            ("[1, 2]", "not a profile"),
+            ("format: 1\nmodel: {", "not YAML; make it again with lethe profile"),
+            ("\x00\x01", "not YAML"),
+            ("format: 2", "format 2, this version reads format 1; make it again with lethe profile"),
+            ("format: 1", "model: Field required; make it again"),
+        ],
+    )
+    def test_a_file_that_is_no_profile_is_refused_in_one_line(self, tmp_path, text, expected):
+        path = tmp_path / "p.yaml"
+        path.write_text(text)
+        with pytest.raises(ConfigError) as caught:
+            load(path, "budget.profile p.yaml")
+        assert str(caught.value).startswith("budget.profile p.yaml: ") and expected in str(caught.value)
+        assert len(str(caught.value).splitlines()) == 1
+
+    def test_a_missing_file_says_how_to_make_it(self, tmp_path):
+        with pytest.raises(ConfigError, match="cannot be read: No such file or directory; make it with lethe profile"):
+            load(tmp_path / "nowhere.yaml")
+
+    @pytest.mark.parametrize(
+        ("change", "expected"),
+        [
+            (lambda d: d["statistics"]["entropy"].update(mean=[1.0]), "statistics.entropy: got 1 values for 4 layers"),
+            (lambda d: d["statistics"]["hoyer"].update(mean=[0.1, 0.2, 1.5, 0.3]), "statistics.hoyer: outside"),
+            (lambda d: d["budgets"].update(layers=[9]), "budgets.layers: got 1 values for 4 layers"),
+            (lambda d: d.update(extra=1), "extra: Extra inputs are not permitted"),
+        ],
+    )
+    def test_contradictions_are_named(self, tmp_path, change, expected):
+        data = profile().model_dump(mode="json")
+        change(data)
+        (tmp_path / "p.yaml").write_text(yaml.safe_dump(data))
+        with pytest.raises(ConfigError) as caught:
+            load(tmp_path / "p.yaml")
+        assert expected in str(caught.value)
+
+
+class TestFingerprint:
+    @pytest.mark.parametrize(
+        ("field", "value", "named"),
+        [
+            ("architecture", "OtherForCausalLM", "architecture ToyForCausalLM against OtherForCausalLM"),
+            ("layers", 28, "layers 4 against 28"),
+            ("heads", 16, "query heads 2 against 16"),
+            ("kv_heads", 2, "KV heads 1 against 2"),
+            ("head_dim", 128, "head width 64 against 128"),
+            ("config_hash", "dead", "hash of the model's configuration c0ffee against dead"),
+            ("weights", "sampled:9999", "weights sampled:1234 against sampled:9999"),
+        ],
+    )
+    def test_a_profile_of_another_model_is_refused_with_what_differs(self, field, value, named):
+        other = MODEL.model_copy(update={field: value, "name": "other"})
+        with pytest.raises(ConfigError) as caught:
+            profile().check(other, "budget.profile p.yaml")
+        message = str(caught.value)
+        assert message.startswith("budget.profile p.yaml: profile of another model (toy): ")
+        assert named in message and "lethe profile --model-path other" in message
+        assert MODEL.key != other.key
+
+    def test_the_same_model_under_another_name_or_number_format_is_accepted(self):
+        other = MODEL.model_copy(update={"name": "copy", "dtype": "bfloat16", "quantization": "awq"})
+        profile().check(other, "p")
+        assert MODEL.numeric_differences(other) == ["dtype float32 against bfloat16", "quantization None against awq"]
+        assert MODEL.key != other.key, "but a cache keeps one of each"
+        assert MODEL.key == MODEL.model_copy(update={"name": "copy"}).key
+
+    @pytest.mark.parametrize("weights", ["", "revision:abc"])
+    def test_weights_are_compared_with_their_like_only(self, weights):
+        assert not MODEL.differences(MODEL.model_copy(update={"weights": weights}))
+
+
+class TestRules:
+    def test_profiled_is_one_minus_sparsity_to_the_alpha(self):
+        for alpha in (0.0, 0.5, 1.0, 2.0, -1.0):
+            found = rules.weights("profiled", profile(hoyer=HOYER), alpha)
+            plain = [(1 - h) ** alpha for h in HOYER]
+            assert found == pytest.approx([w / max(plain) for w in plain])
+
+    def test_d2o_gives_less_to_layers_of_concentrated_attention(self):
+        found = rules.weights("d2o", profile(concentration=(3.0, 1.0, 2.0, 5.0)), 1.0)
+        assert found == pytest.approx([math.exp(-x) for x in (0.5, 0.0, 0.25, 1.0)])
+
+    def test_cake_multiplies_entropy_and_fluctuation(self):
+        found = rules.weights("cake", profile(entropy=(1.0, 2.0, 3.0, 4.0), fluctuation=(0.4, 0.3, 0.2, 0.1)), 1.0)
+        assert found == pytest.approx([0.4 / 0.6, 1.0, 1.0, 0.4 / 0.6])
+
+    def test_zipvl_counts_the_tokens_that_hold_95_percent(self):
+        found = rules.weights("zipvl", profile(coverage_95=(10.0, 40.0, 20.0, 5.0)), 1.0)
+        assert found == pytest.approx([0.25, 1.0, 0.5, 0.125])
+
+    def test_pyramid_is_linear_with_beta_20_and_mean_1(self):
+        found = rules.pyramid(5)
+        assert found == pytest.approx([1.95, 1.475, 1.0, 0.525, 0.05])
+        assert rules.pyramid(1) == [1.0]
+
+    @pytest.mark.parametrize("rule", rules.RULES)
+    def test_extreme_statistics_still_give_positive_weights(self, rule):
+        extreme = profile(
+            hoyer=(1.0, 1.0, 0.0, 1.0), concentration=(0.0,) * 4, entropy=(0.0,) * 4, coverage_95=(0.0, 0.0, 1e6, 1.0)
+        )
+        found = rules.weights(rule, extreme, 3.0)
+        assert len(found) == 4 and all(0 < w <= 1 and math.isfinite(w) for w in found)
+
+    @pytest.mark.parametrize("rule", [*rules.RULES, "pyramid"])
+    def test_every_rule_shares_the_budget_exactly_within_its_bounds(self, rule):
+        measured = profile(hoyer=HOYER, concentration=HOYER, entropy=HOYER, coverage_95=(10.0, 40.0, 20.0, 5.0))
+        config = from_mapping({"budget": {"tokens": 100, "allocation": rule, "classes": 3, "max_factor": 1.5}})
+        budgets = from_config(config, 4, measured)
+        assert sum(budgets) == 4 * config.scored and len(set(budgets)) <= 3
+        assert min(budgets) >= 0.25 * config.scored and max(budgets) <= 1.5 * config.scored
+        assert len(set(budgets)) > 1, "the rule made no difference"
+
+    def test_a_sparse_layer_gets_a_small_budget(self):
+        config = from_mapping({"budget": {"tokens": 100, "allocation": "profiled", "alpha": 2.0}})
+        budgets = from_config(config, 4, profile(hoyer=HOYER))
+        assert budgets == layer_budgets(4, 70, [(1 - h) ** 2 for h in HOYER], 5, 0.25, 4.0, 4)
+        assert sorted(range(4), key=budgets.__getitem__) == [0, 3, 2, 1]
+
+    def test_profile_none_is_uniform_and_no_profile_is_an_error(self):
+        budget = {"tokens": 100, "allocation": "cake"}
+        assert from_config(from_mapping({"budget": {**budget, "profile": "none"}}), 4) == (70,) * 4
+        with pytest.raises(ConfigError, match=r"budget.allocation cake: needs a profile; set budget.profile"):
+            from_config(from_mapping({"budget": budget}), 4)
+        with pytest.raises(ConfigError, match=r"budget.profile: has 4 layers, but the model has 6"):
+            from_config(from_mapping({"budget": budget}), 6, profile())
+
+
+class TestFlag:
+    def test_the_flag_beats_the_file_and_asks_for_profiled(self):
+        assert resolve("lethe", None, None, "mine.yaml").budget.model_dump(include={"allocation", "profile"}) == {
+            "allocation": "profiled", "profile": "mine.yaml"}  # fmt: skip
+        config = resolve("lethe", '{"budget": {"allocation": "zipvl", "profile": "other.yaml"}}', 64, "auto")
+        assert (config.budget.allocation, config.budget.profile, config.budget.tokens) == ("zipvl", "auto", 64)
+        assert not resolve("lethe", '{"budget": {"allocation": "zipvl"}}', None, "none").budget.reads_profile
+
+    def test_a_flag_that_nothing_reads_is_refused_unless_an_arm_does(self):
+        uniform = {"budget": {"allocation": "uniform"}}
+        with pytest.raises(ConfigError, match=r"--kv-evict-profile p.yaml: not read by budget.allocation uniform"):
+            resolve("lethe", json.dumps(uniform), None, "p.yaml")
+        arms = [{"budget": {"allocation": "profiled"}}, {"budget": {"allocation": "pyramid"}}]
+        config = resolve("lethe", json.dumps({**uniform, "debug": {"arms": arms}}), None, "p.yaml")
+        assert [arm.budget.reads_profile for arm in config.every_arm] == [False, True, False]
+        assert config.every_arm[1].budget.profile == "p.yaml"
+
+
+class TestShow:
+    def test_a_table_has_a_row_a_layer_and_two_profiles_are_compared(self, tmp_path, capsys):
+        first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+        save(profile(hoyer=HOYER), first)
+        save(profile(MODEL.model_copy(update={"dtype": "bfloat16"}), hoyer=(0.5, 0.9, 0.7, 0.6)), second)
+        assert cli.main(["show", "profile", str(first)]) == 0
+        printed = capsys.readouterr().out
+        rows = [line.split() for line in printed.splitlines() if line.strip()[:1].isdigit()]
+        assert [row[:2] for row in rows[-4:]] == [["0", "0.900"], ["1", "0.500"], ["2", "0.700"], ["3", "0.800"]]
+        assert cli.main(["show", "profile", str(first), str(second)]) == 0
+        printed = capsys.readouterr().out
+        assert "the same model: no: dtype float32 against bfloat16" in printed
+        hoyer = next(line for line in printed.splitlines() if line.strip().startswith("hoyer "))
+        assert hoyer.split()[1:] == ["-1.000", "0.400", "(layer", "0)", "40.0"]
+
+    def test_a_plot_is_drawn(self, tmp_path, capsys):
+        save(profile(hoyer=HOYER), tmp_path / "a.yaml")
+        out = tmp_path / "p.png"
+        assert (
+            cli.main(["show", "profile", str(tmp_path / "a.yaml"), str(tmp_path / "a.yaml"), "--plot", str(out)]) == 0
+        )
+        assert out.read_bytes().startswith(b"\x89PNG") and out.stat().st_size > 10_000
+        assert f"drawn to {out}" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("arguments", "expected"),
+        [
+            (["profil", "x"], "lethe show profil x: not known; write lethe show profile FILE [OTHER]"),
+            (["profile"], "lethe show profile: not known"),
+            (["--plot", "x.png"], "lethe show : not known"),
+            (["profile", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
+            (["profile", "x.yaml", "--kv-evict", "h2o"], "lethe show profile: takes --plot only"),
+        ],
+    )
+    def test_a_bad_request_is_one_line(self, arguments, expected, capsys):
+        assert cli.main(["show", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"lethe show: error: {expected}") and error.count("\n") == 1
+
+    def test_profiles_of_different_depth_are_not_compared(self, tmp_path, capsys):
+        save(profile(), tmp_path / "a.yaml")
+        save(profile(MODEL.model_copy(update={"layers": 2})), tmp_path / "b.yaml")
+        assert cli.main(["show", "profile", str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")]) == 2
+        assert "profiles of 4 and 2 layers" in capsys.readouterr().err
+
+    def test_rank_correlation_counts_ties_at_their_mean_rank(self):
+        assert rank_correlation((1, 2, 3, 4), (10, 20, 30, 40)) == pytest.approx(1)
+        assert rank_correlation((1, 2, 3, 4), (4, 3, 2, 1)) == pytest.approx(-1)
+        assert rank_correlation((1, 2, 2, 3), (1, 2, 3, 4)) == pytest.approx(0.948683, abs=1e-5)
+        assert math.isnan(rank_correlation((1, 1), (1, 2)))
+
+
+def test_reading_a_profile_needs_neither_torch_nor_sglang():
+    code = "import sys, lethe_sglang.cli.show_profile; print([n for n in ('torch', 'sglang') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
