@@ -84,12 +84,25 @@ STAGES = (
     Stage("late", (512, 1024, 2048), 6144, 150, 0.1, 0.0, ends=8.0),
     Stage("late", (320, 512, 768, 768, 1024), 6144, 480, 0.35, 0.0, ends=8.0),
     Stage("last", (320, 512, 768), 6144, 190, 0.25, 0.0, ends=8.0),
+    Stage("polish", (512, 768, 768), 6144, 30, 0.0, 0.25, ends=8.0),
+    Stage("polish", (512, 768, 768), 6144, 300, 0.25, 0.0, ends=8.0),
+    Stage("final", (512, 768, 768), 6144, 30, 0.0, 0.4, ends=8.0),
+    Stage("final", (512, 768, 768), 6144, 420, 0.4, 0.0, ends=8.0),
+    Stage("even", (768,), 6144, 20, 0.0, 0.25, ends=8.0),
+    Stage("even", (768,), 6144, 250, 0.25, 0.0, ends=8.0),
 )
 TOTAL = sum(stage.steps for stage in STAGES)
 MIX = ("chain", "addition", "script", "walk", "chain", "script", "recall", "addition")
 LATE_MIX = ("script", "recall", "addition", "script", "chain", "script", "walk", "recall")
 LAST_MIX = ("recall", "script", "recall", "chain", "recall", "script", "walk", "addition")
+POLISH_MIX = ("script", "addition", "script", "recall", "script", "chain", "addition", "script")
+FINAL_MIX = ("script", "walk", "script", "recall", "script", "chain", "script", "addition")
+EVEN_MIX = ("script", "recall", "script", "walk", "addition", "chain", "script", "recall")
 LONG_MIX = ("addition", "walk", "script", "recall", "addition", "script")
+MIXES = {
+    "copy": ("copy",), "tasks": MIX, "late": LATE_MIX, "last": LAST_MIX, "polish": POLISH_MIX, "final": FINAL_MIX,
+    "even": EVEN_MIX,
+}  # fmt: skip
 LONG = 700
 """Rows of more tokens than this are left to the families that fill them."""
 WARMUP = 100
@@ -132,16 +145,16 @@ def copying(rng: random.Random, length: int) -> tuple[list[int], int]:
     return (pairs + queries)[:length], len(pairs)
 
 
-def fitting(rng: random.Random, family: str, length: int) -> tuple[list[int], int]:
-    """Draw a problem of a family that fits ``length`` tokens, longer ones more often than not."""
+def fitting(rng: random.Random, family: str, length: int, even: bool) -> tuple[list[int], int]:
+    """Draw a problem of a family that fits ``length`` tokens, of all lengths alike or longer ones more often."""
     kind = FAMILIES[family]
-    share = rng.uniform(0.5, 0.95)
+    share = rng.uniform(0.15, 0.95) if even else rng.uniform(0.5, 0.95)
     while True:
         tokens = max(int(length * share), kind.shortest // 2)
         ids, prompt = encode(kind.generate(rng, min(tokens, kind.longest)))
         if len(ids) <= length:
             return ids, prompt
-        share *= 0.85
+        share = rng.uniform(0.15, 0.95) if even else share * 0.85
 
 
 def batch(seed: int, step: int, stage: Stage) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
@@ -152,11 +165,10 @@ def batch(seed: int, step: int, stage: Stage) -> tuple[torch.Tensor, torch.Tenso
     inputs = torch.full((rows, length), PAD)
     labels = torch.full((rows, length), -100)
     weights = torch.ones(rows, length)
-    mix = {"copy": ("copy",), "tasks": MIX, "late": LATE_MIX, "last": LAST_MIX}[stage.kind]
-    mix = LONG_MIX if length > LONG and stage.kind != "last" else mix
+    mix = LONG_MIX if length > LONG and stage.kind in ("tasks", "late") else MIXES[stage.kind]
     kinds = [mix[(row + step) % len(mix)] for row in range(rows)]
     for row, kind in enumerate(kinds):
-        ids, prompt = copying(rng, length) if kind == "copy" else fitting(rng, kind, length)
+        ids, prompt = copying(rng, length) if kind == "copy" else fitting(rng, kind, length, stage.kind == "even")
         line = torch.tensor(ids)
         inputs[row, : len(ids)] = line
         labels[row, prompt : len(ids)] = line[prompt:]
@@ -312,7 +324,7 @@ TEMPLATE = (
 
 
 def export(args: argparse.Namespace) -> None:
-    """Write weights, tokenizer and chat template of the last checkpoint to the model directory."""
+    """Write weights, tokenizer, chat template and prompts for ``lethe profile`` to the model directory."""
     state = torch.load(args.state / "checkpoint.pt", map_location="cpu", weights_only=True)
     model = Qwen3ForCausalLM(architecture())
     model.load_state_dict(state["model"])
@@ -326,6 +338,9 @@ def export(args: argparse.Namespace) -> None:
     )  # fmt: skip
     fast.chat_template = TEMPLATE
     fast.save_pretrained(args.model)
+    items = [problem(family, "profile", i, (200, 400)) for i in range(4) for family in TRAINED]
+    lines = [json.dumps({"prompt": item.question}) + "\n" for item in items]
+    (args.model / "lethe_prompts.jsonl").write_text("".join(lines))
     print(f"{args.model}: step {state['step']} of {TOTAL}")
 
 
@@ -391,7 +406,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="verify the shipped weights")
     parser.add_argument("--export", action="store_true", help="write the model directory and stop")
     parser.add_argument("--problems", type=int, default=50, help="problems a family to check")
-    parser.add_argument("--tokens", type=int, nargs=2, default=(200, 800), help="range of chain lengths to check")
+    parser.add_argument("--tokens", type=int, nargs=2, default=(200, 400), help="range of chain lengths to check")
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="families to check")
     parser.add_argument("--split", default="check", help="seed range of the problems to check")
     parser.add_argument("--model", type=Path, default=MODEL, help="model directory")
