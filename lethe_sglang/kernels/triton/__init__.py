@@ -1,0 +1,133 @@
+"""Triton kernels of the decode step and of a round; each has a torch twin in ``lethe_sglang/kernels``.
+
+A launcher checks shapes and dtypes and reads nothing back from the device, so a CUDA graph can capture it. It never
+benchmarks on its own: during SGLang's warm-up every sequence has one token, and a search would measure nothing.
+Configurations are searched where a caller asks for it, with arguments that look like the load::
+
+    with tuning():
+        score(...)  # on scratch states: the search runs the kernel many times
+
+and what is found serves all later launches of the same key. Before that, and under Triton's interpreter, a launch takes
+the kernel's default configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import triton  # type: ignore[import-untyped]
+
+_search = False
+
+
+@contextmanager
+def tuning() -> Iterator[None]:
+    """Let the launches inside search their configurations on a CUDA device; the tensors they write are garbage after.
+
+    Raises
+    ------
+    RuntimeError
+        Without a CUDA device, or while a CUDA graph is being captured: the search has to wait for the device.
+    """
+    global _search
+    if not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("configurations are searched on a CUDA device, outside of CUDA graph capture")
+    _search = True
+    try:
+        yield
+    finally:
+        _search = False
+
+
+class Tuned:
+    """A kernel with its configurations.
+
+    Parameters
+    ----------
+    kernel
+        What ``triton.jit`` returned.
+    configs
+        To search among; the first is the default.
+
+    Attributes
+    ----------
+    found
+        Key -> the best configuration a search found for it.
+    """
+
+    def __init__(self, kernel: Any, configs: Sequence[Any]) -> None:
+        self.kernel = kernel
+        self.configs = list(configs)
+        self.found: dict[tuple[Any, ...], Any] = {}
+
+    def launch(self, grid: Callable[[dict[str, Any]], tuple[int, ...]], key: tuple[Any, ...], *args: Any) -> None:
+        """Run the kernel.
+
+        Parameters
+        ----------
+        grid
+            Meta-parameters -> programs.
+        key
+            What the best configuration depends on.
+        args
+            The kernel's arguments but for the meta-parameters, which are its last ones.
+        """
+        if _search:
+            search = triton.autotune(configs=self.configs, key=[])(self.kernel)
+            search[grid](*args)
+            self.found[key] = search.best_config
+            return
+        self.kernel[grid](*args, **self.found.get(key, self.configs[0]).all_kwargs())
+
+
+def config(num_warps: int = 4, num_stages: int = 2, **meta: int) -> Any:
+    """One launch configuration with its meta-parameters."""
+    return triton.Config(meta, num_warps=num_warps, num_stages=num_stages)
+
+
+def interpreted() -> bool:
+    """Whether kernels run under Triton's interpreter, on the CPU."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def bucket(n: int) -> int:
+    """``n`` rounded up to a power of two: sizes that share a configuration."""
+    return int(triton.next_power_of_2(max(n, 1)))
+
+
+def expect(
+    name: str, tensor: torch.Tensor, dtypes: torch.dtype | Sequence[torch.dtype], shape: Sequence[int | None]
+) -> None:
+    """Check a tensor's dtype and shape (None: any length) and that its last axis is contiguous.
+
+    Raises
+    ------
+    ValueError
+        Naming the tensor, what it must be and what it is.
+    """
+    allowed = (dtypes,) if isinstance(dtypes, torch.dtype) else tuple(dtypes)
+    fits = len(shape) == tensor.dim() and all(n in (None, m) for n, m in zip(shape, tensor.shape, strict=True))
+    dense = tensor.dim() == 0 or tensor.shape[-1] <= 1 or tensor.stride(-1) == 1
+    if tensor.dtype not in allowed or not fits or not dense:
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        sizes = ", ".join("any" if n is None else str(n) for n in shape)
+        raise ValueError(
+            f"{name} must be {wanted} of shape [{sizes}], last axis contiguous, "
+            f"not {str(tensor.dtype).removeprefix('torch.')} of shape {list(tensor.shape)} strides {tensor.stride()}"
+        )
+
+
+def expect_contiguous(**tensors: torch.Tensor | None) -> None:
+    """Check that tensors are contiguous.
+
+    Raises
+    ------
+    ValueError
+        Naming the first that is not.
+    """
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, not of strides {tensor.stride()}")

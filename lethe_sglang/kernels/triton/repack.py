@@ -1,0 +1,187 @@
+"""Moving cells: one launch gathers into scratch, one scatters, so that sources and destinations may overlap."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
+
+from lethe_sglang.kernels.triton import Tuned, bucket, config, expect, expect_contiguous
+
+_BUFFERS = 5
+_ALIGNMENT = 16
+_WORDS = (torch.int32, torch.int16, torch.uint8)
+
+
+@triton.jit  # type: ignore[misc]
+def _move(  # type: ignore[no-untyped-def]
+    buffer,
+    scratch,
+    cell,
+    i,
+    moves,
+    column,
+    WIDTH: tl.constexpr,
+    SCATTER: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    if WIDTH == 1:
+        mask = moves
+        at_cell = buffer + cell
+        at_scratch = scratch + i
+    else:
+        words = column * BLOCK_W + tl.arange(0, BLOCK_W)
+        mask = moves[:, None] & (words < WIDTH)[None, :]
+        at_cell = buffer + cell[:, None] * WIDTH + words[None, :]
+        at_scratch = scratch + i.to(tl.int64)[:, None] * WIDTH + words[None, :]
+    if SCATTER:
+        tl.store(at_cell, tl.load(at_scratch, mask=mask), mask=mask)
+    else:
+        tl.store(at_scratch, tl.load(at_cell, mask=mask), mask=mask)
+
+
+@triton.jit(do_not_specialize=["n"])  # type: ignore[misc]
+def _repack(  # type: ignore[no-untyped-def]
+    b0,
+    b1,
+    b2,
+    b3,
+    b4,
+    s0,
+    s1,
+    s2,
+    s3,
+    s4,
+    source,
+    destination,
+    n,
+    W0: tl.constexpr,
+    W1: tl.constexpr,
+    W2: tl.constexpr,
+    W3: tl.constexpr,
+    W4: tl.constexpr,
+    SCATTER: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    origin = tl.load(source + i, mask=i < n, other=0).to(tl.int64)
+    target = tl.load(destination + i, mask=i < n, other=0).to(tl.int64)
+    moves = (i < n) & (origin != target)
+    cell = target if SCATTER else origin
+    c0: tl.constexpr = (W0 + BLOCK_W - 1) // BLOCK_W
+    c1: tl.constexpr = c0 + (W1 + BLOCK_W - 1) // BLOCK_W
+    c2: tl.constexpr = c1 + (W2 + BLOCK_W - 1) // BLOCK_W
+    c3: tl.constexpr = c2 + (W3 + BLOCK_W - 1) // BLOCK_W
+    column = tl.program_id(1)
+    if column < c0:
+        _move(b0, s0, cell, i, moves, column, W0, SCATTER, BLOCK_W)
+    elif column < c1:
+        _move(b1, s1, cell, i, moves, column - c0, W1, SCATTER, BLOCK_W)
+    elif column < c2:
+        _move(b2, s2, cell, i, moves, column - c1, W2, SCATTER, BLOCK_W)
+    elif column < c3:
+        _move(b3, s3, cell, i, moves, column - c2, W3, SCATTER, BLOCK_W)
+    else:
+        _move(b4, s4, cell, i, moves, column - c3, W4, SCATTER, BLOCK_W)
+
+
+_KERNEL = Tuned(
+    _repack,
+    [
+        config(BLOCK_N=16, BLOCK_W=256),
+        config(BLOCK_N=8, BLOCK_W=256),
+        config(BLOCK_N=32, BLOCK_W=128),
+        config(BLOCK_N=32, BLOCK_W=256, num_warps=8),
+    ],
+)
+
+
+def _cell_bytes(buffer: torch.Tensor) -> int:
+    return int(buffer[:1].numel() * buffer.element_size())
+
+
+def _words(buffer: torch.Tensor) -> torch.Tensor:
+    """View a buffer as ``[cells, w]`` of the widest words its cells divide into."""
+    raw = buffer.view(buffer.shape[0], -1).view(torch.uint8)
+    for word in _WORDS:
+        if raw.shape[1] % word.itemsize == 0 and raw.data_ptr() % word.itemsize == 0:
+            return raw.view(word)
+    raise AssertionError("bytes divide into bytes")
+
+
+def scratch_bytes(buffers: Iterable[torch.Tensor], n: int) -> int:
+    """Bytes of scratch that :func:`repack` needs for ``n`` cells.
+
+    A round's requests own disjoint cells, so a caller may split it between requests to bound the scratch.
+    """
+    return sum(-(-_cell_bytes(buffer) * n // _ALIGNMENT) * _ALIGNMENT for buffer in buffers)
+
+
+def repack(
+    buffers: Iterable[torch.Tensor],
+    source: torch.Tensor,
+    destination: torch.Tensor,
+    scratch: torch.Tensor | None = None,
+) -> None:
+    """``buffer[destination] = buffer[source]`` for each buffer, as if all cells moved at once.
+
+    One pair of launches for all buffers, whatever layers and requests the cells belong to. Bytes are moved, so any
+    dtype will do. A cell that stays where it is costs its index only.
+
+    Parameters
+    ----------
+    buffers
+        ``[cells, ...]`` each, at most 5: keys, values and whatever states the policy declares.
+    source, destination
+        int32 or int64 ``[n]``: flat cell indices; destinations are distinct.
+    scratch
+        uint8, at least ``scratch_bytes(buffers, n)``, 16-byte aligned; None allocates it.
+
+    Raises
+    ------
+    ValueError
+        For a dtype, shape or stride other than these.
+    """
+    buffers = list(buffers)
+    if not 1 <= len(buffers) <= _BUFFERS:
+        raise ValueError(f"1 to {_BUFFERS} buffers move in one launch, not {len(buffers)}")
+    for i, buffer in enumerate(buffers):
+        if buffer.dim() == 0 or buffer.shape[0] != buffers[0].shape[0] or buffer.numel() == 0:
+            raise ValueError(f"buffer {i} must have {buffers[0].shape[:1]} cells of data, not shape {buffer.shape}")
+        expect_contiguous(**{f"buffer {i}": buffer})
+    expect("source", source, (torch.int32, torch.int64), [None])
+    expect("destination", destination, (torch.int32, torch.int64), [source.shape[0]])
+    expect_contiguous(source=source, destination=destination)
+    n = source.shape[0]
+    if n == 0:
+        return
+    needed = scratch_bytes(buffers, n)
+    if scratch is None:
+        scratch = torch.empty(needed, dtype=torch.uint8, device=source.device)
+    expect("scratch", scratch, torch.uint8, [None])
+    if scratch.shape[0] < needed or scratch.data_ptr() % _ALIGNMENT:
+        raise ValueError(f"scratch must be {needed} bytes, {_ALIGNMENT}-byte aligned, not {scratch.shape[0]}")
+
+    words, temporary, start = [_words(buffer) for buffer in buffers], [], 0
+    for view, buffer in zip(words, buffers, strict=True):
+        end = start + _cell_bytes(buffer) * n
+        temporary.append(scratch[start:end].view(view.dtype))
+        start = -(-end // _ALIGNMENT) * _ALIGNMENT
+    _launch(words, temporary, source, destination)
+
+
+def _launch(
+    words: list[torch.Tensor], temporary: list[torch.Tensor], source: torch.Tensor, destination: torch.Tensor
+) -> None:
+    n, widths = source.shape[0], [view.shape[1] for view in words]
+    spare = _BUFFERS - len(words)
+    for scatter in (False, True):
+        _KERNEL.launch(
+            lambda meta: (triton.cdiv(n, meta["BLOCK_N"]), sum(triton.cdiv(w, meta["BLOCK_W"]) for w in widths)),
+            (*widths, scatter, bucket(n)),
+            *words, *words[:1] * spare, *temporary, *temporary[:1] * spare, source, destination, n,
+            *widths, *[0] * spare, scatter,
+        )  # fmt: skip

@@ -1,0 +1,108 @@
+"""The best candidates of every segment, by radix selection over the bits of their ranks."""
+
+from __future__ import annotations
+
+import torch
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
+
+from lethe_sglang.kernels.triton import Tuned, bucket, config, expect
+
+
+@triton.jit
+def _keys(  # type: ignore[no-untyped-def]
+    rank, valid, pinned, j, mask
+):
+    """Ranks as uint32 of the same order: 0 and -0 are equal, NaN is above all, as ``torch.argsort`` has it."""
+    x = tl.load(rank + j, mask=mask, other=0.0)
+    x = tl.where(tl.load(pinned + j, mask=mask, other=0) != 0, float("inf"), x)
+    x = tl.where(tl.load(valid + j, mask=mask, other=0) != 0, x, float("-inf"))
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
+    bits = tl.where(x != x, 0x7FC00000, bits)
+    return tl.where(bits < 0, ~bits, bits ^ -0x80000000).to(tl.uint32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["n"])  # type: ignore[misc]
+def _select(  # type: ignore[no-untyped-def]
+    rank, valid, pinned, count, chosen, n, BLOCK: tl.constexpr
+):
+    segment = tl.program_id(0).to(tl.int64)
+    rank += segment * n
+    valid += segment * n
+    pinned += segment * n
+    chosen += segment * n
+    left = tl.minimum(tl.maximum(tl.load(count + segment).to(tl.int32), 0), n)
+    digits = tl.arange(0, 256)
+
+    # Most significant digit first: the last chosen key, and how many of the keys equal to it are chosen.
+    last = tl.zeros([], tl.uint32)
+    for place in tl.static_range(4):
+        shift = 24 - 8 * place
+        histogram = tl.zeros([256], tl.int32)
+        for start in range(0, n, BLOCK):
+            j = start + tl.arange(0, BLOCK)
+            key = _keys(rank, valid, pinned, j, j < n)
+            alike = j < n
+            if place > 0:
+                alike = alike & ((key >> (shift + 8)) == last)
+            histogram += tl.histogram(((key >> shift) & 255).to(tl.int32), 256, mask=alike)
+        at_least = tl.cumsum(histogram, axis=0, reverse=True)
+        digit = tl.maximum(tl.sum((at_least >= left).to(tl.int32), axis=0) - 1, 0)
+        left -= tl.sum(tl.where(digits > digit, histogram, 0), axis=0)
+        last = (last << 8) | digit.to(tl.uint32)
+
+    # From the end, so that of equal keys the later ones are chosen.
+    blocks = tl.cdiv(n, BLOCK)
+    for i in range(0, blocks):
+        j = (blocks - 1 - i) * BLOCK + tl.arange(0, BLOCK)
+        key = _keys(rank, valid, pinned, j, j < n)
+        equal = ((key == last) & (j < n)).to(tl.int32)
+        later = tl.cumsum(equal, axis=0, reverse=True)
+        keep = (key > last) | ((equal != 0) & (later <= left))
+        tl.store(chosen + j, keep.to(tl.int8), mask=j < n)
+        left -= tl.sum(equal, axis=0)
+
+
+_KERNEL = Tuned(_select, [config(BLOCK=1024), config(BLOCK=2048, num_warps=8), config(BLOCK=512)])
+
+
+def select(rank: torch.Tensor, valid: torch.Tensor, pinned: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """Choose the ``count`` best candidates of every segment; ties go to the later one.
+
+    Equal to the twin bit for bit: a pinned entry ranks as inf, one that is not valid as -inf, whatever its rank.
+
+    Parameters
+    ----------
+    rank
+        float32 ``[..., n]``: larger is better.
+    valid, pinned
+        bool ``[..., n]``: candidates; those kept whatever their rank (sinks).
+    count
+        int32 or int64 ``[...]``: survivors per segment, at most its candidates.
+
+    Returns
+    -------
+    torch.Tensor
+        bool ``[..., n]``: exactly ``count`` true per segment.
+
+    Raises
+    ------
+    ValueError
+        For a dtype or shape other than these.
+    """
+    if rank.dim() == 0:
+        raise ValueError("rank must have at least one axis, that of the candidates")
+    expect("rank", rank.contiguous(), torch.float32, rank.shape)
+    expect("valid", valid.contiguous(), torch.bool, rank.shape)
+    expect("pinned", pinned.contiguous(), torch.bool, rank.shape)
+    expect("count", count.contiguous(), (torch.int32, torch.int64), rank.shape[:-1])
+    n = rank.shape[-1]
+    chosen = torch.empty(rank.shape, dtype=torch.bool, device=rank.device)
+    segments = count.numel()
+    if segments and n:
+        _KERNEL.launch(
+            lambda meta: (segments,), (bucket(n), bucket(segments)),
+            rank.contiguous(), valid.contiguous().view(torch.uint8), pinned.contiguous().view(torch.uint8),
+            count.contiguous(), chosen.view(torch.uint8), n,
+        )  # fmt: skip
+    return chosen

@@ -1,0 +1,83 @@
+"""Every kernel compiles for CUDA devices, which the interpreter does not show: to machine code, without a device."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from triton.backends import backends
+
+SHARED_MEMORY = 99 * 1024
+"""What a program may use on every device since compute capability 8.0."""
+
+PROGRAM = textwrap.dedent(
+    """
+    import json, sys
+    import triton, triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from lethe_sglang.kernels.triton import indices, repack, score, select, zero
+
+    def build(name, tuned, pointers, constants, floats=()):
+        kernel, config = tuned.kernel, tuned.configs[0]
+        constants = {**constants, **config.kwargs}
+        def kind(argument):
+            if argument in constants:
+                return "constexpr"
+            return "*" + pointers[argument] if argument in pointers else "fp32" if argument in floats else "i32"
+        signature = {argument: kind(argument) for argument in kernel.arg_names}
+        aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if a in pointers}
+        target = GPUTarget("cuda", int(sys.argv[1]), 32)
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        made = triton.compile(ASTSource(kernel, signature, constants, aligned), target=target, options=options)
+        built[name] = {"shared": made.metadata.shared, "binary": len(made.asm["cubin"]),
+                       "asynchronous": "cp.async" in made.asm["ptx"]}
+
+    built, rows = {}, {"rows": "i64", "seq_lens": "i64"}
+    tables = {"req_to_token": "i32", "table": "i32", **rows, "indptr": "i32", "indices": "i32"}
+    for fill in (True, False):
+        build(f"fill-{fill}", indices._KERNEL, tables, {"FILL_INDPTR": fill, "BATCH": 64})
+    for recurs in (True, False):
+        build(f"zero-{recurs}", zero._KERNEL, {"score": "fp32", "memory": "fp32", "slots": "i64", "positions": "i64"},
+              {"HAS_SCORE": True, "HAS_MEMORY": True, "RECURS": recurs})
+    build("select", select._KERNEL, {"rank": "fp32", "valid": "u8", "pinned": "u8", "count": "i64", "chosen": "u8"}, {})
+    words = {f"{x}{i}": "i32" for x in "bs" for i in range(5)}
+    for scatter in (True, False):
+        build(f"repack-{scatter}", repack._KERNEL, {**words, "source": "i64", "destination": "i64"},
+              {"W0": 256, "W1": 256, "W2": 1, "W3": 1, "W4": 0, "SCATTER": scatter})
+    build("schedule", score._SCHEDULE, {"table": "i32", **rows, "first": "i32", "decay": "fp32"}, {"WINDOW": True},
+          ["step_decay"])
+    states = {"lse": "fp32", "indptr": "i32", "indices": "i32", "first": "i32", "decay": "fp32", "step": "i64",
+              "scores": "fp32", "memories": "fp32"}
+    cases = [("bf16", "bf16", tl.bfloat16, 128, 7, 0), ("fp16", "fp16", tl.float16, 96, 1, 1),
+             ("bf16", "fp8e5", tl.bfloat16, 64, 16, 2), ("fp32", "fp32", tl.float32, 256, 2, 0)]
+    if int(sys.argv[1]) >= 89:
+        cases.append(("bf16", "fp8e4nv", tl.bfloat16, 128, 4, 0))
+    for query, keys, compute, dim, group, rule in cases:
+        constants = {"RULE": rule, "KV_HEADS": 4, "GROUP": group, "HEAD_DIM": dim, "GROUP_PAD": 16,
+                     "DIM_PAD": triton.next_power_of_2(dim), "COMPUTE": compute}
+        build(f"score-{query}-{keys}-{dim}-{group}-{rule}", score._SCORE, {"query": query, "keys": keys, **states},
+              constants, ["logit_scale", "lse_scale", "threshold"])
+    print(json.dumps(built))
+    """
+)
+
+
+@pytest.mark.skipif("nvidia" not in backends, reason="this Triton has no CUDA back end")
+@pytest.mark.parametrize("capability", [80, 90])
+def test_every_kernel_compiles(tmp_path, capability):
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(capability)], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    built = json.loads(run.stdout.splitlines()[-1])
+    assert len(built) == 12 + (capability >= 89)
+    assert all(kernel["binary"] for kernel in built.values())
+    assert {name: kernel["shared"] for name, kernel in built.items() if kernel["shared"] > SHARED_MEMORY} == {}
+    loops = {name: kernel["asynchronous"] for name, kernel in built.items() if name.startswith("score")}
+    assert all(loops.values()), f"keys are not loaded ahead of their use: {loops}"
