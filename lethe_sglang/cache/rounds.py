@@ -154,7 +154,7 @@ def run_round(
     remembered = policy.remember(candidates) if policy.uses_memory else None
     if remembered is not None:
         candidates = candidates._replace(memory=remembered)
-    rank = policy.rank(candidates)
+    rank = policy.rank(candidates).nan_to_num()  # finite: only sinks are above all, only invalid entries below
     keep = select(rank, valid, pinned, count)
 
     # States that follow from the candidates are written anew; all others move with their cell.

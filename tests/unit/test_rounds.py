@@ -118,6 +118,17 @@ def test_ties_go_to_the_later_token():
     assert own_positions(pool, 1)[0] == list(range(29, 40))
 
 
+@pytest.mark.parametrize("extreme", [float("inf"), float("-inf"), float("nan")])
+def test_a_rank_that_is_no_number_costs_neither_sinks_nor_candidates(extreme):
+    pool = MiniPool()
+    states = [pool.admit(row, length, 0, (5, 5, 5)) for row, length in ((1, 40), (2, 17))]
+    pool.cells.score.fill_(extreme)
+    pool.round(states, LethePolicy(), sinks=2)
+    for row, length in ((1, 40), (2, 17)):
+        for positions in own_positions(pool, row):
+            assert positions[:2] == [0, 1] and len(positions) == 5 + 6 and positions[-1] == length - 1
+
+
 def test_streaming_keeps_sinks_and_the_latest():
     pool = MiniPool()
     state = pool.admit(1, 40, 0, (5, 5, 5))
