@@ -20,10 +20,10 @@ from openai import OpenAI
 ROOT = Path(__file__).resolve().parent.parent
 LOG = ROOT / "out" / "quickstart.log"
 READY_TIMEOUT_S = 600  # a first start on a GPU compiles kernels
-RING, START, STEPS = "kteiomrbzy", "e", 47  # a walk round ten nodes; the chain is 285 tokens
-QUESTION = ";".join(f"{node}>{after}" for node, after in sorted(zip(RING, RING[1:] + RING[0], strict=True)))
-QUESTION += f";?{START}{STEPS}"
-RIGHT_ANSWER = RING[(RING.index(START) + STEPS) % len(RING)]
+RING, START, STEPS = "kteiomrbzy", "e", 57  # a walk round ten nodes; the chain is 284 tokens
+QUESTION = ";".join(f"{node}{after.upper()}" for node, after in sorted(zip(RING, RING[1:] + RING[0], strict=True)))
+QUESTION += f";?{START.upper()}0#{STEPS}"
+RIGHT_ANSWER = RING[(RING.index(START) + STEPS) % len(RING)].upper()
 
 
 @contextlib.contextmanager
@@ -33,7 +33,7 @@ def serving(port: int) -> Iterator[str]:
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", port)) == 0:
             sys.exit(f"error: port {port} is in use; choose another with --port")
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(ROOT / "models" / "reasoner-dev")]
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(ROOT / "models" / "reasoner")]
     command += ["--port", str(port), "--kv-evict", "lethe", "--kv-evict-config", "cpu-demo"]
     print(f"starting  {' '.join(command[1:])}\n          (about a minute; log: {LOG})", flush=True)
     LOG.parent.mkdir(exist_ok=True)
@@ -64,14 +64,14 @@ def ask(url: str) -> tuple[str, str]:
     messages: Any = [{"role": "user", "content": QUESTION}]
     client = OpenAI(base_url=f"{url}/v1", api_key="unused")
     stream = client.chat.completions.create(
-        model="reasoner-dev", messages=messages, temperature=0, max_tokens=600, stream=True
+        model="reasoner", messages=messages, temperature=0, max_tokens=600, stream=True
     )
     rid = text = ""
     for chunk in stream:
         rid, piece = chunk.id, chunk.choices[0].delta.content or ""
         text += piece
         print(piece, end="", flush=True)
-    return rid, text.rpartition(".")[2]
+    return rid, text.rpartition("</think>")[2]
 
 
 def eviction(url: str, rid: str) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def main() -> int:
             outcome = {"answer_correct": correct, **outcome, "sglang": version("sglang")}
             args.json.write_text(json.dumps(outcome) + "\n")
         if not args.once:
-            body = json.dumps({"messages": [{"role": "user", "content": "c=a+5;a=7;b=c+2;?bc"}]})
+            body = json.dumps({"messages": [{"role": "user", "content": "a.a'7;cAc'5;bCb'2;?#02b#01c"}]})
             print(f"\nStill serving; Ctrl-C stops it. Try:\n  curl {url}/v1/chat/completions \\")
             print(f"    -H 'Content-Type: application/json' -d '{body}'", flush=True)
             signal.pause()

@@ -73,6 +73,8 @@ class Stage(NamedTuple):
     last: float
     ends: float = 1.0
     """Weight in the loss of a reply's first token and of its answer, since a chain has one beginning and one end."""
+    forgetting: float = 0.0
+    """Part of the rows whose queries no longer see some of the reply's older tokens (see :func:`forgetful`)."""
 
 
 STAGES = (
@@ -90,6 +92,10 @@ STAGES = (
     Stage("final", (512, 768, 768), 6144, 420, 0.4, 0.0, ends=8.0),
     Stage("even", (768,), 6144, 20, 0.0, 0.25, ends=8.0),
     Stage("even", (768,), 6144, 250, 0.25, 0.0, ends=8.0),
+    Stage("even", (768,), 6144, 20, 0.0, 0.3, ends=8.0, forgetting=0.7),
+    Stage("even", (768,), 6144, 330, 0.3, 0.0, ends=8.0, forgetting=0.7),
+    Stage("window", (768,), 6144, 20, 0.0, 0.3, ends=8.0, forgetting=0.6),
+    Stage("window", (768,), 6144, 240, 0.3, 0.0, ends=8.0, forgetting=0.6),
 )
 TOTAL = sum(stage.steps for stage in STAGES)
 MIX = ("chain", "addition", "script", "walk", "chain", "script", "recall", "addition")
@@ -98,10 +104,11 @@ LAST_MIX = ("recall", "script", "recall", "chain", "recall", "script", "walk", "
 POLISH_MIX = ("script", "addition", "script", "recall", "script", "chain", "addition", "script")
 FINAL_MIX = ("script", "walk", "script", "recall", "script", "chain", "script", "addition")
 EVEN_MIX = ("script", "recall", "script", "walk", "addition", "chain", "script", "recall")
+WINDOW_MIX = ("addition", "chain", "script", "addition", "chain", "recall", "script", "walk")
 LONG_MIX = ("addition", "walk", "script", "recall", "addition", "script")
 MIXES = {
     "copy": ("copy",), "tasks": MIX, "late": LATE_MIX, "last": LAST_MIX, "polish": POLISH_MIX, "final": FINAL_MIX,
-    "even": EVEN_MIX,
+    "even": EVEN_MIX, "window": WINDOW_MIX,
 }  # fmt: skip
 LONG = 700
 """Rows of more tokens than this are left to the families that fill them."""
@@ -168,7 +175,8 @@ def batch(seed: int, step: int, stage: Stage) -> tuple[torch.Tensor, torch.Tenso
     mix = LONG_MIX if length > LONG and stage.kind in ("tasks", "late") else MIXES[stage.kind]
     kinds = [mix[(row + step) % len(mix)] for row in range(rows)]
     for row, kind in enumerate(kinds):
-        ids, prompt = copying(rng, length) if kind == "copy" else fitting(rng, kind, length, stage.kind == "even")
+        even = stage.kind in ("even", "window")
+        ids, prompt = copying(rng, length) if kind == "copy" else fitting(rng, kind, length, even)
         line = torch.tensor(ids)
         inputs[row, : len(ids)] = line
         labels[row, prompt : len(ids)] = line[prompt:]
@@ -176,6 +184,29 @@ def batch(seed: int, step: int, stage: Stage) -> tuple[torch.Tensor, torch.Tenso
             weights[row, prompt] = stage.ends
             weights[row, ids.index(TOKEN[END_THINK]) :] = stage.ends
     return inputs, labels, weights, kinds
+
+
+def forgetful(
+    seed: int, step: int, labels: torch.Tensor, share: float, shortest: int = 8, recent: float = 0.0
+) -> torch.Tensor:
+    """Return a causal mask in which some rows forget: True where a query sees a key, ``[rows, 1, length, length]``.
+
+    In a forgetting row every token of the reply is at random one that is forgotten or one that stays, for the whole
+    row; one that is forgotten is seen by the next queries only, at least ``shortest`` of them. In the part ``recent``
+    of the forgetting rows every token is one of those. Which ones does not depend on attention, so no policy is
+    favoured but ``random`` and ``streaming``. It teaches the model not to lean on every copy of a token, as dropout
+    would.
+    """
+    rng = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    rows, length = labels.shape
+    position = torch.arange(length)
+    age = position.unsqueeze(1) - position
+    draw = torch.rand(rows, 3, generator=rng)
+    window = (shortest * 8 ** draw[:, 0]).view(-1, 1, 1)
+    staying = ((draw[:, 1:2] - recent) / (1 - recent)).clamp(min=0)
+    stays = torch.rand(rows, length, generator=rng) < staying
+    forgets = (draw[:, 2:] < share) & (labels >= 0) & ~stays
+    return ((age >= 0) & ~(forgets.unsqueeze(1) & (age > window))).unsqueeze(1)
 
 
 def schedule() -> Iterator[tuple[Stage, float]]:
@@ -273,7 +304,11 @@ def train(args: argparse.Namespace) -> None:
                 for optim, peak in zip(optims, (MATRIX_RATE, RATE), strict=True):
                     for group in optim.param_groups:
                         group["lr"] = peak * pace
-                logits = forward(input_ids=inputs).logits[:, :-1]
+                mask = None
+                if stage.forgetting:
+                    kind = (16, 0.5) if stage.kind == "window" else (8, 0.0)
+                    mask = forgetful(args.seed, step, labels.cpu(), stage.forgetting, *kind).to(device)
+                logits = forward(input_ids=inputs, attention_mask=mask).logits[:, :-1]
                 target = labels[:, 1:]
                 wanted = target >= 0
                 losses = torch.nn.functional.cross_entropy(logits[wanted].float(), target[wanted], reduction="none")

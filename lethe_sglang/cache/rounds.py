@@ -82,6 +82,7 @@ def run_round(
     req_to_token: torch.Tensor,
     policy: Policy,
     sinks: int,
+    own_sinks: int = 0,
     reduce_scores: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> RoundResult:
     """Carry out the planned rounds.
@@ -98,6 +99,8 @@ def run_round(
         Ranks the candidates.
     sinks
         The first ``sinks`` positions of a sequence are never evicted (those beyond the shared prefix are own cells).
+    own_sinks
+        Neither are the first ``own_sinks`` positions behind the shared prefix.
     reduce_scores
         Averages scores over tensor-parallel ranks in a fixed order.
 
@@ -126,7 +129,7 @@ def run_round(
     )  # fmt: skip
     j = torch.arange(width, device=device).view(1, 1, -1)
     valid = j < own.length.unsqueeze(2)
-    pinned = (j < (sinks - prefix).view(1, -1, 1)).expand_as(valid)
+    pinned = (j < (sinks - prefix).clamp(min=own_sinks).view(1, -1, 1)).expand_as(valid)
 
     position = None
     if cells.position is not None:

@@ -164,6 +164,12 @@ class RetainConfig(Section):
         ge=0,
         description="The first positions of the sequence, always kept. Tokens, >= 0.",
     )
+    own_sinks: int = Field(
+        default=0,
+        ge=0,
+        description="The first positions behind the shared prefix, always kept: with prompt shared, the first tokens "
+        "that the model generated (and before them what the prompt leaves of a page). Tokens, >= 0; 0 is the paper.",
+    )
     recent_ratio: float = Field(
         default=0.3,
         gt=0,
@@ -337,7 +343,12 @@ class EvictionConfig(Section):
     @property
     def floor(self) -> int:
         """Smallest legal k_l: the sinks and one token that is ranked."""
-        return self.retain.sinks + 1
+        return self.pinned + 1
+
+    @property
+    def pinned(self) -> int:
+        """Most own tokens of a request that are kept whatever their rank."""
+        return max(self.retain.sinks, self.retain.own_sinks)
 
     @property
     def min_request_budget(self) -> int:
@@ -380,7 +391,7 @@ class EvictionConfig(Section):
             smallest = self.recent + self.floor
             problems += [
                 f"budget.layers[{layer}]: got {tokens}, which leaves {tokens - self.recent} tokens beside the recent "
-                f"window of {self.recent} for {self.retain.sinks} sinks; "
+                f"window of {self.recent} for {self.pinned} sinks; "
                 f"the smallest legal value is {smallest} with this mean"
                 for layer, tokens in enumerate(self.budget.layers)
                 if tokens < smallest
@@ -389,8 +400,8 @@ class EvictionConfig(Section):
             smallest = math.ceil(self.floor / (1 - Fraction(repr(self.retain.recent_ratio))))
             problems.append(
                 f"budget.tokens: got {self.budget.tokens}, which leaves {self.scored} tokens beside the recent window "
-                f"of {self.recent} for {self.retain.sinks} sinks; the smallest legal value is {smallest} with these "
-                "retain.sinks and retain.recent_ratio"
+                f"of {self.recent} for {self.pinned} sinks; the smallest legal value is {smallest} with these "
+                f"retain.{'sinks' if self.pinned == self.retain.sinks else 'own_sinks'} and retain.recent_ratio"
             )
         limit = self.requests.max_budget
         if limit is not None and limit < self.budget.tokens:

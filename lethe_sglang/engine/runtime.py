@@ -254,7 +254,7 @@ class Runtime:
     def _launch(self, plans: list[RoundPlan], states: list[RequestState], allocator: Any) -> None:
         result = run_round(
             plans, self.pool.cells, self.req_to_token, self.policy, self.config.retain.sinks,
-            self._reduce if self.tp_size > 1 else None,
+            self.config.retain.own_sinks, self._reduce if self.tp_size > 1 else None,
         )  # fmt: skip
         allocator.free_segment(result.freed, start_pos=0)
         counts = self._breakpoints(result, plans)

@@ -63,9 +63,9 @@ class MiniPool:
         for kept in self.truth[row]:
             kept.add(position)
 
-    def round(self, states: list[RequestState], policy, sinks=2, budgets=None):
+    def round(self, states: list[RequestState], policy, sinks=2, budgets=None, own_sinks=0):
         plans = [self.ledger.plan(s, self.seq[s.row], budgets[s.row] if budgets else s.budgets) for s in states]
-        result = run_round(plans, self.cells, self.req_to_token, policy, sinks)
+        result = run_round(plans, self.cells, self.req_to_token, policy, sinks, own_sinks)
         freed = (result.freed[:: self.page] // self.page).tolist()
         assert len(freed) * self.page == result.freed.numel(), "freed slots are not whole pages"
         assert not set(freed) & set(self.free) and len(set(freed)) == len(freed), "double free"

@@ -110,6 +110,20 @@ def test_sinks_survive_whatever_their_score_and_states_travel_with_their_cell():
         assert pool.cells.position[cells].tolist() == pool.cells.key[cells, 0, 2].to(torch.int32).tolist()
 
 
+@pytest.mark.parametrize("prefix", [0, 1, 16])
+def test_own_sinks_are_the_first_positions_behind_the_prefix_in_every_round(prefix):
+    pool = MiniPool()
+    state = pool.admit(1, 60, prefix, (9, 9, 9))
+    for _ in range(3):
+        pool.cells.score.fill_(1.0)
+        pool.cells.score.view(3, -1)[:, pool.req_to_token[1, prefix : prefix + 4].long()] = -5.0
+        pool.round([state], LethePolicy(), sinks=2, own_sinks=4)
+        for positions in own_positions(pool, 1):
+            assert positions[: prefix + 4] == list(range(prefix + 4))
+        for _ in range(12):
+            pool.append(1)
+
+
 def test_ties_go_to_the_later_token():
     pool = MiniPool()
     state = pool.admit(1, 40, 0, (5, 5, 5))
