@@ -204,6 +204,12 @@ class RasrConfig(Section):
         ge=1,
         description="Score every n-th decode step of a request, with gamma ** n. Decode steps, >= 1; 1 is the paper.",
     )
+    credit: float = Field(
+        default=0.0,
+        ge=0,
+        description="Attention that a token is taken to have had when it was written, which decays like the rest: a "
+        "recent token outlives an old one of the same score. >= 0; 0 is the paper, a very large one is streaming.",
+    )
 
     @model_validator(mode="after")
     def _check_one_spelling(self) -> RasrConfig:

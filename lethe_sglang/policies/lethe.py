@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
+
 from lethe_sglang.policies.base import Accumulation, Candidates, Policy
 
 if TYPE_CHECKING:
-    import torch
-
     from lethe_sglang.config import EvictionConfig
 
 
@@ -28,6 +28,10 @@ class LethePolicy(Policy):
         gamma per decode step, in [0, 1]. The paper gives no value; ``rasr.decay`` or ``rasr.half_life`` set it.
     score_every
         Score every n-th step of a request (1 is the paper).
+    credit
+        c >= 0, not of the paper (0): tokens are ranked by ``S_t[j] + c * gamma ** age``, their age in decode steps, as
+        if each had received attention c when it was written. A token that is read a while after it was written, for
+        the first time, has no score to live on until then.
     """
 
     name: ClassVar[str] = "lethe"
@@ -35,11 +39,17 @@ class LethePolicy(Policy):
 
     decay: float = 0.998
     score_every: int = 1
+    credit: float = 0.0
 
     @classmethod
     def from_config(cls, config: EvictionConfig) -> LethePolicy:
         """Read ``rasr``."""
-        return cls(decay=config.rasr.gamma, score_every=config.rasr.score_every)
+        return cls(decay=config.rasr.gamma, score_every=config.rasr.score_every, credit=config.rasr.credit)
+
+    @property
+    def uses_position(self) -> bool:  # type: ignore[override]
+        """Ages are needed for the credit only."""
+        return self.credit > 0
 
     @property
     def accumulation(self) -> Accumulation:
@@ -47,5 +57,9 @@ class LethePolicy(Policy):
         return Accumulation(self.decay, self.score_every)
 
     def rank(self, candidates: Candidates) -> torch.Tensor:
-        """By score."""
-        return candidates.need("score")
+        """By score, and by age where there is a credit."""
+        score = candidates.need("score")
+        if not self.credit:
+            return score
+        age = candidates.length.view(1, -1, 1) - 1 - candidates.need("position")
+        return score + self.credit * torch.pow(self.decay, age.to(score.dtype))
