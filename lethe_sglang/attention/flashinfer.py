@@ -1,0 +1,248 @@
+"""SGLang's FlashInfer backend whose decode reads packed rows and scores; prefill is stock.
+
+The flat pool is a paged cache of page size 1. Before a layer's attention its lists are written where the wrapper will
+read them: FlashInfer's fa2 reads indices when it runs, and plans from lengths alone. So there is one wrapper and one
+plan per length class and step, and all wrappers read one index buffer, because layers run one after the other::
+
+    plan of a class (host lengths)  ->  for each of its layers: fill indices, run with log-sum-exp, score
+
+A plan that splits along the sequence may not take a list for longer than it is: chunks behind its end would underflow.
+Class lengths are therefore exact, and a list is never written beyond them. The single-plan variant does not split: its
+one plan does not depend on lengths, every layer writes its indptr as well, and lengths may differ in every layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.layers.attention.flashinfer_backend import BatchDecodeWithPagedKVCacheWrapper, FlashInferAttnBackend
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+
+from lethe_sglang.attention.length_classes import LengthClasses
+from lethe_sglang.attention.scored import ScoredBackend, ScoredDecode
+
+if TYPE_CHECKING:
+    from lethe_sglang.cache.ledger import Ledger
+    from lethe_sglang.cache.pool import PackedKVPool
+    from lethe_sglang.policies.base import Accumulation
+
+INT_WORKSPACE_BYTES = 2**20
+"""Integer workspace of a class (FlashInfer's own: 8 MiB a wrapper); a plan that does not fit raises in FlashInfer."""
+
+
+class ClassPlanner:
+    """Plans a decode step; stands in for SGLang's ``FlashInferIndicesUpdaterDecode``.
+
+    Parameters
+    ----------
+    stock
+        The updater it stands in for: heads, head size and types of a plan.
+    classes
+        Length classes; None is the single-plan variant.
+    rows
+        Returns the rows of the batch whose forward is being prepared (host numbers, without padding).
+    device
+        Where the lists live.
+
+    Attributes
+    ----------
+    capturing
+        Whether a CUDA graph is being captured: its dummy batch has no rows.
+    """
+
+    def __init__(
+        self,
+        stock: Any,
+        classes: LengthClasses | None,
+        rows: Callable[[], Sequence[int]],
+        device: torch.device | str,
+    ) -> None:
+        self.stock = stock
+        self.classes = classes
+        self.rows = rows
+        self.device = torch.device(device)
+        self.capturing = False
+
+    def indptr(self, seq_lens: torch.Tensor) -> torch.Tensor:
+        """Return where each list begins and the last one ends: int32 ``[plans, B + 1]`` on the host."""
+        if self.classes is None:
+            lengths = seq_lens.unsqueeze(0)
+        else:
+            lengths = self.classes.lengths(() if self.capturing else self.rows(), seq_lens)
+        shape = (lengths.shape[0], lengths.shape[1] + 1)
+        indptr = torch.zeros(shape, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        indptr[:, 1:] = lengths.cumsum(1)
+        return indptr
+
+    def update(
+        self,
+        seq_lens: torch.Tensor,
+        seq_lens_cpu: torch.Tensor | None,
+        seq_lens_sum: int | None,
+        decode_wrappers: Sequence[Any],
+        encoder_lens: Any,
+        spec_info: Any,
+        fixed_split_size: int | None = None,
+        disable_split_kv: bool | None = None,
+        *,
+        plan: Any,
+        req_pool_indices: torch.Tensor,
+    ) -> None:
+        """Plan every wrapper for this step, by host numbers alone; arguments are the stock updater's.
+
+        Raises
+        ------
+        RuntimeError
+            Without ``seq_lens_cpu``, or if rows and lengths do not belong together.
+        """
+        if seq_lens_cpu is None:
+            raise RuntimeError("--kv-evict plans FlashInfer's decode from host lengths, and the batch has none")
+        indptr = self.indptr(seq_lens_cpu)
+        whole = bool(disable_split_kv) or self.classes is None
+        options = {"fixed_split_size": fixed_split_size, "disable_split_kv": whole}
+        eager = None
+        for wrapper, line in zip(decode_wrappers, indptr, strict=True):
+            if wrapper.is_cuda_graph_enabled:
+                self._plan_in_place(wrapper, line, options)
+                continue
+            if eager is None:
+                eager = torch.empty(int(indptr[:, -1].max()), dtype=torch.int32, device=self.device)
+            self._plan(wrapper, line, eager, options)
+
+    def _plan_in_place(self, wrapper: Any, indptr: torch.Tensor, options: dict[str, Any]) -> None:
+        """Plan a wrapper over its own buffers; a replan copies no indptr to the device, so that is done here."""
+        wrapper._paged_kv_indptr_buf.copy_(indptr, non_blocking=True)
+        if hasattr(wrapper.begin_forward, "func"):  # SGLang installs fast_decode_plan behind the first plan
+            options = {**options, "global_override_indptr_cpu": indptr}
+        self._plan(wrapper, indptr, wrapper._paged_kv_indices_buf[:0], options)
+
+    def _plan(self, wrapper: Any, indptr: torch.Tensor, indices: torch.Tensor, options: dict[str, Any]) -> None:
+        stock = self.stock
+        last_page_len = torch.ones(indptr.shape[0] - 1, dtype=torch.int32)
+        wrapper.begin_forward(
+            indptr, indices, last_page_len, stock.num_qo_heads, stock.num_kv_heads, stock.head_dim, 1,
+            data_type=stock.data_type, q_data_type=stock.q_data_type, non_blocking=True, **options,
+        )  # fmt: skip
+
+
+class LetheFlashInferBackend(ScoredBackend, FlashInferAttnBackend):  # type: ignore[misc]
+    """Decode reads packed rows and adds the step's attention to the score of own cells; prefill is stock.
+
+    Parameters
+    ----------
+    model_runner
+        SGLang's runner.
+    pool
+        The packed pool.
+    ledger
+        Layouts of decoding requests.
+    accumulation
+        What the policy accumulates; None scores nothing.
+    budgets
+        k_l of every layer for the configuration and each of its arms: they make the length classes.
+    rows
+        Returns the rows of the batch whose forward is being prepared (host numbers, without padding). SGLang's view of
+        a replayed batch names them on the device only.
+    single_plan
+        One plan for all layers, without splitting along the sequence.
+
+    Attributes
+    ----------
+    planner
+        Plans the steps.
+    wrapper_of
+        Per layer, the number of its wrapper.
+    """
+
+    indices_updater_decode: Any
+
+    def __init__(
+        self,
+        model_runner: Any,
+        pool: PackedKVPool,
+        ledger: Ledger,
+        accumulation: Accumulation | None,
+        budgets: Sequence[Sequence[int]],
+        rows: Callable[[], Sequence[int]],
+        single_plan: bool = False,
+    ) -> None:
+        super().__init__(model_runner)
+        if self.num_wrappers != 1 or self.decode_uses_dequant_workspace:
+            raise ValueError("--kv-evict needs full attention over a KV cache that FlashInfer reads as it is stored")
+        req_to_token = self.req_to_token_pool.req_to_token
+        device, max_batch = req_to_token.device, self.kv_last_page_len.shape[0]
+        self.scored = ScoredDecode(pool, ledger, req_to_token, accumulation, max_batch)
+        classes = None if single_plan else LengthClasses(budgets, ledger)
+        self.wrapper_of = (0,) * len(budgets[0]) if classes is None else classes.of_layer
+        if single_plan:
+            self.decode_use_tensor_cores = True  # the other kernel's plan splits whatever it is told
+        count = 1 + max(self.wrapper_of)
+        self.class_indptr = torch.zeros((count, max_batch + 1), dtype=torch.int32, device=device)
+        self._int_workspaces = [_int_workspace(device) for _ in range(count)]
+        self.planner = ClassPlanner(self.indices_updater_decode, classes, rows, device)
+        self.indices_updater_decode = self.planner
+        self.decode_wrappers = [self._wrapper(number) for number in range(count)]
+
+    def _wrapper(self, number: int, **buffers: Any) -> Any:
+        """Make one wrapper. The wrappers of a class share its integer workspace: a step plans only one of them."""
+        wrapper = BatchDecodeWithPagedKVCacheWrapper(
+            self.workspace_buffer, "NHD", backend=self.decode_backend, use_tensor_cores=self.decode_use_tensor_cores,
+            **buffers,
+        )  # fmt: skip
+        workspace, staging = self._int_workspaces[number]
+        wrapper.reset_workspace_buffer(self.workspace_buffer, workspace)
+        wrapper._pin_memory_int_workspace_buffer = staging
+        return wrapper
+
+    def _create_decode_wrappers(self, bs: int, num_tokens: int) -> list[Any]:
+        """Make the wrappers of one captured batch size, over buffers whose addresses the graphs hold."""
+        return [
+            self._wrapper(
+                number,
+                use_cuda_graph=True,
+                paged_kv_indptr_buffer=self.class_indptr[number, : num_tokens + 1],
+                paged_kv_indices_buffer=self.cuda_graph_kv_indices[0],
+                paged_kv_last_page_len_buffer=self.kv_last_page_len[:num_tokens],
+            )
+            for number in range(len(self.decode_wrappers))
+        ]
+
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+        """Stock, which plans through :class:`ClassPlanner`."""
+        self.planner.capturing = in_capture
+        super().init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
+        self.planner.capturing = False
+
+    def forward_decode(
+        self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True
+    ) -> torch.Tensor:
+        """One query per request over its layer's list; see the base class for shapes."""
+        if k is not None and save_kv_cache:
+            where = KVWriteLoc.for_layer(forward_batch, layer)
+            self.token_to_kv_pool.set_kv_buffer(layer, where, k, v, *self._kv_write_scales(layer))
+        scored = self.scored
+        wrapper = self.forward_metadata.decode_wrappers[self.wrapper_of[scored.index_of(layer)]]
+        indptr, indices = wrapper._paged_kv_indptr_buf, wrapper._paged_kv_indices_buf
+        scored.fill(layer, forward_batch, indptr, indices, fill_indptr=self.planner.classes is None)
+        query = q.contiguous().view(-1, layer.tp_q_head_num, layer.head_dim)
+        options = {
+            "sm_scale": layer.scaling,
+            "logits_soft_cap": layer.logit_cap,
+            "k_scale": layer.k_scale_float,
+            "v_scale": layer.v_scale_float,
+        }
+        if scored.accumulation is None:
+            output = wrapper.forward(query, (scored.key, scored.value), **options)
+        else:
+            output, lse = wrapper.forward_return_lse(query, (scored.key, scored.value), **options)
+            scored.score(layer, forward_batch, query, lse, indptr, indices, lse_base="2")
+        return output.view(-1, layer.tp_q_head_num * layer.head_dim)
+
+
+def _int_workspace(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return an integer workspace and its staging buffer on the host."""
+    size = (INT_WORKSPACE_BYTES,)
+    staging = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    return torch.empty(size, dtype=torch.uint8, device=device), staging

@@ -1,0 +1,103 @@
+"""Length classes: layers whose lists are equally long, for every request and at every step.
+
+A FlashInfer plan depends on lengths only, so one plan serves a class. That lengths agree within a class follows from
+budgets: a request's k_l is ``min(budget, candidates)``, layers of one budget start with the same candidates, and a
+request's own budget gives equal shares to equal layers (``allocation.budgets.scale``). The map is fixed when the
+server starts, because a CUDA graph holds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from lethe_sglang.cache.layout import RowLayout
+    from lethe_sglang.cache.ledger import Ledger, RequestState
+
+
+class LengthClasses:
+    """The server's map from layers to classes, and the lists' lengths by host numbers.
+
+    Parameters
+    ----------
+    budgets
+        k_l of every layer for the configuration and each of its arms; two layers share a class if all of them agree.
+    ledger
+        What the host knows of every request.
+
+    Attributes
+    ----------
+    of_layer
+        Class of each layer; classes are numbered by ascending budget.
+    layers
+        Layers of each class, ascending.
+    """
+
+    def __init__(self, budgets: Sequence[Sequence[int]], ledger: Ledger) -> None:
+        columns = list(zip(*budgets, strict=True))
+        distinct = sorted(set(columns))
+        self.of_layer = tuple(distinct.index(column) for column in columns)
+        self.layers = tuple(
+            tuple(layer for layer, owner in enumerate(self.of_layer) if owner == number)
+            for number in range(len(distinct))
+        )
+        self.ledger = ledger
+        self._intact = (0,) * len(distinct)
+        self._known: dict[int, tuple[RowLayout, tuple[int, ...]]] = {}
+
+    def lengths(self, rows: Sequence[int], seq_lens: torch.Tensor) -> torch.Tensor:
+        """Resolve the lengths of a decode batch's lists: ``P + k_l + seq - T``.
+
+        Parameters
+        ----------
+        rows
+            The requests' rows. May be shorter than the batch: the rest are padded rows of a CUDA graph.
+        seq_lens
+            int ``[B]`` on the host: sequence lengths (tokens), the newest token included.
+
+        Returns
+        -------
+        torch.Tensor
+            int64 ``[classes, B]`` on the host.
+
+        Raises
+        ------
+        RuntimeError
+            If rows and lengths cannot belong together: there are more rows than lengths, or a list would be empty.
+        ValueError
+            If the layers of a class have kept different numbers of cells (see :meth:`_shift`).
+        """
+        batch = seq_lens.shape[0]
+        if len(rows) > batch:
+            raise RuntimeError(f"{len(rows)} requests do not fit a decode batch of {batch}")
+        shifts = [self._shift_of(row) for row in rows] + [self._intact] * (batch - len(rows))
+        lengths = torch.tensor(shifts, dtype=torch.int64).view(batch, len(self.layers)).t() + seq_lens
+        if batch and int(lengths.min()) < 1:
+            raise RuntimeError(
+                f"rows {list(rows)} with lengths {seq_lens.tolist()} are no batch of the ledger's requests"
+            )
+        return lengths
+
+    def _shift_of(self, row: int) -> tuple[int, ...]:
+        state = self.ledger.requests.get(row)
+        if state is None:
+            return self._intact
+        known = self._known.get(row)
+        if known is None or known[0] is not state.layout:  # a round, and a new request, makes a new layout
+            known = self._known[row] = (state.layout, self._shift(state))
+        return known[1]
+
+    def _shift(self, state: RequestState) -> tuple[int, ...]:
+        """Return, per class, by how much a list is longer than its sequence (never positive)."""
+        base = state.layout.prefix - state.layout.tail
+        for layers in self.layers:
+            kept = {state.kept[layer] for layer in layers}
+            if len(kept) > 1:
+                raise ValueError(
+                    f"layers {layers} share a length class, but request {state.rid} keeps {sorted(kept)} cells there; "
+                    "lengths that differ per layer need the single-plan variant or the Triton backend"
+                )
+        return tuple(base + state.kept[layers[0]] for layers in self.layers)

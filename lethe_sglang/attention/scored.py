@@ -1,0 +1,241 @@
+"""What decode does beside attention, whichever of SGLang's CUDA backends computes it.
+
+Owns: the states of written cells, the step's schedule, a layer's token list, the score of own cells.
+Does not own: the attention itself, its plans and its buffers (``flashinfer.py``, ``triton.py``).
+
+Everything reads tensors of fixed address (the runner's input buffers, the ledger's table, the pool) and nothing is
+read back from the device, so a CUDA graph can hold all of it. A list is filled right before its layer's attention, so
+rows and table are read until the last layer: the shared reads of a decode step end behind the replay.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, SharedReadEnds
+
+from lethe_sglang.kernels import dispatch
+from lethe_sglang.kernels.score import observation_attention, replay
+
+if TYPE_CHECKING:
+    from lethe_sglang.cache.ledger import Ledger
+    from lethe_sglang.cache.pool import PackedKVPool
+    from lethe_sglang.policies.base import Accumulation
+
+OBSERVATION_WINDOW = 32
+"""Queries of a private prefill that initialise its scores (algorithm.md)."""
+
+
+class ScoredDecode:
+    """Lists and scores of decode steps.
+
+    Parameters
+    ----------
+    pool
+        The packed pool.
+    ledger
+        Layouts of decoding requests; attention reads its device table.
+    req_to_token
+        int32 ``[R, C]``: SGLang's rows.
+    accumulation
+        What the policy accumulates; None scores nothing.
+    max_batch
+        Most requests of a step, padded rows of a CUDA graph included.
+
+    Attributes
+    ----------
+    first, decay
+        int32, float32 ``[max_batch]``: the step's schedule (``kernels.dispatch.schedule``).
+    """
+
+    def __init__(
+        self,
+        pool: PackedKVPool,
+        ledger: Ledger,
+        req_to_token: torch.Tensor,
+        accumulation: Accumulation | None,
+        max_batch: int,
+    ) -> None:
+        self.pool = pool
+        self.ledger = ledger
+        self.req_to_token = req_to_token
+        self.accumulation = accumulation
+        self.first = torch.full((max_batch,), dispatch.NEVER, dtype=torch.int32, device=req_to_token.device)
+        self.decay = torch.ones((max_batch,), dtype=torch.float32, device=req_to_token.device)
+
+    @property
+    def key(self) -> torch.Tensor:
+        """K of all layers, ``[L * blocks, Hkv, D]`` in the type that kernels read (a pool may store fp8 as bytes)."""
+        return self._typed(self.pool.cells.key)
+
+    @property
+    def value(self) -> torch.Tensor:
+        """V of all layers; as :attr:`key`."""
+        return self._typed(self.pool.cells.value)
+
+    def _typed(self, buffer: torch.Tensor) -> torch.Tensor:
+        return buffer if buffer.dtype == self.pool.dtype else buffer.view(self.pool.dtype)
+
+    def index_of(self, layer: Any) -> int:
+        """Return a layer's number in the pool."""
+        return int(layer.layer_id - self.pool.start_layer)
+
+    def begin(self, forward_batch: Any) -> None:
+        """Start the states of the cells this forward writes; resolve a decode step's schedule."""
+        cells, rule = self.pool.cells, self.accumulation
+        if forward_batch.out_cache_loc is not None:
+            positions = forward_batch.positions if rule is not None and rule.rule == "recurrence" else None
+            dispatch.start_states(cells.score, cells.memory, forward_batch.out_cache_loc, positions, cells.num_layers)
+        if rule is not None and forward_batch.forward_mode.is_decode():
+            rows = forward_batch.req_pool_indices
+            first, decay = self.first[: rows.shape[0]], self.decay[: rows.shape[0]]
+            dispatch.schedule(self.ledger.table, rows, forward_batch.seq_lens, rule, first, decay)
+
+    def longest(self, rows: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
+        """Return each request's longest list over the layers, int ``[B]`` (tokens), on the device."""
+        lines = self.ledger.table[rows]
+        kept = self.ledger.kept_of(lines).amax(1)
+        return seq_lens + lines[:, self.ledger.PREFIX] + kept - lines[:, self.ledger.TAIL]
+
+    def fill(
+        self, layer: Any, forward_batch: Any, indptr: torch.Tensor, indices: torch.Tensor, fill_indptr: bool
+    ) -> None:
+        """Write a layer's lists: where ``indptr`` says, or ``indptr`` as well (see ``kernels.dispatch``)."""
+        write = dispatch.fill_lists if fill_indptr else dispatch.fill_indices
+        write(
+            self.req_to_token, self.ledger.table, forward_batch.req_pool_indices, forward_batch.seq_lens,
+            self.index_of(layer), self.pool.cells.blocks, indptr, indices,
+        )  # fmt: skip
+
+    def score(
+        self,
+        layer: Any,
+        forward_batch: Any,
+        query: torch.Tensor,
+        lse: torch.Tensor,
+        indptr: torch.Tensor,
+        indices: torch.Tensor,
+        lse_base: Literal["e", "2"],
+    ) -> None:
+        """Add a layer's attention of this step to the states of own cells.
+
+        Parameters
+        ----------
+        layer, forward_batch
+            SGLang's.
+        query
+            ``[B, Hq, D]``.
+        lse
+            float32 ``[B, Hq]``: the attention's log-sum-exp, in base ``lse_base``.
+        indptr, indices
+            The lists that the attention has read.
+        lse_base
+            ``"e"`` or ``"2"``.
+
+        Raises
+        ------
+        ValueError
+            For a layer whose logits are more than scaled products.
+        """
+        if self.accumulation is None:
+            return
+        check_layer(layer)
+        cells, batch = self.pool.cells, query.shape[0]
+        assert cells.score is not None
+        memory = cells.memory if self.accumulation.rule == "recurrence" else None
+        dispatch.score(
+            self.accumulation, query, self.key, lse, indptr, indices, self.first[:batch], self.decay[:batch],
+            forward_batch.seq_lens, cells.score, memory, layer.scaling, key_scale(layer), lse_base,
+        )  # fmt: skip
+
+    def observe(self, layer: Any, forward_batch: Any, query: torch.Tensor) -> None:
+        """Score private tokens of observed prefills from their last queries; ``query`` is ``[tokens, Hq, D]``."""
+        rule, store, start = self.accumulation, self.pool.cells, 0
+        if rule is None or not self.ledger.observed:
+            return
+        assert store.score is not None
+        rows = forward_batch.req_pool_indices_cpu
+        rows = (forward_batch.req_pool_indices if rows is None else rows).tolist()
+        window = min(rule.window or OBSERVATION_WINDOW, OBSERVATION_WINDOW)
+        extents = zip(rows, forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu, strict=True)
+        for row, prefix_len, extend_len in extents:
+            first = self.ledger.observed.get(row)
+            if first is not None and extend_len > 0:
+                slots = self.req_to_token[row, : prefix_len + extend_len].to(torch.int64)
+                cells = self.index_of(layer) * store.blocks + slots
+                scale = layer.scaling * key_scale(layer)
+                seen = observation_attention(query[start : start + extend_len], self.key, cells, scale, window)
+                score, memory = replay(rule, seen)
+                store.score[cells[first:]] = score[first:]
+                if memory is not None and store.memory is not None:
+                    store.memory[cells[first:]] = memory[first:]
+            start += extend_len
+
+
+def key_scale(layer: Any) -> float:
+    """Return the factor of a stored key: 1 unless the KV cache is fp8 with scales."""
+    return 1.0 if layer.k_scale_float is None else float(layer.k_scale_float)
+
+
+def check_layer(layer: Any) -> None:
+    """Refuse a layer whose attention is not the softmax of scaled products: its score would be another's.
+
+    Raises
+    ------
+    ValueError
+        Naming the layer and what it does to its logits.
+    """
+    temperature = getattr(layer, "xai_temperature_len", -1)
+    if layer.logit_cap or (temperature is not None and temperature > 0):
+        what = f"caps its logits at {layer.logit_cap}" if layer.logit_cap else "scales its logits by position"
+        raise ValueError(f"--kv-evict: layer {layer.layer_id} {what}, which the score does not; use --kv-evict none")
+
+
+class ScoredBackend(AttentionBackend):  # type: ignore[misc]
+    """Mixin in front of one of SGLang's backends: when states start, steps are scheduled and prefills observed.
+
+    Attributes
+    ----------
+    scored
+        Set by the subclass once SGLang's backend is built.
+    """
+
+    scored: ScoredDecode
+
+    @property
+    def accumulation(self) -> Accumulation | None:
+        """What the policy accumulates."""
+        return self.scored.accumulation
+
+    @accumulation.setter
+    def accumulation(self, rule: Accumulation | None) -> None:
+        self.scored.accumulation = rule
+
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        """Eager steps: stock's metadata, then what the forward needs of ours."""
+        super().init_forward_metadata(forward_batch)
+        self.scored.begin(forward_batch)
+
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+        """Stock's metadata; a prefill's graph holds no metadata of ours, so its states start here."""
+        super().init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
+        if not forward_batch.forward_mode.is_decode_or_idle():
+            self.scored.begin(forward_batch)
+
+    def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
+        """Record what a decode step needs of ours into its graph."""
+        super().init_forward_metadata_in_graph(forward_batch)
+        self.scored.begin(forward_batch)
+
+    def shared_read_ends(self, fm: Any) -> Any:
+        """Rows and table are read before every layer: a decode step's shared reads end behind its replay."""
+        return SharedReadEnds.POST_REPLAY if fm.is_decode() else super().shared_read_ends(fm)
+
+    def forward_extend(
+        self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **kwargs: Any
+    ) -> Any:
+        """Stock extend; private tokens of an observed prefill are scored from its last queries."""
+        output = super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+        self.scored.observe(layer, forward_batch, q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim))
+        return output

@@ -1,0 +1,201 @@
+"""Triton decode equals the portable backend's, in outputs and scores; lists, splits and addresses are as they must.
+
+SGLang's decode kernel is a double with its contract (``flashinfer_double.py``); the kernel itself does not run here.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from flashinfer_double import (
+    BUDGETS,
+    GARBAGE,
+    HEADS,
+    LAYERS,
+    SUM,
+    TRITON,
+    GraphRunner,
+    Mode,
+    Server,
+    attributes,
+    compare,
+    compare_scaled,
+    decode_attention_fwd,
+    launches_of_a_step,
+    make_layer,
+    meta,
+    ours,
+    parameters,
+    portable,
+)  # fmt: skip
+
+from lethe_sglang.policies.base import Accumulation
+from lethe_sglang.policies.lethe import LethePolicy
+
+GRAPH = pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+KERNELS = "kernels/ops/attention/decode_attention.py"
+
+
+def triton(accumulation=SUM):
+    def make(runner, world, rows):
+        return ours.triton.LetheTritonBackend(runner, runner.token_to_kv_pool, world.ledger, accumulation)
+
+    return make
+
+
+def server(accumulation=SUM, graph=False, **options):
+    """A server whose unused splits hold garbage before every layer, as those of earlier steps do."""
+    made = Server(triton(accumulation), **options)
+    backend = made.backend
+    attend = backend._attend
+
+    def dirty(query, layer, metadata):
+        metadata.attn_lse.fill_(GARBAGE)
+        metadata.attn_logits.fill_(GARBAGE)
+        return attend(query, layer, metadata)
+
+    backend._attend = dirty
+    if graph:
+        made.capture()
+    return made
+
+
+@GRAPH
+@pytest.mark.parametrize("page", [1, 8])
+def test_outputs_and_scores_equal_the_portable_backend(graph, page):
+    compare(server(graph=graph, page=page), Server(portable(), page=page))
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        SUM._replace(every=3), SUM._replace(window=5), SUM._replace(rule="max"),
+        Accumulation(rule="recurrence", threshold=0.03),
+    ],
+    ids=["every", "window", "max", "recurrence"],
+)  # fmt: skip
+@GRAPH
+def test_every_rule_scores_as_the_portable_backend(rule, graph):
+    options = {"window": rule.window}
+    compare(server(rule, graph, **options), Server(portable(rule), **options), steps=18)
+
+
+@GRAPH
+def test_a_policy_that_scores_nothing_leaves_the_log_sum_exps_alone(graph):
+    mine = server(None, graph)
+    compare(mine, Server(portable(None)), steps=18)
+    assert bool((mine.backend.forward_metadata.attn_lse == GARBAGE).any())
+
+
+def test_splits_merge_into_the_whole_lists_log_sum_exp():
+    logits = torch.randn(3, HEADS, 40)
+    parts = torch.full((3, HEADS, 6), float("-inf"))
+    for b, width in enumerate((40, 16, 7)):
+        for number, start in enumerate(range(0, 40, width)):
+            parts[b, :, number] = torch.logsumexp(logits[b, :, start : start + width], 1)
+    merged = ours.triton.merge_splits(parts)
+    torch.testing.assert_close(merged, torch.logsumexp(logits, 2))
+    assert merged.is_contiguous() and merged.dtype == torch.float32
+
+
+def test_splits_of_a_captured_step_follow_the_longest_list():
+    mine = server(graph=True)
+    mine.admit()
+    for _ in range(9):
+        mine.step((1, 2, 3, 4, 5, 6), LethePolicy())
+    longest = mine.world.lists([1, 2, 3, 4, 5, 6]).length.amax(0)
+    expected = [-(-int(n) // 16) for n in longest] + [1, 1]
+    assert mine.backend.cuda_graph_num_kv_splits[:8].tolist() == expected
+    sequences = [-(-mine.world.seq[row] // 16) for row in (1, 2, 3, 4, 5, 6)]
+    assert expected[:6] != sequences, "the lists are as long as the sequences: the test says nothing"
+
+
+def test_lists_lie_at_captured_addresses_and_cover_the_flat_pool():
+    mine = server(graph=True)
+    backend, store = mine.backend, mine.world.cells
+    backend.kv_indptr_at = backend.kv_indptr.data_ptr(), backend.cuda_graph_kv_indices.data_ptr()
+    seen = []
+
+    def note(q, k, v, o, indptr, indices, *rest, **options):
+        assert (indptr.data_ptr(), indices.data_ptr()) == backend.kv_indptr_at
+        assert k.data_ptr() == store.key.data_ptr() and k.shape[0] == v.shape[0] == LAYERS * store.blocks
+        seen.append([indices[a:b].tolist() for a, b in zip(indptr.tolist(), indptr.tolist()[1:], strict=False)])
+        decode_attention_fwd(q, k, v, o, indptr, indices, *rest, **options)
+
+    backend.decode_attention_fwd = note
+    mine.admit()
+    for _ in range(9):
+        seen.clear()
+        mine.step((1, 2, 3, 4, 5), LethePolicy())
+    lists = mine.world.lists([1, 2, 3, 4, 5])
+    for layer, indices in enumerate(seen):
+        assert indices[5:] == [[layer * store.blocks]] * 3, "a padded row has the padding block's cell"
+        for b, own in enumerate(indices[:5]):
+            assert own == lists.cells[layer, b, : int(lists.length[layer, b])].tolist()
+
+
+@GRAPH
+def test_lengths_may_differ_in_every_layer(graph):
+    """Breakpoint allocation: counts of a round are nobody's budgets."""
+    servers = [server(graph=graph), Server(portable())]
+    outputs = []
+    for one in servers:
+        one.world.admit(1, 40, 0, BUDGETS)
+        one.world.round([one.world.ledger.requests[1]], LethePolicy(), budgets={1: (9, 4, 17, 5, 11)})
+        outputs.append(one.step((1,), LethePolicy()))
+    for output, right in zip(*outputs, strict=True):
+        torch.testing.assert_close(output, right, rtol=1e-4, atol=1e-5)
+
+
+@GRAPH
+def test_scaled_keys_and_values_reach_attention_and_score(graph):
+    compare_scaled(server(), graph)
+
+
+@pytest.mark.parametrize("what", [{"logit_cap": 30.0}, {"xai_temperature_len": 8}])
+def test_logits_that_the_score_does_not_know_are_refused(what):
+    mine = server()
+    mine.admit()
+    mine.layers[1] = make_layer(1, **what)
+    with pytest.raises(ValueError, match=r"layer 1 .* its logits"):
+        mine.step((1,), LethePolicy())
+
+
+def test_sinks_and_modifiers_are_refused():
+    mine = server()
+    with pytest.raises(ValueError, match="layer 2 uses sinks"):
+        mine.backend.forward_decode(None, None, None, make_layer(2), None, sinks=torch.ones(6), score_mod=None)
+
+
+def test_shared_reads_end_behind_the_replay_of_a_decode_step_only():
+    backend, ends = server().backend, ours.scored.SharedReadEnds
+    assert backend.shared_read_ends(Mode.DECODE) is ends.POST_REPLAY
+    assert backend.shared_read_ends(Mode.EXTEND) is ends.UNKNOWN
+
+
+def test_a_step_reads_nothing_back_from_the_device(monkeypatch):
+    backend = Server(triton()).backend
+    GraphRunner(backend, backend.scored.ledger)
+    backend.forward_metadata.__dict__.update(meta(vars(backend.forward_metadata)))
+    backend.decode_attention_fwd = lambda *args, **options: None
+    layer = ["store", "fill_lists", "score"]
+    assert launches_of_a_step(backend, monkeypatch) == ["start_states", "schedule", *layer * LAYERS]
+
+
+def test_the_doubles_take_what_the_installed_classes_take():
+    def takes(function):
+        code = function.__code__
+        return list(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
+
+    own = {"MIN_BLOCK_KV"}
+    assert set(takes(decode_attention_fwd)) - own == set(parameters("sglang", KERNELS, "decode_attention_fwd"))
+    order = parameters("sglang", KERNELS, "decode_attention_fwd")
+    assert takes(decode_attention_fwd)[: len(order)] == order
+    backend, name = ours.triton.LetheTritonBackend, "TritonAttnBackend"
+    method = "_update_decode_kv_buffers"
+    assert takes(getattr(backend, method)) == parameters("sglang", TRITON, f"{name}.{method}")
+    decode = parameters("sglang", TRITON, f"{name}.forward_decode")
+    assert takes(backend.forward_decode) == decode[: len(takes(backend.forward_decode))]
+    stock, instance = backend.__mro__[2], server().backend
+    assert stock.__name__ == name
+    assert {n for n in stock.__init__.__code__.co_names if n in vars(instance)} <= attributes(TRITON, name)
