@@ -210,6 +210,12 @@ class RasrConfig(Section):
         description="Attention that a token is taken to have had when it was written, which decays like the rest: a "
         "recent token outlives an old one of the same score. >= 0; 0 is the paper, a very large one is streaming.",
     )
+    diversity: float = Field(
+        default=0.0,
+        ge=0,
+        description="What a key unlike the others counts against the score: rank = score / largest score - diversity * "
+        "cosine to the mean key of the layer's candidates. >= 0; 0 is the paper, a very large one is keydiff.",
+    )
 
     @model_validator(mode="after")
     def _check_one_spelling(self) -> RasrConfig:

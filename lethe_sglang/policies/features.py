@@ -58,6 +58,26 @@ def redundancy(keys: torch.Tensor, valid: torch.Tensor, threshold: float = 0.5) 
     return (cosine.sum(-2) / count).mean(1)
 
 
+def likeness(keys: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Cosine of each candidate's key to the mean normalised key of the candidates, over heads (KeyDiff).
+
+    Parameters
+    ----------
+    keys
+        float32 ``[B, n, H, D]`` of one layer.
+    valid
+        bool ``[B, n]``.
+
+    Returns
+    -------
+    torch.Tensor
+        float32 ``[B, n]``.
+    """
+    unit = torch.nn.functional.normalize(keys, dim=-1) * valid[:, :, None, None]
+    anchor = unit.sum(1, keepdim=True) / valid.sum(1).clamp(min=1).view(-1, 1, 1, 1)
+    return torch.nn.functional.cosine_similarity(keys, anchor, dim=-1).mean(-1)
+
+
 def masked_softmax(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """Softmax over the last axis among valid entries, 0 elsewhere; shapes ``[..., n]``."""
     return values.masked_fill(~valid, float("-inf")).softmax(-1).nan_to_num(0.0)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-
 from lethe_sglang.policies.base import Candidates, Policy
+from lethe_sglang.policies.features import likeness
 
 if TYPE_CHECKING:
+    import torch
+
     from lethe_sglang.config import EvictionConfig
 
 
@@ -37,9 +38,7 @@ class KeyDiffPolicy(Policy):
 
     def key_feature(self, keys: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         """Cosine to the mean normalised key."""
-        unit = torch.nn.functional.normalize(keys, dim=-1) * valid[:, :, None, None]
-        anchor = unit.sum(1, keepdim=True) / valid.sum(1).clamp(min=1).view(-1, 1, 1, 1)
-        return torch.nn.functional.cosine_similarity(keys, anchor, dim=-1).mean(-1)
+        return likeness(keys, valid)
 
     def rank(self, candidates: Candidates) -> torch.Tensor:
         """By difference from the mean key."""

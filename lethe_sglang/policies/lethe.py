@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from lethe_sglang.policies.base import Accumulation, Candidates, Policy
+from lethe_sglang.policies.features import likeness, over_maximum
 
 if TYPE_CHECKING:
     from lethe_sglang.config import EvictionConfig
@@ -32,6 +33,10 @@ class LethePolicy(Policy):
         c >= 0, not of the paper (0): tokens are ranked by ``S_t[j] + c * gamma ** age``, their age in decode steps, as
         if each had received attention c when it was written. A token that is read a while after it was written, for
         the first time, has no score to live on until then.
+    diversity
+        d >= 0, not of the paper (0): tokens are ranked by ``S_t[j] / max_i S_t[i] - d * cos(k_j, mean key)``, the
+        cosine as in KeyDiff. What many keys resemble, such as a delimiter or a counter, is read at every step and
+        repeated soon; a value that nothing has read yet has a key of its own. A very large d is ``keydiff``.
     """
 
     name: ClassVar[str] = "lethe"
@@ -40,11 +45,13 @@ class LethePolicy(Policy):
     decay: float = 0.998
     score_every: int = 1
     credit: float = 0.0
+    diversity: float = 0.0
 
     @classmethod
     def from_config(cls, config: EvictionConfig) -> LethePolicy:
         """Read ``rasr``."""
-        return cls(decay=config.rasr.gamma, score_every=config.rasr.score_every, credit=config.rasr.credit)
+        own = config.rasr
+        return cls(own.gamma, own.score_every, own.credit, own.diversity)
 
     @property
     def uses_position(self) -> bool:  # type: ignore[override]
@@ -52,14 +59,25 @@ class LethePolicy(Policy):
         return self.credit > 0
 
     @property
+    def uses_keys(self) -> bool:  # type: ignore[override]
+        """Keys are looked at for the diversity only."""
+        return self.diversity > 0
+
+    @property
     def accumulation(self) -> Accumulation:
         """Every (n-th) step, decayed."""
         return Accumulation(self.decay, self.score_every)
 
+    def key_feature(self, keys: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        """Cosine to the mean normalised key."""
+        return likeness(keys, valid)
+
     def rank(self, candidates: Candidates) -> torch.Tensor:
-        """By score, and by age where there is a credit."""
+        """By score, by age where there is a credit, and by difference from the mean key where diversity counts."""
         score = candidates.need("score")
-        if not self.credit:
+        if self.credit:
+            age = candidates.length.view(1, -1, 1) - 1 - candidates.need("position")
+            score = score + self.credit * torch.pow(self.decay, age.to(score.dtype))
+        if not self.diversity:
             return score
-        age = candidates.length.view(1, -1, 1) - 1 - candidates.need("position")
-        return score + self.credit * torch.pow(self.decay, age.to(score.dtype))
+        return over_maximum(score, candidates.valid) - self.diversity * candidates.need("feature")

@@ -105,14 +105,16 @@ class History:
 Rule = Callable[[History, int, list[int]], Array]
 
 
-def decayed_sum(gamma: float, every: int = 1, credit: float = 0.0) -> Rule:
-    """Lethe's equation 5 in closed form, plus a credit by age; gamma 1 is H2O, gamma 0 TOVA."""
+def decayed_sum(gamma: float, every: int = 1, credit: float = 0.0, diversity: float = 0.0) -> Rule:
+    """Lethe's equation 5 in closed form, a credit by age, a part of keydiff; gamma 1 is H2O, gamma 0 TOVA."""
 
     def rule(history: History, layer: int, tokens: list[int]) -> Array:
         scored = [s.mean[layer, tokens] for s in history.steps if s.length % every == 0]
         weight = gamma ** (every * np.arange(len(scored), dtype=np.float64)[::-1])
         score = weight @ np.array(scored) if scored else np.zeros(len(tokens))
-        return score + credit * gamma ** (history.length - 1.0 - np.array(tokens)) if credit else score
+        if credit:
+            score = score + credit * gamma ** (history.length - 1.0 - np.array(tokens))
+        return score / score.max() + diversity * keydiff(history, layer, tokens) if diversity else score
 
     return rule
 

@@ -29,6 +29,11 @@ CASES = {
     "lethe, default decay": ({}, dense.decayed_sum(0.998)),
     "lethe, every third step": ({"rasr": {"half_life": 10, "score_every": 3}}, dense.decayed_sum(0.5**0.1, 3)),
     "lethe, credit": ({"rasr": {"decay": 0.9, "credit": 0.4}}, dense.decayed_sum(0.9, credit=0.4)),
+    "lethe, diversity": ({"rasr": {"decay": 0.9, "diversity": 0.5}}, dense.decayed_sum(0.9, diversity=0.5)),
+    "lethe, both": (
+        {"rasr": {"decay": 0.95, "credit": 0.2, "diversity": 0.2}},
+        dense.decayed_sum(0.95, credit=0.2, diversity=0.2),
+    ),
     "h2o": ({}, dense.decayed_sum(1.0)),
     "tova": ({}, dense.decayed_sum(0.0)),
     "snapkv": ({"snapkv": {"window": 6, "kernel": 5}}, dense.snapkv(6, 5)),
