@@ -8,9 +8,10 @@ def register() -> None:
     from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
     from sglang.srt.entrypoints.engine import Engine
 
-    from lethe_sglang.engine.front import check_resolution, engine_server_args
+    from lethe_sglang.engine.front import check_resolution, choose_backend, engine_server_args
     from lethe_sglang.engine.hooks import ENTRY_HOOKS, install
 
+    register_resolution_hook("handle_attention_backend_compatibility")(choose_backend)
     register_resolution_hook("handle_other_validations")(check_resolution)
     Engine.server_args_class = staticmethod(engine_server_args(Engine.server_args_class))
     install(ENTRY_HOOKS)

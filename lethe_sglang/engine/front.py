@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,6 +20,8 @@ from lethe_sglang.config import ConfigError, EvictionConfig, parse_request, reso
 from lethe_sglang.engine import compat, guard, profile_pass
 from lethe_sglang.engine.hooks import LAUNCHER_HOOKS, SCHEDULER_HOOKS, install
 from lethe_sglang.policies import build_policy, policy_names
+
+logger = logging.getLogger("lethe_sglang")
 
 ENGINE_OPTIONS = ("kv_evict", "kv_evict_config", "kv_evict_budget", "kv_evict_profile")
 
@@ -155,6 +158,22 @@ def requested(server_args: Any) -> EvictionRequest | None:
     return request
 
 
+def choose_backend(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """Pick FlashInfer on CUDA where no attention backend is named (``handle_attention_backend_compatibility`` step).
+
+    SGLang's own pick (fa3 on Hopper) reads a page table common to all layers.
+    """
+    if requested(server_args) is not None:
+        from sglang.srt.arg_groups.model_override_base import resolving_view
+        from sglang.srt.arg_groups.overrides import declare_resolution
+
+        view = resolving_view(server_args)
+        if guard.on_cuda(view) and guard.attention_backends(view) == (None, None):
+            logger.info("KV eviction: attention backend not specified; using flashinfer, which decodes packed rows")
+            declare_resolution(server_args, "lethe", attention_backend="flashinfer")
+    previous(server_args)
+
+
 def check_resolution(server_args: Any, previous: Callable[[Any], None]) -> None:
     """Refuse options and models that do not work with eviction (SGLang's ``handle_other_validations`` step)."""
     previous(server_args)
@@ -165,7 +184,7 @@ def check_resolution(server_args: Any, previous: Callable[[Any], None]) -> None:
 
     try:
         guard.check_options(resolving_view(server_args))
-        guard.check_measuring(resolving_view(server_args), request.config.debug.measure)
+        guard.check_debug(resolving_view(server_args), request.config.debug)
         model = model_config_of(server_args)
         guard.check_model(model)
         profile_pass.settle(request.config, profile_pass.fingerprint_of(model, resolving_view(server_args)), make=None)
@@ -244,7 +263,7 @@ def start_scheduler(scheduler: Any, server_args: Any, *args: Any, **kwargs: Any)
         Runtime(request.config, request.budgets, model.num_attention_layers, resolved.page_size or 1, model.context_len)
     )
     install(SCHEDULER_HOOKS)
-    ATTENTION_BACKENDS["torch_native"] = lifecycle.torch_native_backend
+    ATTENTION_BACKENDS.update(lifecycle.BACKENDS)
     scheduler._lethe_request = request
 
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lethe_sglang.config import ConfigError
 
-BACKENDS = ("torch_native",)
+if TYPE_CHECKING:
+    from lethe_sglang.config.schema import DebugConfig
+
+BACKENDS = ("torch_native", "flashinfer", "triton")
+"""Attention backends that decode over packed rows."""
+CUDA_BACKENDS = ("flashinfer", "triton")
 
 
 class Refusal(NamedTuple):
@@ -73,6 +78,8 @@ REFUSALS = (
     Refusal("KV canary", lambda c: c.kv_canary != "none", "set --kv-canary none", "hashes KV by slot"),
     Refusal("several tokenizer workers", lambda c: c.tokenizer_worker_num > 1, "set --tokenizer-worker-num 1",
             "per-request options are checked in the main process"),
+    Refusal("full CUDA graphs of prefill", lambda c: _graph(c, "prefill") == "full",
+            "leave the prefill CUDA graph's backend unset", "private prompts score outside the graph"),
     Refusal("embedding-only or prefill-only KV", lambda c: c.prefill_only_disable_kv_cache,
             "remove --prefill-only-disable-kv-cache", "there is nothing to evict"),
 )  # fmt: skip
@@ -90,6 +97,7 @@ MODELS = (
     ("linear attention, mamba and hybrids", lambda m: _is_hybrid_linear(m)),
     ("embedding and reward models", lambda m: not m.is_generation),
     ("keys and values of different width", lambda m: m.head_dim != m.v_head_dim),
+    ("caps on attention logits", lambda m: bool(getattr(m.hf_config, "attn_logit_softcapping", None))),
 )
 
 _SUPPORTED = (
@@ -99,12 +107,13 @@ _SUPPORTED = (
     ("continuous batching, retraction, abort, pause", "yes", ""),
     ("page sizes", "yes", "1, 8 and 16 are tested"),
     ("tensor parallelism", "yes", "scores are summed over ranks in rounds; 2 ranks are tested on a CPU"),
-    ("attention backend torch_native", "yes", "on any device; the only one in this version"),
-    ("attention backends flashinfer, triton and CUDA graphs", "not yet", "refused"),
+    ("attention backend torch_native", "yes", "on any device, without CUDA graphs"),
+    ("attention backends flashinfer and triton, CUDA graphs", "CUDA only",
+     "flashinfer unless you name one; not yet run on a GPU"),
     ("multi-head and grouped-query attention", "yes", "MoE feed-forward layers are not looked at, and not tested"),
     ("chat, completions, streaming, logprobs, frontend programs", "yes", ""),
     ("LoRA, constrained decoding", "expected", "nothing in the plugin looks at them; not tested"),
-)
+)  # fmt: skip
 
 
 def _is_hybrid_linear(model: Any) -> bool:
@@ -123,12 +132,15 @@ def check_options(resolved: Any) -> None:
     """
     found = [f"{r.feature} ({r.why}): {r.instead}" for r in REFUSALS if r.refused(resolved)]
     found += [f"{name} ({why}): unset it" for name, why in ENVIRONMENT if os.environ.get(name, "0").lower() in _TRUE]
-    prefill = resolved.prefill_attention_backend or resolved.attention_backend
-    decode = resolved.decode_attention_backend or resolved.attention_backend
-    if prefill not in BACKENDS or decode not in BACKENDS:
+    prefill, decode = attention_backends(resolved)
+    legal = BACKENDS if on_cuda(resolved) else tuple(name for name in BACKENDS if name not in CUDA_BACKENDS)
+    if prefill not in legal or decode not in legal:
+        other = prefill if prefill not in legal else decode
+        why = f" on device {resolved.device}" if other in BACKENDS else ""
+        found.append(f"attention backend {other}{why}: set --attention-backend to {' or '.join(legal)}")
+    elif prefill != decode:
         found.append(
-            f"attention backend {prefill if prefill not in BACKENDS else decode}: set --attention-backend to "
-            f"{' or '.join(BACKENDS)}"
+            f"different attention backends for prefill ({prefill}) and decode ({decode}): set --attention-backend alone"
         )
     if found:
         raise ConfigError(f"--kv-evict does not work with {'; '.join(found)} - or use --kv-evict none")
@@ -137,16 +149,41 @@ def check_options(resolved: Any) -> None:
 _TRUE = ("1", "true", "yes", "on")
 
 
-def check_measuring(resolved: Any, measuring: bool) -> None:
-    """Refuse ``debug.measure`` where a step behind a request's last one would be counted.
+def on_cuda(resolved: Any) -> bool:
+    """Whether the server runs on an NVIDIA GPU."""
+    return str(resolved.device or "").startswith("cuda")
+
+
+def attention_backends(resolved: Any) -> tuple[str | None, str | None]:
+    """Return the backends of prefill and decode."""
+    return (
+        resolved.prefill_attention_backend or resolved.attention_backend,
+        resolved.decode_attention_backend or resolved.attention_backend,
+    )
+
+
+def _graph(resolved: Any, phase: str) -> str | None:
+    """Return the CUDA graph backend of ``prefill`` or ``decode``, None where there is no such option."""
+    backend: str | None = getattr(getattr(resolved.cuda_graph_config, phase, None), "backend", None)
+    return backend
+
+
+def check_debug(resolved: Any, debug: DebugConfig) -> None:
+    """Refuse checks and records where they would be wrong or silently do nothing.
 
     Raises
     ------
     ConfigError
         One line with the option to change.
     """
-    if measuring and not resolved.disable_overlap_schedule:
+    if debug.measure and not resolved.disable_overlap_schedule:
         raise ConfigError("debug.measure: counts a step too many under overlap; set --disable-overlap-schedule")
+    _, decode = attention_backends(resolved)
+    for name in ("measure", "shadow"):
+        if getattr(debug, name) and decode != "torch_native":
+            raise ConfigError(f"debug.{name}: needs --attention-backend torch_native, the server uses {decode}")
+    if debug.arms and _graph(resolved, "decode") not in (None, "disabled"):
+        raise ConfigError("debug.arms: a captured decode step holds one policy's rule; set --disable-cuda-graph")
 
 
 def check_model(model: Any) -> None:

@@ -11,6 +11,8 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _BATCH = "sglang.srt.managers.schedule_batch"
 _COMPONENTS = "sglang.srt.managers.scheduler_components"
+_FORWARD_BATCH = "sglang.srt.model_executor.forward_batch_info.ForwardBatch"
+_ATTENTION = "sglang.srt.layers.attention"
 _METRICS = "sglang.srt.observability.metrics_collector.SchedulerMetricsCollector"
 
 
@@ -47,6 +49,7 @@ SCHEDULER_HOOKS = (
     Hook("sglang.srt.mem_cache.base_prefix_cache.BasePrefixCache.free_kv_row", HookType.AROUND,
          "lifecycle.free_kv_row"),
     Hook("sglang.srt.mem_cache.memory_pool.ReqToTokenPool.free_rows", HookType.BEFORE, "lifecycle.forget_rows"),
+    Hook(f"{_FORWARD_BATCH}.init_new", HookType.AFTER, "lifecycle.name_rows"),
     Hook(f"{_BATCH}.ScheduleBatch.prepare_for_extend", HookType.AFTER, "lifecycle.observe_prefill"),
     Hook(f"{_BATCH}.Req.reset_for_retract", HookType.AFTER, "lifecycle.after_retract"),
     Hook(f"{_COMPONENTS}.pool_stats_observer.kv_private_tokens", HookType.AFTER, "lifecycle.private_tokens"),
@@ -76,7 +79,13 @@ READ_TARGETS = (
     "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool._create_buffers_normal",
     "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool._kv_buffer_shapes",
     "sglang.srt.managers.schedule_policy.PrefillAdder",
-    "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend",
+    f"{_ATTENTION}.base_attn_backend.AttentionBackend",
+    f"{_ATTENTION}.torch_native_backend.TorchNativeAttnBackend",
+    f"{_ATTENTION}.flashinfer_backend.FlashInferAttnBackend",
+    f"{_ATTENTION}.flashinfer_backend.FlashInferIndicesUpdaterDecode",
+    f"{_ATTENTION}.triton_backend.TritonAttnBackend",
+    "sglang.kernels.ops.attention.decode_attention.decode_attention_fwd",
+    "sglang.srt.model_executor.runner.decode_cuda_graph_runner.build_replay_fb_view",
 )
 """Not wrapped, but the plugin subclasses them or relies on what they do."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,13 @@ from sglang.srt.runtime_context import get_parallel
 from lethe_sglang.cache.pool import PackedKVPool, pool_class
 from lethe_sglang.engine.admission import LethePrefillAdder, is_private
 from lethe_sglang.engine.runtime import Runtime, current
+
+logger = logging.getLogger("lethe_sglang")
+
+UNPROVEN = (
+    "KV eviction: decoding over packed rows with %s is checked without a GPU only and has not run on one; "
+    "--attention-backend torch_native is what has been tested end to end"
+)
 
 
 def build_pool(original: Callable[..., Any], configurator: Any, **kwargs: Any) -> Any:
@@ -79,6 +87,16 @@ def observe_prefill(result: Any, batch: Any) -> None:
             runtime.ledger.observed.pop(row, None)
 
 
+def name_rows(result: Any, cls: type, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    """AFTER ``ForwardBatch.init_new``: name the rows of a decode step, from which its lists are planned.
+
+    What attention sees of a replayed batch names them on the device only, and reading them back would stop the host.
+    """
+    decodes = batch.forward_mode.is_decode()
+    current().step_rows = batch.req_pool_indices_cpu.tolist() if decodes else []
+    return result
+
+
 def free_kv_row(original: Callable[..., None], tree: Any, kv: Any, ranges: Sequence[tuple[int, int]]) -> None:
     """AROUND ``BasePrefixCache.free_kv_row``: dead positions own no blocks."""
     runtime = current()
@@ -144,6 +162,37 @@ def torch_native_backend(runner: Any) -> Any:
     backend = LetheTorchNativeBackend(
         runner, runtime.pool, runtime.ledger, runtime.policy.accumulation, runtime.shadow, runtime.measurer
     )
+    return _switched(runtime, backend)
+
+
+def flashinfer_backend(runner: Any) -> Any:
+    """Replace the factory of ``flashinfer``."""
+    from lethe_sglang.attention.flashinfer import LetheFlashInferBackend
+
+    runtime = attach(runner)
+    logger.warning(UNPROVEN, "flashinfer")
+    backend = LetheFlashInferBackend(
+        runner, runtime.pool, runtime.ledger, runtime.policy.accumulation, runtime.budgets_of_arms,
+        rows=lambda: runtime.step_rows, single_plan=runtime.config.budget.allocation == "breakpoint",
+    )  # fmt: skip
+    return _switched(runtime, backend)
+
+
+def triton_backend(runner: Any) -> Any:
+    """Replace the factory of ``triton``."""
+    from lethe_sglang.attention.triton import LetheTritonBackend
+
+    runtime = attach(runner)
+    logger.warning(UNPROVEN, "triton")
+    return _switched(runtime, LetheTritonBackend(runner, runtime.pool, runtime.ledger, runtime.policy.accumulation))
+
+
+BACKENDS = {"torch_native": torch_native_backend, "flashinfer": flashinfer_backend, "triton": triton_backend}
+"""Factories for ``ATTENTION_BACKENDS``."""
+
+
+def _switched(runtime: Runtime, backend: Any) -> Any:
+    """Let a backend follow ``debug.arms``."""
     runtime.on_switch.append(lambda policy: setattr(backend, "accumulation", policy.accumulation))
     return backend
 

@@ -48,12 +48,11 @@ CARRIED = {
     "base_gpu_id": "--base-gpu-id",
     "gpu_id_step": "--gpu-id-step",
     "tp_size": "--tp-size",
-    "attention_backend": "--attention-backend",
     "mem_fraction_static": "--mem-fraction-static",
     "max_total_tokens": "--max-total-tokens",
     "page_size": "--page-size",
 }
-"""Server arguments of a pass: what decides which model runs, how, and where."""
+"""Server arguments of a pass: what decides which model runs, how, and where. It measures on torch_native alone."""
 
 _VOLATILE = ("_name_or_path", "_commit_hash", "transformers_version", "torch_dtype", "dtype", "use_cache")
 _SAMPLES, _SAMPLE_BYTES = 16, 4096

@@ -73,6 +73,11 @@ class Runtime:
         SGLang's page size (tokens).
     context_length
         Longest sequence the server takes (tokens).
+
+    Attributes
+    ----------
+    step_rows
+        Rows of the decode step whose forward is being prepared (host numbers).
     """
 
     def __init__(
@@ -89,6 +94,7 @@ class Runtime:
         self.page_size = page_size
         self.context_length = context_length
         self.on_switch: list[Callable[[Policy], None]] = []
+        self.step_rows: list[int] = []
         self.configure(config, self.budgets_of_arms[0])
         self.counters = Counters(num_layers)
         self.tp_group: Any = None
@@ -147,7 +153,9 @@ class Runtime:
         return self.config.recent, self.config.rounds.interval, self.config.debug.pack_always, window
 
     def attach(self, pool: PackedKVPool, req_to_token: torch.Tensor) -> None:
-        """Bind to the pool and the rows SGLang has built."""
+        """Bind to the pool and the rows SGLang has built; once, whatever number of backends asks."""
+        if getattr(self, "pool", None) is pool and self.req_to_token is req_to_token:
+            return
         self.pool, self.req_to_token = pool, req_to_token
         recent, interval, pack_always, window = self._rounds()
         self.ledger = Ledger(

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 from conftest import MODEL, ROOT
@@ -52,7 +53,9 @@ EVICT = ("--kv-evict", "lethe", "--kv-evict-config", "cpu-demo")
         (("--kv-evict-budget", "512"), "--kv-evict-budget needs --kv-evict"),
         (("--kv-evict", "none", "--kv-evict-config", "cpu-demo"), "--kv-evict-config needs --kv-evict"),
         (("--kv-evict", "lethe", "--kv-evict-config", '{"budget":{"allocation":"list","layers":[60,60]}}'), "4 layers"),
-        ((*EVICT, "--attention-backend", "triton"), "--attention-backend to torch_native"),
+        ((*EVICT, "--attention-backend", "triton"), "triton on device cpu: set --attention-backend to torch_native -"),
+        ((*EVICT, "--attention-backend", "flashinfer"), "flashinfer on device cpu: set --attention-backend to torch"),
+        ((*EVICT, "--attention-backend", "flex_attention"), "flex_attention: set --attention-backend to torch_native"),
         ((*EVICT, "--enable-mixed-chunk"), "remove --enable-mixed-chunk"),
         ((*EVICT, "--pp-size", "2"), "--pp-size 1"),
         ((*EVICT, "--dp-size", "2"), "--dp-size 1"),
@@ -66,6 +69,83 @@ def test_refused_with_the_option_to_change(sglang_front, capsys, args, named):
     assert named in refused(sglang_front, capsys, *args)
 
 
+def graphs(**backends):
+    return SimpleNamespace(**{phase: SimpleNamespace(backend=backend) for phase, backend in backends.items()})
+
+
+def options(**values):
+    """What the guard reads of a server on CUDA that is stock but for ``values``."""
+    stock = {
+        "device": "cuda", "attention_backend": "flashinfer", "prefill_attention_backend": None,
+        "decode_attention_backend": None, "disable_overlap_schedule": True,
+        "cuda_graph_config": graphs(prefill="breakable", decode="full"),
+    }  # fmt: skip
+    return SimpleNamespace(**{**stock, **values})
+
+
+def test_on_cuda_three_backends_serve_and_prefill_and_decode_share_one(monkeypatch):
+    from lethe_sglang.engine import guard
+
+    monkeypatch.setattr(guard, "REFUSALS", ())
+    for name in ("torch_native", "flashinfer", "triton"):
+        guard.check_options(options(attention_backend=name))
+    guard.check_options(options(attention_backend="fa3", prefill_attention_backend="triton",
+                                decode_attention_backend="triton"))  # fmt: skip
+    with pytest.raises(
+        guard.ConfigError, match="backend fa3: set --attention-backend to torch_native or flashinfer or"
+    ):
+        guard.check_options(options(attention_backend="fa3"))
+    with pytest.raises(
+        guard.ConfigError, match=r"prefill \(triton\) and decode \(flashinfer\): set --attention-backend"
+    ):
+        guard.check_options(options(prefill_attention_backend="triton"))
+
+
+@pytest.mark.parametrize(
+    ("debug", "server", "named"),
+    [
+        ({"measure": True}, {"attention_backend": "torch_native", "disable_overlap_schedule": False}, "overlap"),
+        ({"measure": True}, {}, "debug.measure: needs --attention-backend torch_native, the server uses flashinfer"),
+        ({"shadow": True}, {"attention_backend": "triton"}, "debug.shadow: needs --attention-backend torch_native"),
+        ({"arms": [{"policy": "h2o"}]}, {}, "debug.arms: .*set --disable-cuda-graph"),
+    ],
+)
+def test_checks_that_a_backend_cannot_do_are_refused(debug, server, named):
+    from lethe_sglang.config import from_mapping
+    from lethe_sglang.engine import guard
+
+    config = from_mapping({"debug": debug}).debug
+    with pytest.raises(guard.ConfigError, match=named):
+        guard.check_debug(options(**server), config)
+    fine = {"attention_backend": "torch_native", "cuda_graph_config": graphs(prefill="disabled", decode="disabled")}
+    guard.check_debug(options(**fine), config)
+    guard.check_debug(options(), from_mapping({}).debug)
+
+
+@pytest.mark.parametrize(
+    ("device", "named", "evicts", "chosen"),
+    [
+        ("cuda", {}, True, "flashinfer"), ("cuda", {}, False, None), ("cpu", {}, True, None),
+        ("cuda", {"attention_backend": "triton"}, True, "triton"),
+        ("cuda", {"decode_attention_backend": "torch_native"}, True, None),
+    ],
+)  # fmt: skip
+def test_flashinfer_is_picked_on_cuda_where_no_backend_is_named(sglang_front, caplog, device, named, evicts, chosen):
+    from sglang.srt.arg_groups.model_override_base import resolving_view
+    from sglang.srt.server_args import ServerArgs
+
+    from lethe_sglang.engine import front
+
+    server_args = ServerArgs(model_path=str(MODEL), device=device, **named)
+    if evicts:
+        server_args._lethe = front.EvictionRequest(front.EvictionConfig(), from_cli=False)
+    seen = []
+    with caplog.at_level("INFO", logger="lethe_sglang"):
+        front.choose_backend(server_args, lambda args: seen.append(resolving_view(args).attention_backend))
+    assert seen == [chosen], "SGLang resolves the rest after the pick"
+    assert ("using flashinfer" in caplog.text) == (chosen == "flashinfer")
+
+
 def test_every_refusal_of_the_table_fires_and_reaches_the_support_matrix(sglang_front):
     from lethe_sglang.engine import guard
 
@@ -74,7 +154,7 @@ def test_every_refusal_of_the_table_fires_and_reaches_the_support_matrix(sglang_
 
         disaggregation_mode, kv_cache_dtype, kv_canary = "null", "auto", "none"
         dp_size = attn_dp_size = pp_size = dcp_size = attn_cp_size = tokenizer_worker_num = 1
-        attention_backend = "torch_native"
+        device, attention_backend = "cpu", "torch_native"
 
         def __getattr__(self, name):
             return None
@@ -95,14 +175,15 @@ def test_every_refusal_of_the_table_fires_and_reaches_the_support_matrix(sglang_
         "unified memory pool": {"enable_unified_memory": True}, "HiSparse": {"enable_hisparse": True},
         "routed-expert capture": {"enable_return_routed_experts": True}, "KV canary": {"kv_canary": "log"},
         "several tokenizer workers": {"tokenizer_worker_num": 2},
+        "full CUDA graphs of prefill": {"cuda_graph_config": graphs(prefill="full")},
         "embedding-only or prefill-only KV": {"prefill_only_disable_kv_cache": True},
     }  # fmt: skip
     matrix = guard.support_matrix()
     for refusal in guard.REFUSALS:
-        options = Stock()
-        options.__dict__.update(probes[refusal.feature])
+        server = Stock()
+        server.__dict__.update(probes[refusal.feature])
         with pytest.raises(guard.ConfigError, match=r"--kv-evict does not work with") as error:
-            guard.check_options(options)
+            guard.check_options(server)
         assert refusal.instead in str(error.value)
         assert refusal.feature in matrix
 
@@ -111,18 +192,17 @@ def test_every_refusal_of_the_table_fires_and_reaches_the_support_matrix(sglang_
     ("changes", "named"),
     [
         ({"architectures": ["DeepseekV2ForCausalLM"]}, "MLA"),
+        ({"attn_logit_softcapping": 50.0}, "caps on attention logits"),
         ({"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 0}, "sliding"),
     ],
 )
 def test_unsupported_models_are_refused(changes, named):
-    from types import SimpleNamespace
-
     from lethe_sglang.engine import guard
 
     kind = SimpleNamespace(name="MLA" if named == "MLA" else "MHA")
     model = SimpleNamespace(
         attention_arch=kind, is_hybrid_swa=named == "sliding", sliding_window_size=None, is_encoder_decoder=False,
-        is_generation=True, head_dim=64, v_head_dim=64, hf_config=SimpleNamespace(architectures=["X"]),
+        is_generation=True, head_dim=64, v_head_dim=64, hf_config=SimpleNamespace(**changes),
     )  # fmt: skip
     original, guard._is_hybrid_linear = guard._is_hybrid_linear, lambda m: False
     try:

@@ -162,7 +162,7 @@ def test_a_refusal_is_a_record_and_not_a_crash(monkeypatch, tmp_path):
     from lethe_sglang.evaluation.servers import ServerError
 
     monkeypatch.setattr("lethe_sglang.engine.guard.REFUSALS", ())
-    config = argparse.Namespace(attention_backend="nobackend", prefill_attention_backend=None,
+    config = argparse.Namespace(device="cuda", attention_backend="nobackend", prefill_attention_backend=None,
                                 decode_attention_backend=None)  # fmt: skip
     with pytest.raises(ConfigError) as refusal:
         check_options(config)
