@@ -1,0 +1,87 @@
+"""The engine hands each backend what it needs: pool, ledger, the policy's rule, budgets, rows of the step."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from flashinfer_double import BUDGETS, SUM, Server, compare, ours, portable
+
+from lethe_sglang.policies.base import Accumulation
+
+lifecycle = pytest.importorskip("lethe_sglang.engine.lifecycle")
+runtime_module = pytest.importorskip("lethe_sglang.engine.runtime")
+
+
+@pytest.fixture(params=["flashinfer", "triton", "torch_native"])
+def served(request, monkeypatch):
+    """A server whose backend the engine's factory built, and its runtime; rows are named by the hook alone."""
+    name, held = request.param, {}
+    monkeypatch.setitem(sys.modules, f"lethe_sglang.attention.{name}", getattr(ours, name))
+
+    def attach(runner):
+        return held["runtime"]
+
+    monkeypatch.setattr(lifecycle, "attach", attach)
+
+    def make(runner, world, rows):
+        held["runtime"] = SimpleNamespace(
+            pool=runner.token_to_kv_pool, ledger=world.ledger, policy=SimpleNamespace(accumulation=SUM),
+            budgets_of_arms=(BUDGETS,), config=SimpleNamespace(budget=SimpleNamespace(allocation="uniform")),
+            step_rows=[], on_switch=[], shadow=None, measurer=None,
+        )  # fmt: skip
+        monkeypatch.setattr(runtime_module, "_runtime", held["runtime"])
+        return lifecycle.BACKENDS[name](runner)
+
+    server = Server(make)
+    run = server.run
+
+    def through_the_hook(batch, inputs):
+        assert name_rows(server.rows) == "a forward batch"
+        return run(batch, inputs)
+
+    server.run = through_the_hook
+    return server, held["runtime"]
+
+
+def name_rows(rows, decodes=True):
+    mode = SimpleNamespace(is_decode=lambda: decodes)
+    batch = SimpleNamespace(forward_mode=mode, req_pool_indices_cpu=torch.tensor(rows))
+    return lifecycle.name_rows("a forward batch", object, batch, "a runner")
+
+
+def test_a_backend_of_the_engine_decodes_as_the_portable_one(served):
+    compare(served[0], Server(portable()), steps=18)
+
+
+def test_a_backend_follows_the_policy(served):
+    server, runtime = served
+    rule = Accumulation(rule="max")
+    (react,) = runtime.on_switch
+    react(SimpleNamespace(accumulation=rule))
+    assert server.backend.accumulation is rule
+
+
+def test_rows_are_those_of_the_last_decode_batch(monkeypatch):
+    runtime = SimpleNamespace(step_rows=[])
+    monkeypatch.setattr(runtime_module, "_runtime", runtime)
+    name_rows([4, 2])
+    assert runtime.step_rows == [4, 2]
+    name_rows([9], decodes=False)
+    assert runtime.step_rows == [], "a prefill plans no lists"
+
+
+def test_the_runtime_binds_to_a_pool_once(monkeypatch):
+    """SGLang builds one backend for prefill and one for decode where they differ; both must see one ledger."""
+    from lethe_sglang.config import from_mapping
+
+    runtime = runtime_module.Runtime(from_mapping({}), ((1024,) * 2,), 2, 1, 4096)
+    pool, rows = SimpleNamespace(cells=None, device="cpu"), torch.zeros(3, 8, dtype=torch.int32)
+    runtime.attach(pool, rows)
+    ledger = runtime.ledger
+    runtime.attach(pool, rows)
+    assert runtime.ledger is ledger
+    runtime.attach(SimpleNamespace(cells=None, device="cpu"), rows)
+    assert runtime.ledger is not ledger
