@@ -230,7 +230,7 @@ class TestLoading:
         assert resolve(None, str(presets()[name])) == config
 
     def test_the_presets_are_the_five_that_are_promised(self):
-        assert set(presets()) == {"breakpoint", "cpu-demo", "default", "long-reasoning", "small-budget"}
+        assert set(presets()) == {"breakpoint", "cpu-demo", "default", "diverse", "long-reasoning", "small-budget"}
         assert resolve(None, "breakpoint").budget.allocation == "breakpoint"
         assert resolve(None, "cpu-demo").scored == 33
 
