@@ -233,10 +233,11 @@ class LetheFlashInferBackend(ScoredBackend, FlashInferAttnBackend):  # type: ign
             "k_scale": layer.k_scale_float,
             "v_scale": layer.v_scale_float,
         }
+        cache = scored.pool.cells.keys, scored.pool.cells.values
         if scored.accumulation is None:
-            output = wrapper.forward(query, (scored.key, scored.value), **options)
+            output = wrapper.forward(query, cache, **options)
         else:
-            output, lse = wrapper.forward_return_lse(query, (scored.key, scored.value), **options)
+            output, lse = wrapper.forward_return_lse(query, cache, **options)
             scored.score(layer, forward_batch, query, lse, indptr, indices, lse_base="2")
         return output.view(-1, layer.tp_q_head_num * layer.head_dim)
 

@@ -15,16 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, SharedReadEnds
 
-from lethe_sglang.kernels import dispatch
-from lethe_sglang.kernels.score import observation_attention, replay
+from lethe_sglang.attention.prefill import score_prefill
+from lethe_sglang.kernels.dispatch import kernels_for
 
 if TYPE_CHECKING:
     from lethe_sglang.cache.ledger import Ledger
     from lethe_sglang.cache.pool import PackedKVPool
     from lethe_sglang.policies.base import Accumulation
-
-OBSERVATION_WINDOW = 32
-"""Queries of a private prefill that initialise its scores (algorithm.md)."""
 
 
 class ScoredDecode:
@@ -46,7 +43,7 @@ class ScoredDecode:
     Attributes
     ----------
     first, decay
-        int32, float32 ``[max_batch]``: the step's schedule (``kernels.dispatch.schedule``).
+        int32, float32 ``[max_batch]``: the step's schedule (``schedule`` of the kernels).
     """
 
     def __init__(
@@ -61,21 +58,9 @@ class ScoredDecode:
         self.ledger = ledger
         self.req_to_token = req_to_token
         self.accumulation = accumulation
-        self.first = torch.full((max_batch,), dispatch.NEVER, dtype=torch.int32, device=req_to_token.device)
+        self.kernels = kernels_for(req_to_token.device)
+        self.first = torch.full((max_batch,), self.kernels.NEVER, dtype=torch.int32, device=req_to_token.device)
         self.decay = torch.ones((max_batch,), dtype=torch.float32, device=req_to_token.device)
-
-    @property
-    def key(self) -> torch.Tensor:
-        """K of all layers, ``[L * blocks, Hkv, D]`` in the type that kernels read (a pool may store fp8 as bytes)."""
-        return self._typed(self.pool.cells.key)
-
-    @property
-    def value(self) -> torch.Tensor:
-        """V of all layers; as :attr:`key`."""
-        return self._typed(self.pool.cells.value)
-
-    def _typed(self, buffer: torch.Tensor) -> torch.Tensor:
-        return buffer if buffer.dtype == self.pool.dtype else buffer.view(self.pool.dtype)
 
     def index_of(self, layer: Any) -> int:
         """Return a layer's number in the pool."""
@@ -86,11 +71,13 @@ class ScoredDecode:
         cells, rule = self.pool.cells, self.accumulation
         if forward_batch.out_cache_loc is not None:
             positions = forward_batch.positions if rule is not None and rule.rule == "recurrence" else None
-            dispatch.start_states(cells.score, cells.memory, forward_batch.out_cache_loc, positions, cells.num_layers)
+            self.kernels.start_states(
+                cells.score, cells.memory, forward_batch.out_cache_loc, positions, cells.num_layers
+            )
         if rule is not None and forward_batch.forward_mode.is_decode():
             rows = forward_batch.req_pool_indices
             first, decay = self.first[: rows.shape[0]], self.decay[: rows.shape[0]]
-            dispatch.schedule(self.ledger.table, rows, forward_batch.seq_lens, rule, first, decay)
+            self.kernels.schedule(self.ledger.table, rows, forward_batch.seq_lens, rule, first, decay)
 
     def longest(self, rows: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
         """Return each request's longest list over the layers, int ``[B]`` (tokens), on the device."""
@@ -101,8 +88,8 @@ class ScoredDecode:
     def fill(
         self, layer: Any, forward_batch: Any, indptr: torch.Tensor, indices: torch.Tensor, fill_indptr: bool
     ) -> None:
-        """Write a layer's lists: where ``indptr`` says, or ``indptr`` as well (see ``kernels.dispatch``)."""
-        write = dispatch.fill_lists if fill_indptr else dispatch.fill_indices
+        """Write a layer's lists: where ``indptr`` says, or ``indptr`` as well (see ``kernels/triton/indices.py``)."""
+        write = self.kernels.fill_lists if fill_indptr else self.kernels.fill_indices
         write(
             self.req_to_token, self.ledger.table, forward_batch.req_pool_indices, forward_batch.seq_lens,
             self.index_of(layer), self.pool.cells.blocks, indptr, indices,
@@ -144,33 +131,18 @@ class ScoredDecode:
         cells, batch = self.pool.cells, query.shape[0]
         assert cells.score is not None
         memory = cells.memory if self.accumulation.rule == "recurrence" else None
-        dispatch.score(
-            self.accumulation, query, self.key, lse, indptr, indices, self.first[:batch], self.decay[:batch],
+        self.kernels.score(
+            self.accumulation, query, cells.keys, lse, indptr, indices, self.first[:batch], self.decay[:batch],
             forward_batch.seq_lens, cells.score, memory, layer.scaling, key_scale(layer), lse_base,
         )  # fmt: skip
 
     def observe(self, layer: Any, forward_batch: Any, query: torch.Tensor) -> None:
-        """Score private tokens of observed prefills from their last queries; ``query`` is ``[tokens, Hq, D]``."""
-        rule, store, start = self.accumulation, self.pool.cells, 0
-        if rule is None or not self.ledger.observed:
-            return
-        assert store.score is not None
-        rows = forward_batch.req_pool_indices_cpu
-        rows = (forward_batch.req_pool_indices if rows is None else rows).tolist()
-        window = min(rule.window or OBSERVATION_WINDOW, OBSERVATION_WINDOW)
-        extents = zip(rows, forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu, strict=True)
-        for row, prefix_len, extend_len in extents:
-            first = self.ledger.observed.get(row)
-            if first is not None and extend_len > 0:
-                slots = self.req_to_token[row, : prefix_len + extend_len].to(torch.int64)
-                cells = self.index_of(layer) * store.blocks + slots
-                scale = layer.scaling * key_scale(layer)
-                seen = observation_attention(query[start : start + extend_len], self.key, cells, scale, window)
-                score, memory = replay(rule, seen)
-                store.score[cells[first:]] = score[first:]
-                if memory is not None and store.memory is not None:
-                    store.memory[cells[first:]] = memory[first:]
-            start += extend_len
+        """Score private tokens of observed prefills; ``query`` is ``[tokens, Hq, D]``."""
+        if self.accumulation is not None:
+            score_prefill(
+                self.accumulation, self.pool.cells, self.ledger.observed, self.req_to_token, self.index_of(layer),
+                forward_batch, query, layer.scaling * key_scale(layer),
+            )  # fmt: skip
 
 
 def key_scale(layer: Any) -> float:

@@ -8,8 +8,10 @@ import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
+from lethe_sglang.attention.prefill import score_prefill
+from lethe_sglang.kernels.dispatch import kernels_for
 from lethe_sglang.kernels.indices import token_lists
-from lethe_sglang.kernels.score import accumulate, attend_heads, observation_attention, replay
+from lethe_sglang.kernels.score import accumulate, attend_heads
 
 if TYPE_CHECKING:
     from lethe_sglang.attention.measure import Measurer
@@ -17,9 +19,6 @@ if TYPE_CHECKING:
     from lethe_sglang.cache.pool import PackedKVPool
     from lethe_sglang.cache.shadow import Shadow
     from lethe_sglang.policies.base import Accumulation
-
-OBSERVATION_WINDOW = 32
-"""Queries of a private prefill that initialise its scores (algorithm.md)."""
 
 
 class DecodeLists(NamedTuple):
@@ -80,6 +79,7 @@ class LetheTorchNativeBackend(TorchNativeAttnBackend):  # type: ignore[misc]
         self.accumulation = accumulation
         self.shadow = shadow
         self.measurer = measurer
+        self.kernels = kernels_for(pool.cells.key.device)
         self.lists: DecodeLists | None = None
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
@@ -88,10 +88,10 @@ class LetheTorchNativeBackend(TorchNativeAttnBackend):  # type: ignore[misc]
         cells = self.pool.cells
         if forward_batch.out_cache_loc is not None:
             recurs = self.accumulation is not None and self.accumulation.rule == "recurrence"
-            fresh = forward_batch.positions.float() if recurs else 0.0
-            for state, value in ((cells.score, fresh), (cells.memory, 0.0)):
-                if state is not None:
-                    state.view(cells.num_layers, cells.blocks)[:, forward_batch.out_cache_loc] = value
+            positions = forward_batch.positions if recurs else None
+            self.kernels.start_states(
+                cells.score, cells.memory, forward_batch.out_cache_loc, positions, cells.num_layers
+            )
         self.lists = self._decode_lists(forward_batch) if forward_batch.forward_mode.is_decode() else None
 
     def _decode_lists(self, forward_batch: Any) -> DecodeLists:
@@ -131,7 +131,7 @@ class LetheTorchNativeBackend(TorchNativeAttnBackend):  # type: ignore[misc]
             self.shadow.check_decode(index, forward_batch, lists.cells[index], lists.length[index])
         query = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         output, heads = attend_heads(
-            query, store.key, store.value, lists.cells[index], lists.length[index], layer.scaling
+            query, store.keys, store.values, lists.cells[index], lists.length[index], layer.scaling
         )
         if self.measurer is not None:
             self.measurer.add(index, forward_batch.req_pool_indices, heads, forward_batch.seq_lens)
@@ -151,28 +151,9 @@ class LetheTorchNativeBackend(TorchNativeAttnBackend):  # type: ignore[misc]
         index = layer.layer_id - self.pool.start_layer
         if self.shadow is not None:
             self.shadow.write_extend(index, forward_batch)
-        if self.accumulation is not None and self.ledger.observed:
-            self._observe(q.view(-1, layer.tp_q_head_num, layer.qk_head_dim), index, layer.scaling, forward_batch)
+        if self.accumulation is not None:  # this backend stores and reads keys without fp8's scales
+            score_prefill(
+                self.accumulation, self.pool.cells, self.ledger.observed, self.req_to_token_pool.req_to_token, index,
+                forward_batch, q.view(-1, layer.tp_q_head_num, layer.qk_head_dim), layer.scaling,
+            )  # fmt: skip
         return output
-
-    def _observe(self, query: torch.Tensor, index: int, scaling: float, forward_batch: Any) -> None:
-        store, start = self.pool.cells, 0
-        assert store.score is not None and self.accumulation is not None
-        lens = zip(
-            forward_batch.req_pool_indices.tolist(), forward_batch.extend_prefix_lens_cpu,
-            forward_batch.extend_seq_lens_cpu, strict=True,
-        )  # fmt: skip
-        for row, prefix_len, extend_len in lens:
-            first = self.ledger.observed.get(row)
-            if first is not None and extend_len > 0:
-                slots = self.req_to_token_pool.req_to_token[row, : prefix_len + extend_len].to(torch.int64)
-                cells = index * store.blocks + slots
-                attention = observation_attention(
-                    query[start : start + extend_len], store.key, cells, scaling,
-                    min(self.accumulation.window or OBSERVATION_WINDOW, OBSERVATION_WINDOW),
-                )  # fmt: skip
-                score, memory = replay(self.accumulation, attention)
-                store.score[cells[first:]] = score[first:]
-                if memory is not None and store.memory is not None:
-                    store.memory[cells[first:]] = memory[first:]
-            start += extend_len

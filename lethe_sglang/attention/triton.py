@@ -77,12 +77,12 @@ class LetheTritonBackend(ScoredBackend, TritonAttnBackend):  # type: ignore[misc
 
     def _attend(self, query: torch.Tensor, layer: Any, metadata: Any) -> torch.Tensor:
         check_layer(layer)
-        output = torch.empty_like(query)
+        cells, output = self.scored.pool.cells, torch.empty_like(query)
         scaled = layer.k_scale is not None and layer.v_scale is not None
         if self.scored.accumulation is not None:
             metadata.attn_lse[: query.shape[0]].fill_(float("-inf"))  # the kernel writes the splits it uses
         self.decode_attention_fwd(
-            query, self.scored.key, self.scored.value, output, metadata.kv_indptr, metadata.kv_indices,
+            query, cells.keys, cells.values, output, metadata.kv_indptr, metadata.kv_indices,
             metadata.attn_logits, metadata.attn_lse, metadata.num_kv_splits, self.max_kv_splits, layer.scaling,
             layer.k_scale_float if scaled else 1.0, layer.v_scale_float if scaled else 1.0,
             use_pdl=self.use_pdl, enable_lean=False,

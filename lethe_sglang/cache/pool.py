@@ -58,6 +58,7 @@ class PackedKVPool(MHATokenToKVPool):  # type: ignore[misc]
                 memory=zeros((num_cells,), torch.float32) if self.track_memory else None,
                 num_layers=self.layer_num,
                 blocks=blocks,
+                dtype=None if self.store_dtype == self.dtype else self.dtype,
             )
         self.k_buffer = list(self.cells.key.split(blocks))
         self.v_buffer = list(self.cells.value.split(blocks))

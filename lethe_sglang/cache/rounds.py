@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from lethe_sglang.cache.layout import packed_offsets
+from lethe_sglang.kernels.dispatch import kernels_for
 from lethe_sglang.kernels.indices import token_lists
-from lethe_sglang.kernels.repack import repack, select
 from lethe_sglang.policies.base import Candidates
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class Cells(NamedTuple):
     Attributes
     ----------
     key, value
-        ``[L * blocks, H, D]``.
+        ``[L * blocks, H, D]`` as they are stored and moved: fp8 as bytes.
     score
         float32 ``[L * blocks]`` or None.
     position
@@ -36,6 +36,8 @@ class Cells(NamedTuple):
         float32 ``[L * blocks]`` or None: the policy's second state.
     num_layers, blocks
         L and the blocks of the pool, padding included.
+    dtype
+        Type of keys and values where they are stored as another (fp8), else None.
     """
 
     key: torch.Tensor
@@ -45,6 +47,17 @@ class Cells(NamedTuple):
     memory: torch.Tensor | None
     num_layers: int
     blocks: int
+    dtype: torch.dtype | None = None
+
+    @property
+    def keys(self) -> torch.Tensor:
+        """``key`` as attention reads it."""
+        return self.key if self.dtype is None else self.key.view(self.dtype)
+
+    @property
+    def values(self) -> torch.Tensor:
+        """``value`` as attention reads it."""
+        return self.value if self.dtype is None else self.value.view(self.dtype)
 
     @property
     def buffers(self) -> list[torch.Tensor]:
@@ -149,7 +162,7 @@ def run_round(
     feature = None
     if policy.uses_keys:  # one layer at a time: a policy may compare every key with every other
         feature = torch.stack(
-            [policy.key_feature(cells.key[c].float(), v) for c, v in zip(own.cells, valid, strict=True)]
+            [policy.key_feature(cells.keys[c].float(), v) for c, v in zip(own.cells, valid, strict=True)]
         )
         if reduce_scores is not None:
             feature = reduce_scores(feature)
@@ -158,7 +171,8 @@ def run_round(
     if remembered is not None:
         candidates = candidates._replace(memory=remembered)
     rank = policy.rank(candidates).nan_to_num()  # finite: only sinks are above all, only invalid entries below
-    keep = select(rank, valid, pinned, count)
+    kernels = kernels_for(device)
+    keep = kernels.select(rank, valid, pinned, count)
 
     # States that follow from the candidates are written anew; all others move with their cell.
     renewed = [(cells.position, position), (cells.memory, remembered)]
@@ -167,7 +181,7 @@ def run_round(
         plans, cells, req_to_token, own.cells, keep, [values for _, values in written], column
     )
     anew = {id(buffer) for buffer, _ in written}
-    repack([b for b in cells.buffers if id(b) not in anew], source, destination)
+    kernels.repack([b for b in cells.buffers if id(b) not in anew], source, destination)
     for (buffer, _), values in zip(written, flat, strict=True):
         buffer.index_copy_(0, destination, values)
     kept_position = flat[0] if position is not None else None

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 BACKENDS = ("torch_native", "flashinfer", "triton")
 """Attention backends that decode over packed rows."""
-CUDA_BACKENDS = ("flashinfer", "triton")
+
+
+_WHOLE = ("auto", "float32", "bf16", "bfloat16", "float16")
+_FP8 = ("fp8_e4m3", "fp8_e5m2")
 
 
 class Refusal(NamedTuple):
@@ -65,9 +68,10 @@ REFUSALS = (
     Refusal("diffusion LLM", lambda c: c.dllm_algorithm is not None, "remove --dllm-algorithm", "rewrites tokens"),
     Refusal("streaming sessions", lambda c: c.enable_streaming_session or c.enable_session_radix_cache,
             "remove --enable-streaming-session and --enable-session-radix-cache", "hands rows over between requests"),
-    Refusal("fp4, mxfp8 and fp8 KV cache",
-            lambda c: c.kv_cache_dtype not in ("auto", "float32", "bf16", "bfloat16", "float16"),
-            "set --kv-cache-dtype auto", "the score reads unscaled keys"),
+    Refusal("fp4 and mxfp8 KV cache", lambda c: c.kv_cache_dtype not in (*_WHOLE, *_FP8),
+            "set --kv-cache-dtype auto", "the score reads keys of one scale a layer"),
+    Refusal("fp8 KV cache without a GPU", lambda c: c.kv_cache_dtype in _FP8 and not on_cuda(c),
+            "set --kv-cache-dtype auto", "SGLang's needs AMX and its own attention"),
     Refusal("page-major KV layout", lambda c: c.enable_page_major_kv_layout,
             "remove --enable-page-major-kv-layout", "layers are not contiguous"),
     Refusal("unified memory pool", lambda c: c.enable_unified_memory, "remove --enable-unified-memory",
@@ -110,6 +114,7 @@ _SUPPORTED = (
     ("attention backend torch_native", "yes", "on any device, without CUDA graphs"),
     ("attention backends flashinfer and triton, CUDA graphs", "CUDA only",
      "flashinfer unless you name one; not yet run on a GPU"),
+    ("fp8 KV cache", "CUDA only", "fp8_e4m3 and fp8_e5m2, scored with the layer's scale; not yet run on a GPU"),
     ("multi-head and grouped-query attention", "yes", "MoE feed-forward layers are not looked at, and not tested"),
     ("chat, completions, streaming, logprobs, frontend programs", "yes", ""),
     ("LoRA, constrained decoding", "expected", "nothing in the plugin looks at them; not tested"),
@@ -133,7 +138,7 @@ def check_options(resolved: Any) -> None:
     found = [f"{r.feature} ({r.why}): {r.instead}" for r in REFUSALS if r.refused(resolved)]
     found += [f"{name} ({why}): unset it" for name, why in ENVIRONMENT if os.environ.get(name, "0").lower() in _TRUE]
     prefill, decode = attention_backends(resolved)
-    legal = BACKENDS if on_cuda(resolved) else tuple(name for name in BACKENDS if name not in CUDA_BACKENDS)
+    legal = legal_backends(resolved)
     if prefill not in legal or decode not in legal:
         other = prefill if prefill not in legal else decode
         why = f" on device {resolved.device}" if other in BACKENDS else ""
@@ -152,6 +157,13 @@ _TRUE = ("1", "true", "yes", "on")
 def on_cuda(resolved: Any) -> bool:
     """Whether the server runs on an NVIDIA GPU."""
     return str(resolved.device or "").startswith("cuda")
+
+
+def legal_backends(resolved: Any) -> tuple[str, ...]:
+    """Return the attention backends a server may use where it runs; Triton's interpreter serves a CPU, slowly."""
+    if on_cuda(resolved):
+        return BACKENDS
+    return ("torch_native", "triton") if os.environ.get("TRITON_INTERPRET") == "1" else ("torch_native",)
 
 
 def attention_backends(resolved: Any) -> tuple[str | None, str | None]:

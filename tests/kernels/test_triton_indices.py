@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lethe_sglang.cache.layout import packed_blocks, packed_offsets
 from lethe_sglang.cache.ledger import Ledger
-from lethe_sglang.kernels import dispatch
+from lethe_sglang.kernels import twins
 from lethe_sglang.kernels.indices import token_lists
 from lethe_sglang.kernels.triton import config, indices
 from lethe_sglang.kernels.triton.indices import fill_indices, fill_lists
@@ -90,7 +90,7 @@ def test_lists_are_the_twins(device, layers, batch, integer, fill_value, program
             assert indptr.tolist() == [*ends.tolist(), UNSET, UNSET]
             assert torch.equal(out[: len(flat)].cpu().long(), flat)
             assert (out[len(flat) :] == UNSET).all(), "written beyond the last list"
-    for fill in (dispatch.fill_lists, dispatch.fill_indices):
+    for fill in (twins.fill_lists, twins.fill_indices):
         host_indptr, host = ends.to(integer), torch.full((len(flat) + 40,), UNSET, dtype=integer)
         fill(req_to_token, table, rows, seq_lens, layer, BLOCKS, host_indptr, host)
         assert torch.equal(host, out.cpu()) and host_indptr.tolist() == ends.tolist()

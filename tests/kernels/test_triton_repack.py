@@ -7,7 +7,6 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from lethe_sglang.kernels import dispatch
 from lethe_sglang.kernels import repack as twin
 from lethe_sglang.kernels.triton import config, repack
 from lethe_sglang.kernels.triton.repack import scratch_bytes
@@ -104,15 +103,6 @@ def test_requests_may_be_moved_one_after_the_other(device):
 def test_nothing_to_move(device):
     empty = torch.empty(0, dtype=torch.int64, device=device)
     check(pool(5, 1, 4, torch.bfloat16, device), empty, empty)
-
-
-def test_the_cpu_takes_the_twin():
-    buffers = pool(20, 1, 4, torch.float32, "cpu")
-    expected = [b.clone() for b in buffers]
-    cells = torch.arange(10)
-    dispatch.repack(buffers, cells, cells + 5)
-    twin.repack(expected, cells, cells + 5)
-    assert all(torch.equal(a, b) for a, b in zip(buffers, expected, strict=True))
 
 
 @pytest.mark.parametrize(

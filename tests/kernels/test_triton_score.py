@@ -9,7 +9,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from lethe_sglang.kernels import dispatch
+from lethe_sglang.kernels import twins
 from lethe_sglang.kernels.score import accumulate, attend_heads
 from lethe_sglang.kernels.triton import config, score
 from lethe_sglang.policies.base import Accumulation
@@ -115,7 +115,7 @@ class Case:
 def test_scores_are_the_twins(device, rule, lengths, own, splits, **options):
     case = Case(device, rule, lengths=lengths, own_from=[own] * len(lengths), **options)
     case.check(splits=splits)
-    for got, want in zip(case.run(dispatch.score, "cpu"), case.expected(), strict=True):
+    for got, want in zip(case.run(twins.score, "cpu"), case.expected(), strict=True):
         if want is not None:
             torch.testing.assert_close(got[1:], want[1:], rtol=1e-4, atol=1e-5)
 
@@ -196,7 +196,7 @@ def schedule(accumulation, score_after, rows, seq_lens, device):
     table = torch.zeros(8, 4 + 2 * 3, dtype=torch.int32)
     table[1:, 2], table[1:, 3] = 11, score_after
     results = []
-    for function, where in ((score.schedule, device), (dispatch.schedule, torch.device("cpu"))):
+    for function, where in ((score.schedule, device), (twins.schedule, torch.device("cpu"))):
         first = torch.full((len(rows),), -1, dtype=torch.int32, device=where)
         decay = torch.full((len(rows),), NAN, device=where)
         inputs = (table.to(where), torch.tensor(rows, device=where), torch.tensor(seq_lens, device=where))

@@ -7,7 +7,6 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from lethe_sglang.kernels import dispatch
 from lethe_sglang.kernels import repack as twin
 from lethe_sglang.kernels.triton import config, select
 
@@ -112,11 +111,6 @@ def test_no_segment_and_no_candidate(device):
         empty = torch.zeros(shape, device=device)
         count = torch.zeros(shape[:-1], dtype=torch.int64, device=device)
         assert select.select(empty, empty.bool(), empty.bool(), count).shape == shape
-
-
-def test_the_cpu_takes_the_twin():
-    rank, yes = torch.tensor([[3.0, 1.0, 2.0]]), torch.ones(1, 3, dtype=torch.bool)
-    assert dispatch.select(rank, yes, ~yes, torch.tensor([2])).tolist() == [[True, False, True]]
 
 
 @pytest.mark.parametrize(

@@ -374,18 +374,28 @@ def noise(*name, shape=()):
 
 
 class World(MiniPool):
-    """Rows and cells as a server has them: grouped heads, random keys, states; prefixes may be shared."""
+    """Rows and cells as a server has them: grouped heads, random keys, states; prefixes may be shared.
 
-    def __init__(self, page=1, window=None, **options):
+    ``stored`` keeps keys and values as bytes of that type, as SGLang does with fp8; ``rounded`` only rounds them to it.
+    """
+
+    def __init__(self, page=1, window=None, stored=None, rounded=None, **options):
         super().__init__(num_layers=LAYERS, page=page, pages=600 // page, context=CONTEXT, **options)
+        self.stored, self.rounded = stored, rounded
         count = LAYERS * self.cells.blocks
         shape = (count, KV_HEADS, DIM)
+        cache = self.as_stored(torch.full(shape, GARBAGE))
         self.cells = Cells(
-            key=torch.full(shape, GARBAGE), value=torch.full(shape, GARBAGE), score=torch.full((count,), GARBAGE),
+            key=cache, value=cache.clone(), score=torch.full((count,), GARBAGE),
             position=torch.zeros(count, dtype=torch.int32), memory=torch.full((count,), GARBAGE), num_layers=LAYERS,
-            blocks=self.cells.blocks,
+            blocks=self.cells.blocks, dtype=stored,
         )  # fmt: skip
         self.ledger = Ledger(len(self.req_to_token), LAYERS, page, 6, 8, "cpu", window=window)
+
+    def as_stored(self, x):
+        if self.stored is not None:
+            return x.to(self.stored).view(torch.uint8)
+        return x if self.rounded is None else x.to(self.rounded).float()
 
     def allocate(self, row):
         position = self.seq.setdefault(row, 0)
@@ -399,8 +409,8 @@ class World(MiniPool):
         self.allocate(row)
         for layer in range(LAYERS):
             cell = layer * self.cells.blocks + int(self.req_to_token[row, position])
-            self.cells.key[cell] = noise("k", row, layer, position, shape=(KV_HEADS, DIM))
-            self.cells.value[cell] = noise("v", row, layer, position, shape=(KV_HEADS, DIM))
+            self.cells.key[cell] = self.as_stored(noise("k", row, layer, position, shape=(KV_HEADS, DIM)))
+            self.cells.value[cell] = self.as_stored(noise("v", row, layer, position, shape=(KV_HEADS, DIM)))
             self.cells.score[cell] = 0.01 * noise("s", row, layer, position).abs()
             self.cells.memory[cell] = 0.0
 
@@ -416,15 +426,13 @@ class World(MiniPool):
         return [s for s in self.ledger.requests.values() if self.seq[s.row] >= s.due_at]
 
     def runner(self, deterministic=False):
-        pool = SimpleNamespace(
-            cells=self.cells, start_layer=0, dtype=torch.float32, set_kv_buffer=self.store, get_key_buffer=None
-        )
+        pool = SimpleNamespace(cells=self.cells, start_layer=0, set_kv_buffer=self.store, get_key_buffer=None)
         rows = SimpleNamespace(req_to_token=self.req_to_token, size=len(self.req_to_token) - 1)
         return SimpleNamespace(token_to_kv_pool=pool, req_to_token_pool=rows, deterministic=deterministic)
 
     def store(self, layer, where, k, v, *scales):
         cells = layer.layer_id * self.cells.blocks + where.loc
-        self.cells.key[cells], self.cells.value[cells] = k, v
+        self.cells.key[cells], self.cells.value[cells] = self.as_stored(k), self.as_stored(v)
 
     def decode_batch(self, rows, **more):
         """Allocate one token for each row and describe the step as SGLang does."""
@@ -632,7 +640,7 @@ def launches_of_a_step(backend, patch):
     """Run a decode step over tensors without values, which nothing can read back; return the kernels it launches."""
     launched, scored = [], backend.scored
     for name in ("start_states", "schedule", "fill_lists", "fill_indices", "score"):
-        patch.setattr(ours.scored.dispatch, name, lambda *args, name=name: launched.append(name))
+        patch.setattr(scored.kernels, name, lambda *args, name=name: launched.append(name))
     scored.__dict__.update(meta(vars(scored)))
     scored.ledger = SimpleNamespace(table=scored.ledger.table.to("meta"))
     scored.pool.cells = scored.pool.cells._replace(**meta(scored.pool.cells._asdict()))

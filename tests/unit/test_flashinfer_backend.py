@@ -36,6 +36,8 @@ from flashinfer_double import (
 
 from lethe_sglang.allocation.budgets import scale
 from lethe_sglang.attention.length_classes import LengthClasses
+from lethe_sglang.config import from_mapping
+from lethe_sglang.policies import build_policy
 from lethe_sglang.policies.base import Accumulation
 from lethe_sglang.policies.lethe import LethePolicy
 
@@ -270,12 +272,14 @@ def test_scaled_keys_and_values_reach_attention_and_score(graph):
     compare_scaled(Server(flashinfer()), graph)
 
 
-def test_a_pool_that_stores_bytes_is_read_in_its_type():
-    server = Server(flashinfer())
-    half = torch.randn(6, 2, 8).half()
-    server.backend.scored.pool.dtype = torch.float16
-    server.backend.scored.pool.cells = server.world.cells._replace(key=half.view(torch.int16), value=half)
-    assert torch.equal(server.backend.scored.key, half) and server.backend.scored.key.data_ptr() == half.data_ptr()
+@pytest.mark.parametrize(
+    ("make", "dtype", "policy"),
+    [(flashinfer(), torch.float8_e5m2, "lethe"), (portable(), torch.float8_e4m3fn, "keydiff")],
+    ids=["flashinfer", "portable"],
+)
+def test_an_fp8_cache_is_moved_as_bytes_and_read_in_its_type(make, dtype, policy):
+    mine, reference = Server(make, stored=dtype), Server(portable(), rounded=dtype)
+    compare(mine, reference, policy=build_policy(from_mapping({"policy": policy})))
 
 
 def test_prefill_starts_states_and_observed_prompts_are_scored():

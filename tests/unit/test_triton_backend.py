@@ -152,6 +152,11 @@ def test_scaled_keys_and_values_reach_attention_and_score(graph):
     compare_scaled(server(), graph)
 
 
+def test_an_fp8_cache_is_moved_as_bytes_and_read_in_its_type():
+    mine = server(graph=True, stored=torch.float8_e4m3fn)
+    compare(mine, Server(portable(), rounded=torch.float8_e4m3fn))
+
+
 @pytest.mark.parametrize("what", [{"logit_cap": 30.0}, {"xai_temperature_len": 8}])
 def test_logits_that_the_score_does_not_know_are_refused(what):
     mine = server()
