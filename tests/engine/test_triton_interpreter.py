@@ -1,6 +1,6 @@
 """The whole server with the Triton backend on a CPU: SGLang's decode kernel and ours under Triton's interpreter.
 
-Scheduler, overlap, radix tree, rounds and lists are the real ones; what is missing of a GPU is the compiler, CUDA graphs
+Scheduler, overlap, radix tree, rounds and lists are the real ones; what a GPU adds is the compiler, CUDA graphs
 and streams. The same requests on the portable backend are the reference.
 """
 
