@@ -90,6 +90,13 @@ MUTANTS = {
                                               "for n, r in {}.items()", "tests/unit/test_profiling.py"),
     "the prompt is not counted": Mutant("lethe_sglang/allocation/deployment.py", "return self.prompt + min(", "return min(",
                                         "tests/unit/test_plan.py"),
+    "fp8 keys are ranked as bytes": Mutant(ROUNDS, "cells.keys[c].float()", "cells.key[c].float()",
+                                           "tests/unit/test_flashinfer_backend.py -k fp8"),
+    "ranks do not compare what they kept": Mutant("lethe_sglang/engine/runtime.py", "if len(set(digests)) > 1:", "if False:",
+                                                  "tests/unit/test_rank_agreement.py"),
+    "the score takes a log-sum-exp of another base": Mutant(
+        "lethe_sglang/kernels/triton/score.py", '_LOG2_E if lse_base == "e" else 1.0, rule', "1.0, rule",
+        "tests/engine/test_triton_interpreter.py", True),
     "dead blocks are freed again at the end": Mutant(LIFE, "original(tree, kv, live)", "original(tree, kv, list(ranges))",
                                                      PAGE8, True),
     "dead positions count as held": Mutant(LIFE, "result - current().ledger.dead_len(kv.req_pool_idx)", "result", PAGE8, True),

@@ -281,7 +281,7 @@ class DebugConfig(Section):
     )
     fingerprints: bool = Field(
         default=False,
-        description="Hash the kept set of every round, to compare tensor-parallel ranks. true or false.",
+        description="Hash the kept set of every round and stop where tensor-parallel ranks differ. true or false.",
     )
     record_kept: bool = Field(
         default=False,

@@ -342,8 +342,28 @@ class Runtime:
                 )  # fmt: skip
 
         if self.config.debug.fingerprints:
-            digest = self.counters.fingerprint.hexdigest()[:16]
-            logger.info("KV eviction: kept-set fingerprint %d %s", self.counters.launches, digest)
+            digest = self.counters.fingerprint.digest()[:8]
+            logger.info("KV eviction: kept-set fingerprint %d %s", self.counters.launches, digest.hex())
+            if self.tp_size > 1:
+                self._compare_ranks(digest)
+
+    def _compare_ranks(self, digest: bytes) -> None:
+        """Debug only: stop the server where tensor-parallel ranks have kept different tokens.
+
+        Raises
+        ------
+        RuntimeError
+            With every rank's fingerprint, on every rank.
+        """
+        mine = torch.tensor(list(digest), dtype=torch.uint8, device=self.req_to_token.device)
+        parts = [torch.empty_like(mine) for _ in range(self.tp_size)]
+        torch.distributed.all_gather(parts, mine, group=self.tp_group)
+        digests = [bytes(part.tolist()).hex() for part in parts]
+        if len(set(digests)) > 1:
+            raise RuntimeError(
+                f"KV eviction: tensor-parallel ranks kept different tokens in launch {self.counters.launches}: "
+                f"fingerprints {', '.join(digests)} of ranks 0 to {self.tp_size - 1}"
+            )
 
     # -- end of a request -------------------------------------------------------------------------------------------
 
