@@ -8,8 +8,8 @@ The target is CPython 3.12 on x86-64 Linux with CUDA 13. Distributions come at t
 this, each by name, with whatever they require that the target needs too.
 
 Without --with-sglang the target's own PyTorch and Triton serve the kernel tests and micro-benchmarks, and only
-FlashInfer and small wheels travel. With it everything that SGLang requires travels, PyTorch included, for the server
-benchmarks. Of sglang-kernel the largest library, flash_ops, stays behind unless --keep-flash-ops: it is over 1 GB
+FlashInfer and small wheels travel. With it everything that SGLang requires travels, PyTorch included, for the parts
+that start servers. Of sglang-kernel the largest library, flash_ops, stays behind unless --keep-flash-ops: it is over 1 GB
 unpacked and holds FlashAttention 3, which stock SGLang takes by default on Hopper.
 """
 
@@ -276,7 +276,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"  export PYTHONPATH={site} LETHE_PYTHON=python3")
             return 0
         parser = argparse.ArgumentParser(prog="gpu_bundle.sh", allow_abbrev=False)
-        parser.add_argument("--with-sglang", action="store_true", help="SGLang and PyTorch too, for the server part")
+        parser.add_argument("--with-sglang", action="store_true", help="SGLang and PyTorch too, for the parts server and greedy")
         parser.add_argument("--keep-flash-ops", action="store_true", help="FlashAttention 3 too (stock's default)")
         parser.add_argument("--out", type=Path, default=ROOT / "out" / "gpu-bundle", help="folder for the parts")
         parser.add_argument("--dry-run", action="store_true", help="list what would be fetched and packed")
