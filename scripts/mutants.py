@@ -96,7 +96,10 @@ MUTANTS = {
                                                   "tests/unit/test_rank_agreement.py"),
     "the score takes a log-sum-exp of another base": Mutant(
         "lethe_sglang/kernels/triton/score.py", '_LOG2_E if lse_base == "e" else 1.0, rule', "1.0, rule",
-        "tests/engine/test_triton_interpreter.py", True),
+        "tests/engine/test_cuda_backends.py -k triton", True),
+    "FlashInfer's log-sum-exp is taken for a natural one": Mutant(
+        "lethe_sglang/attention/flashinfer.py", 'indices, lse_base="2")', 'indices, lse_base="e")',
+        "tests/engine/test_cuda_backends.py -k flashinfer", True),
     "dead blocks are freed again at the end": Mutant(LIFE, "original(tree, kv, live)", "original(tree, kv, list(ranges))",
                                                      PAGE8, True),
     "dead positions count as held": Mutant(LIFE, "result - current().ledger.dead_len(kv.req_pool_idx)", "result", PAGE8, True),

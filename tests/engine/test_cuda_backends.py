@@ -1,12 +1,14 @@
-"""The whole server with the Triton backend on a CPU: SGLang's decode kernel and ours under Triton's interpreter.
+"""The whole server with the CUDA backends on a CPU, against the portable backend.
 
-Scheduler, overlap, radix tree, rounds and lists are the real ones; what a GPU adds is the compiler, CUDA graphs
-and streams. The same requests on the portable backend are the reference.
+Scheduler, overlap, radix tree, rounds, SGLang's backends and ours, and their plans are the real ones; all Triton kernels,
+SGLang's and ours, run under Triton's interpreter, and FlashInfer's wrappers are those of ``flashinfer_on_cpu``. What a
+GPU adds is the compiler, FlashInfer's kernels, CUDA graphs and streams.
 """
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from conftest import config
@@ -18,13 +20,18 @@ SETTINGS = config(
 )  # fmt: skip
 PROMPTS = [WALKS[0], WALKS[1], CHAINS[1]]
 TOKENS = 44
+ENVIRONMENT = {
+    "torch_native": {},
+    "triton": {"TRITON_INTERPRET": "1"},
+    "flashinfer": {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).with_name("flashinfer_on_cpu"))},
+}
 
 
-def serve(start, backend, **env):
-    """Run all prompts at once, the last one alone again; return texts and what every round kept, per request."""
+def serve(start, backend):
+    """Run all prompts at once; return texts and what every round kept, per request."""
     server = start(
         "--max-total-tokens", "1024", "--max-running-requests", "4", "--attention-backend", backend,
-        "--kv-evict", "lethe", "--kv-evict-config", SETTINGS, env=env,
+        "--kv-evict", "lethe", "--kv-evict-config", SETTINGS, env=ENVIRONMENT[backend],
     ).wait()  # fmt: skip
 
     def ask(number):
@@ -45,9 +52,9 @@ def portable(start):
     return serve(start, "torch_native")
 
 
-@pytest.fixture(scope="module")
-def interpreted(start):
-    return serve(start, "triton", TRITON_INTERPRET="1")
+@pytest.fixture(scope="module", params=["triton", "flashinfer"])
+def interpreted(start, request):
+    return serve(start, request.param)
 
 
 def test_replies_are_those_of_the_portable_backend(portable, interpreted):

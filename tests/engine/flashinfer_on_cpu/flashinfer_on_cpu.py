@@ -1,0 +1,126 @@
+"""Test aid: FlashInfer's wrappers in torch, so that SGLang's own FlashInfer backend serves on a CPU, and ours on top.
+
+With this folder on ``PYTHONPATH`` every SGLang process loads it as a plugin. What is real then: scheduler, overlap,
+radix tree, SGLang's backend and its planning of prefills, our backend and its planning of decode steps. What is not: the
+attention kernels, CUDA graphs and streams. A plan knows lengths, by the host's indptr; a run reads the indices where
+they lie at that moment, and fails where plan and tables contradict each other.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+class _Wrapper:
+    def __init__(self, workspace, kv_layout="NHD", use_cuda_graph=False, use_tensor_cores=False, backend="auto"):
+        assert kv_layout == "NHD" and not use_cuda_graph
+        self.is_cuda_graph_enabled = False
+        self._float_workspace_buffer = workspace
+        self._custom_mask_buf = None
+        self.plan = None
+
+    def reset_workspace_buffer(self, workspace, int_workspace):
+        self._float_workspace_buffer, self._int_workspace_buffer = workspace, int_workspace
+
+    def forward(self, *args, **kwargs):
+        return self.forward_return_lse(*args, **kwargs)[0]
+
+
+class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
+    """One query a request over a paged cache of page size 1."""
+
+    def begin_forward(
+        self, indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size, *, data_type,
+        q_data_type, non_blocking, fixed_split_size=None, disable_split_kv=False,
+    ):  # fmt: skip
+        assert indptr.dtype == indices.dtype == last_page_len.dtype == torch.int32 and page_size == 1
+        assert indptr.device.type == "cpu" and bool((last_page_len == 1).all())
+        self.plan = indptr.clone(), (num_qo_heads, num_kv_heads, head_dim), (q_data_type, data_type)
+        self._paged_kv_indptr_buf, self._paged_kv_indices_buf = indptr.clone(), indices
+
+    def forward_return_lse(
+        self, q, paged_kv_cache, *, sm_scale, logits_soft_cap=0.0, k_scale=None, v_scale=None
+    ):  # fmt: skip
+        indptr, heads, types = self.plan
+        key, value = paged_kv_cache
+        assert torch.equal(indptr, self._paged_kv_indptr_buf), "the lists are not as long as the plan says"
+        assert (q.shape[1], key.shape[1], key.shape[2]) == heads and (q.dtype, key.dtype) == types
+        assert len(q) == len(indptr) - 1 and not logits_soft_cap
+        lists = [self._paged_kv_indices_buf[a:b].long() for a, b in zip(indptr, indptr[1:], strict=False)]
+        parts = [
+            attend(query[None], key[cells], value[cells], sm_scale * (k_scale or 1.0), v_scale)
+            for query, cells in zip(q, lists, strict=True)
+        ]
+        return torch.cat([output for output, _ in parts]), torch.cat([lse for _, lse in parts])
+
+
+class BatchPrefillWithRaggedKVCacheWrapper(_Wrapper):
+    """All queries of a request over its own new keys."""
+
+    def begin_forward(self, qo_indptr, kv_indptr, num_qo_heads, num_kv_heads, head_dim, *, q_data_type):
+        self.plan = qo_indptr.tolist(), kv_indptr.tolist()
+
+    def forward_return_lse(self, q, k, v, *, causal, sm_scale, window_left=-1, logits_soft_cap=0.0):
+        return _extend(self.plan, q, lambda a, b: (k[a:b], v[a:b]), causal, sm_scale, None)
+
+
+class BatchPrefillWithPagedKVCacheWrapper(_Wrapper):
+    """All queries of a request over its cached keys."""
+
+    def begin_forward(
+        self, qo_indptr, kv_indptr, kv_indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size, **options
+    ):  # fmt: skip
+        assert page_size == 1 and options["custom_mask"] is None
+        self.plan, self.indices = (qo_indptr.tolist(), kv_indptr.tolist()), kv_indices
+
+    def forward_return_lse(
+        self, q, kv_cache, *, causal, sm_scale, window_left=-1, logits_soft_cap=0.0, k_scale=None, v_scale=None
+    ):  # fmt: skip
+        def cached(a, b):
+            cells = self.indices[a:b].long()
+            return kv_cache[0][cells], kv_cache[1][cells]
+
+        return _extend(self.plan, q, cached, causal, sm_scale * (k_scale or 1.0), v_scale)
+
+
+def _extend(plan, q, keys_and_values, causal, scale, v_scale):
+    queries, keys = plan
+    parts = []
+    for n in range(len(queries) - 1):
+        k, v = keys_and_values(keys[n], keys[n + 1])
+        parts.append(attend(q[queries[n] : queries[n + 1]], k, v, scale, v_scale, causal))
+    return torch.cat([output for output, _ in parts]), torch.cat([lse for _, lse in parts])
+
+
+def attend(q, k, v, scale, v_scale=None, causal=False):
+    """Output ``[Q, H, D]`` and log-sum-exp ``[Q, H]`` in base 2 of ``[Q, H, D]`` over ``[n, Hkv, D]``."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.float().repeat_interleave(group, 1) for x in (k, v))
+    logits = torch.einsum("qhd,nhd->qhn", q.float(), k) * scale
+    if causal:
+        late = torch.arange(len(k)) > torch.arange(len(q))[:, None] + len(k) - len(q)
+        logits.masked_fill_(late[:, None], float("-inf"))
+    lse = torch.logsumexp(logits, 2)
+    weights = torch.exp(logits - lse[..., None]).nan_to_num()  # no key at all: nothing
+    output = torch.einsum("qhn,nhd->qhd", weights, v * (v_scale or 1.0))
+    return output.to(q.dtype), lse * math.log2(math.e)
+
+
+def merge_state(v_a, s_a, v_b, s_b):
+    """Merge attention over two parts of the keys, log-sum-exps in base 2."""
+    s = torch.logaddexp2(s_a, s_b)
+    return v_a * torch.exp2(s_a - s)[..., None] + v_b * torch.exp2(s_b - s)[..., None], s
+
+
+def register():
+    """Give SGLang's backend the wrappers it would import on a GPU, and let the plugin take the backend on a CPU."""
+    from sglang.srt.layers.attention import flashinfer_backend
+
+    from lethe_sglang.engine import guard
+
+    for wrapper in _Wrapper.__subclasses__():
+        setattr(flashinfer_backend, wrapper.__name__, wrapper)
+    flashinfer_backend._safe_merge_state = merge_state
+    guard.legal_backends = lambda resolved: guard.BACKENDS
