@@ -1,8 +1,8 @@
 """The whole server with the CUDA backends on a CPU, against the portable backend.
 
-Scheduler, overlap, radix tree, rounds, SGLang's backends and ours, and their plans are the real ones; all Triton kernels,
-SGLang's and ours, run under Triton's interpreter, and FlashInfer's wrappers are those of ``flashinfer_on_cpu``. What a
-GPU adds is the compiler, FlashInfer's kernels, CUDA graphs and streams.
+Scheduler, overlap, radix tree, rounds, SGLang's backends and ours, and their plans are the real ones; all Triton
+kernels, SGLang's and ours, run under Triton's interpreter, and FlashInfer's wrappers are those of
+``flashinfer_on_cpu``. What a GPU adds is the compiler, FlashInfer's kernels, CUDA graphs and streams.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
 """Test aid: FlashInfer's wrappers in torch, so that SGLang's own FlashInfer backend serves on a CPU, and ours on top.
 
-With this folder on ``PYTHONPATH`` every SGLang process loads it as a plugin. What is real then: scheduler, overlap,
-radix tree, SGLang's backend and its planning of prefills, our backend and its planning of decode steps. What is not: the
-attention kernels, CUDA graphs and streams. A plan knows lengths, by the host's indptr; a run reads the indices where
-they lie at that moment, and fails where plan and tables contradict each other.
+With this folder on ``PYTHONPATH`` every SGLang process loads it as a plugin. Real are then scheduler, overlap, radix
+tree, SGLang's backend and its planning of prefills, our backend and its planning of decode steps; attention kernels,
+CUDA graphs and streams are not. A plan knows lengths, by the host's indptr; a run reads the indices where they lie at
+that moment, and fails where plan and tables contradict each other.
 """
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 
@@ -48,7 +49,7 @@ class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
         assert torch.equal(indptr, self._paged_kv_indptr_buf), "the lists are not as long as the plan says"
         assert (q.shape[1], key.shape[1], key.shape[2]) == heads and (q.dtype, key.dtype) == types
         assert len(q) == len(indptr) - 1 and not logits_soft_cap
-        lists = [self._paged_kv_indices_buf[a:b].long() for a, b in zip(indptr, indptr[1:], strict=False)]
+        lists = [self._paged_kv_indices_buf[a:b].long() for a, b in pairwise(indptr)]
         parts = [
             attend(query[None], key[cells], value[cells], sm_scale * (k_scale or 1.0), v_scale)
             for query, cells in zip(q, lists, strict=True)
@@ -70,7 +71,8 @@ class BatchPrefillWithPagedKVCacheWrapper(_Wrapper):
     """All queries of a request over its cached keys."""
 
     def begin_forward(
-        self, qo_indptr, kv_indptr, kv_indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size, **options
+        self, qo_indptr, kv_indptr, kv_indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size,
+        **options,
     ):  # fmt: skip
         assert page_size == 1 and options["custom_mask"] is None
         self.plan, self.indices = (qo_indptr.tolist(), kv_indptr.tolist()), kv_indices
