@@ -7,20 +7,18 @@ against stock on the same backend.
 
 from __future__ import annotations
 
-import contextlib
-import http.client
-import tempfile
 import time
-import urllib.error
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from gpu_suite.base import Job, Part, Scope
 from gpu_suite.replies import Asked, ask_all, joined, questions
 from gpu_suite.results import Results, say
 from gpu_suite.settings import CONCURRENCIES, MODES, PORT, STOCK, Setting, compare, pairs, problems, settings
-from gpu_suite.slots import LEAST_SECONDS, OutOfTime, alarm, failure, in_a_cell, unfinished
+from gpu_suite.slots import LEAST_SECONDS, OutOfTime, alarm, failure, in_a_cell, unfinished, with_server
+
+if TYPE_CHECKING:
+    from lethe_sglang.evaluation.servers import Server
 
 PIECE = 25
 """Replies after which a pass at concurrency 1 is on disk: it is the one that may take longer than is left."""
@@ -94,32 +92,21 @@ def serve(
     OutOfTime
         At the deadline (seconds of ``time.monotonic``); what came before it is recorded.
     """
-    from lethe_sglang.evaluation.servers import Server, ServerError, ending_on_signals, tail
-
     about = {"command": setting.readable()}
-    with contextlib.ExitStack() as stack:
-        log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "server.log"
-        stack.enter_context(ending_on_signals())
-        try:
-            with alarm(deadline - time.monotonic()):
-                server = stack.enter_context(Server(setting.command(), PORT, log))
-            for n in concurrencies:
-                key, piece = setting.key(n), PIECE if n == 1 else len(asked)
-                while key in results.todo():
-                    old = results.records.get(key, {})
-                    done = len(old.get("replies", "").split())
-                    with alarm(deadline - time.monotonic()):
-                        found = ask_all(server, setting.evicts, n, asked[done : done + piece])
-                    results.add(key, about | joined(old, found, len(asked)))
-                    say(f"{key}: {found['right']} of the next {len(asked[done : done + piece])} replies are right")
-        except ServerError as error:
-            reason = str(error)
-        except urllib.error.HTTPError as error:
-            reason = f"the server refused {error.url}: {error.read().decode(errors='replace')[:500]}"
-        except (OSError, http.client.HTTPException) as error:
-            reason = f"the server is gone ({error}); its last lines:\n{tail(log)}"
-        else:
-            return
+
+    def answer(server: Server) -> None:
+        for n in concurrencies:
+            key, piece = setting.key(n), PIECE if n == 1 else len(asked)
+            while key in results.todo():
+                old = results.records.get(key, {})
+                done = len(old.get("replies", "").split())
+                with alarm(deadline - time.monotonic()):
+                    found = ask_all(server, setting.evicts, n, asked[done : done + piece])
+                results.add(key, about | joined(old, found, len(asked)))
+                say(f"{key}: {found['right']} of the next {len(asked[done : done + piece])} replies are right")
+
+    if (reason := with_server(setting.command(), PORT, deadline, answer)) is None:
+        return
     for key in map(setting.key, concurrencies):
         if key in results.todo():
             results.add(key, about | failure(reason))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import shlex
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +14,7 @@ from gpu_suite.base import Job, Part, Scope
 from gpu_suite.grid import BUDGET
 from gpu_suite.models import MODELS, write_model
 from gpu_suite.results import Results, say
-from gpu_suite.slots import LEAST_SECONDS, OutOfTime, alarm, failure, in_a_cell, unfinished
+from gpu_suite.slots import OutOfTime, alarm, failure, in_a_cell, measure_each, unfinished
 
 if TYPE_CHECKING:
     from lethe_sglang.evaluation.bench_plan import Plan
@@ -142,16 +141,7 @@ def run_all(results: Results, deadline: float, planned: Sequence[Run], folder: P
     by_key = {run.key: run for run in planned}
     for model in {run.model for run in planned}:
         write_model(folder / model, MODELS[model])
-    for number, key in enumerate(results.todo()):
-        left = deadline - time.monotonic()
-        if left < (LEAST_SECONDS if number else 1):
-            return
-        record = measure(by_key[key], folder, left)
-        if record["status"] == "unfinished" and number:
-            say(f"{key}: not done in the {left:.0f} s that were left; the next call begins with it")
-            return
-        results.add(key, record)
-        say(f"{key}: {record['status']} {record.get('message', '')}")
+    measure_each(results, deadline, lambda key, seconds: measure(by_key[key], folder, seconds))
 
 
 def measure(run: Run, folder: Path, seconds: float) -> dict[str, Any]:

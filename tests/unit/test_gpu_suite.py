@@ -12,7 +12,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 
-from gpu_suite import floors, kernels, server
+from gpu_suite import floors, kernels, server, slots
 from gpu_suite.__main__ import main
 from gpu_suite.goals import GOALS, Goal
 from gpu_suite.grid import Point, points
@@ -201,7 +201,7 @@ def test_a_server_that_outlasts_the_slot_is_recorded_only_if_it_had_all_of_it(mo
 
     monkeypatch.setattr(bench, "measure", lambda *_: time.sleep(5))
     monkeypatch.setattr(server, "write_model", lambda *_: None)
-    monkeypatch.setattr(server, "LEAST_SECONDS", 0)
+    monkeypatch.setattr(slots, "LEAST_SECONDS", 0)
     planned = server.runs(["qwen2.5-7b"])[:2]
     keys = [run.key for run in planned]
     found = results(tmp_path / "server.json", keys, part="server")
