@@ -171,10 +171,31 @@ class Statistic(Part):
     by_length: dict[int, Layers] = Field(default_factory=dict)
 
 
-class Budgets(Part):
-    """What ``profiled`` makes of the statistics, to look at: servers derive theirs from the statistics."""
+class Sensitivity(Part):
+    """What pruning one layer alone does to greedy answers, against those of the uncompressed model.
 
-    allocation: Literal["profiled"] = "profiled"
+    Attributes
+    ----------
+    kept
+        Tokens the pruned layer keeps.
+    prompts
+        Answers compared.
+    changed
+        Per layer, share of the answers that differ, 0 to 1.
+    lost
+        Per layer, mean part of an answer from the first token on that differs, 0 to 1.
+    """
+
+    kept: int = Field(ge=1)
+    prompts: int = Field(ge=1)
+    changed: tuple[Annotated[float, Field(ge=0, le=1)], ...]
+    lost: tuple[Annotated[float, Field(ge=0, le=1)], ...]
+
+
+class Budgets(Part):
+    """What one allocation makes of the profile, to look at: servers derive theirs from the statistics."""
+
+    allocation: Literal["profiled", "concentration", "sensitivity"]
     alpha: float
     tokens: int = Field(ge=2)
     layers: tuple[Annotated[int, Field(ge=1)], ...]
@@ -190,6 +211,7 @@ class Profile(Part):
     settings: Settings
     cost: Cost
     statistics: dict[str, Statistic]
+    sensitivity: Sensitivity | None = None
     budgets: Budgets
 
     @model_validator(mode="after")
@@ -200,6 +222,9 @@ class Profile(Part):
             for row in (statistic.mean, statistic.spread, *statistic.by_length.values()):
                 if len(row) != self.model.layers:
                     raise ValueError(f"statistics.{name}: got {len(row)} values for {self.model.layers} layers")
+        for name in ("changed", "lost") if self.sensitivity is not None else ():
+            if len(row := getattr(self.sensitivity, name)) != self.model.layers:
+                raise ValueError(f"sensitivity.{name}: got {len(row)} values for {self.model.layers} layers")
         if not all(0 <= h <= 1 for h in self.statistics["hoyer"].mean):
             raise ValueError("statistics.hoyer: outside of 0 to 1")
         if len(self.budgets.layers) != self.model.layers:

@@ -1,4 +1,4 @@
-"""From a profile to one weight per layer: this project's rule and its neighbours'.
+"""From a profile to one weight per layer: this project's rules and its neighbours'.
 
 Every rule returns one positive number per layer; ``budgets.layer_budgets`` shares the tokens in proportion to them,
 within floor and ceiling, in length classes, with the exact mean. So the rules differ in nothing but the weights.
@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from lethe_sglang.allocation.profile import Profile
+from lethe_sglang.config import ConfigError
 
 SMALLEST = 1e-6
 """Weights below this part of the largest are raised to it: a layer of sparsity 1 still gets its floor."""
@@ -18,6 +19,35 @@ PYRAMID_BETA = 20
 """PyramidKV's beta: the top layer's share is 1 / beta of the mean."""
 
 Rule = Callable[[Profile, float], Sequence[float]]
+
+
+def concentration(profile: Profile, alpha: float) -> list[float]:
+    """``w_l = V_l ** alpha``, V the variance over tokens of the attention they received in all: D2O's, turned round.
+
+    What predicted best which layers of the bundled model can do with less, of all the pass measures
+    (docs/results/allocation.md). ``alpha`` as in :func:`profiled`.
+    """
+    return [max(v, SMALLEST) ** alpha for v in profile.mean("concentration")]
+
+
+def sensitivity(profile: Profile, alpha: float) -> list[float]:
+    """``w_l = (S_l + mean of S) ** alpha``, S what pruning that layer alone changes: half the budget is shared evenly.
+
+    ``alpha`` as in :func:`profiled`.
+
+    Raises
+    ------
+    ConfigError
+        If the profile has no sensitivity.
+    """
+    if profile.sensitivity is None:
+        raise ConfigError(
+            "budget.allocation sensitivity: the profile has none; make one with lethe profile --sensitivity --out FILE "
+            "and set budget.profile to FILE, or set budget.allocation to concentration"
+        )
+    values = profile.sensitivity.changed
+    mean = sum(values) / len(values)
+    return [(value + mean) ** alpha if mean else 1.0 for value in values]
 
 
 def profiled(profile: Profile, alpha: float) -> list[float]:
@@ -53,7 +83,10 @@ def zipvl(profile: Profile, alpha: float) -> Sequence[float]:
     return profile.mean("coverage_95")
 
 
-RULES: dict[str, Rule] = {"profiled": profiled, "d2o": d2o, "cake": cake, "zipvl": zipvl}
+RULES: dict[str, Rule] = {
+    "concentration": concentration, "sensitivity": sensitivity, "profiled": profiled, "d2o": d2o, "cake": cake,
+    "zipvl": zipvl,
+}  # fmt: skip
 """Allocations that need a profile."""
 
 
@@ -77,7 +110,7 @@ def weights(allocation: str, profile: Profile, alpha: float) -> tuple[float, ...
     profile
         What was measured.
     alpha
-        Exponent of ``profiled``.
+        Exponent of ``concentration``, ``sensitivity`` and ``profiled``.
 
     Examples
     --------

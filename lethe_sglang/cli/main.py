@@ -26,7 +26,7 @@ COMMANDS = {
     "show": Command(
         "lethe_sglang.cli.show", "print the resolved configuration, a profile, the presets or the support matrix"
     ),
-    "profile": Command("lethe_sglang.cli.profile", "measure a model's layers once, for budget.allocation profiled"),
+    "profile": Command("lethe_sglang.cli.profile", "measure a model's layers once, to share the budget among them"),
     "plan": Command("lethe_sglang.cli.plan", "work out what a deployment will hold, before it runs"),
     "bench": Command("lethe_sglang.cli.bench", "measure throughput and memory against stock SGLang"),
     "eval": Command("lethe_sglang.cli.eval", "measure accuracy against memory on live servers"),

@@ -1,4 +1,4 @@
-"""``lethe profile``: measure a model's layers once and write the profile that ``budget.allocation: profiled`` reads."""
+"""``lethe profile``: measure a model's layers once and write the profile that ``budget.allocation`` reads."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def add_parser(subparsers: Subparsers) -> None:
     """Register ``lethe profile``."""
     parser = subparsers.add_parser(
         "profile",
-        help="measure a model's layers once, for budget.allocation profiled",
+        help="measure a model's layers once, to share the budget among them",
         description="Let the model answer calibration prompts through SGLang, uncompressed, measure the attention of "
         "every layer, and write the profile (YAML). Ctrl-C keeps what is done; the same command goes on from there.",
         allow_abbrev=False,
@@ -52,6 +52,11 @@ def add_parser(subparsers: Subparsers) -> None:
     add("--concurrency", metavar="N", type=integer(1), default=4, help="prompts at a time (default: %(default)s)")
     add("--time-limit", metavar="S", type=number(0, above=True),
         help="start no further prompts after so many seconds of measuring (default: none)")  # fmt: skip
+    add(
+        "--sensitivity",
+        action="store_true",
+        help="answer once more per layer, that layer alone pruned to half of --budget; for allocation sensitivity",
+    )
     add("--raw", action="store_true", help="put prompts as they are, without the chat template")
     add("--config", metavar="FILE|JSON|PRESET",
         help="configuration whose budgets are written along, as for --kv-evict-config")  # fmt: skip
@@ -79,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     task = Pass(
         model_path=args.model_path, prompts=args.prompts, out=args.out, count=args.num_prompts,
         max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed, concurrency=args.concurrency,
-        time_limit=args.time_limit, raw=args.raw, config=config, server_args=server_args,
+        time_limit=args.time_limit, raw=args.raw, sensitivity=args.sensitivity, config=config, server_args=server_args,
     )  # fmt: skip
     try:
         with ended_by_signals():

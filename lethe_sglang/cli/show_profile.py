@@ -9,7 +9,10 @@ from pathlib import Path
 from lethe_sglang.allocation.profile import STATISTICS, Profile, load
 from lethe_sglang.config import ConfigError
 
-_COLUMNS = ("hoyer", "entropy", "coverage_90", "coverage_95", "coverage_99", "distance", "sink_share", "recurrence")
+_COLUMNS = (
+    "hoyer", "entropy", "coverage_90", "coverage_95", "coverage_99", "distance", "sink_share", "concentration",
+    "recurrence",
+)  # fmt: skip
 
 
 def show(paths: Sequence[Path], plot: Path | None) -> str:
@@ -35,7 +38,9 @@ def render(profile: Profile, name: str = "profile") -> str:
     """Write a profile as a table: one row a layer, mean and, where it tells something, spread over prompts."""
     model, prompts, cost = profile.model, profile.prompts, profile.cost
     budgets = profile.budgets
-    header = ["layer", *_COLUMNS, f"budget of {budgets.tokens}"]
+    sensitive = profile.sensitivity
+    found = () if sensitive is None else ("changed", "lost")
+    header = ["layer", *_COLUMNS, *found, f"budget of {budgets.tokens}"]
     rows = []
     for layer in range(model.layers):
         cells = []
@@ -43,6 +48,7 @@ def render(profile: Profile, name: str = "profile") -> str:
             statistic = profile.statistics[column]
             spread = f" ±{_number(statistic.spread[layer])}" if column == "hoyer" else ""
             cells.append(_number(statistic.mean[layer]) + spread)
+        cells += [_number(getattr(sensitive, column)[layer]) for column in found]
         rows.append([str(layer), *cells, str(budgets.layers[layer])])
     numerics = model.dtype + (f", {model.quantization}" if model.quantization else "")
     versions = ", ".join(f"{package} {version}" for package, version in profile.versions.items())
@@ -53,6 +59,8 @@ def render(profile: Profile, name: str = "profile") -> str:
         f"{prompts.prompt_tokens:.0f} tokens and its answer {prompts.answer_tokens:.0f} on average",
         f"measured in {cost.measuring_seconds:.0f} s ({cost.total_seconds:.0f} s with loading), "
         f"{cost.statistics_bytes / 2**20:.1f} MiB of statistics; {versions}",
+        f"budget by {budgets.allocation}"
+        + (f"; changed, lost: {sensitive.prompts} answers, one layer pruned to {sensitive.kept}" if sensitive else ""),
         "",
     ]  # fmt: skip
     return "\n".join([*about, *_table([header, *rows])])

@@ -42,8 +42,8 @@ def resolve(
     budget
         ``--kv-evict-budget``: tokens, beats the file's ``budget.tokens``. None keeps the file's.
     profile
-        ``--kv-evict-profile``: beats the file's ``budget.profile``, and asks for ``budget.allocation: profiled`` where
-        the file names no allocation. None keeps the file's.
+        ``--kv-evict-profile``: beats the file's ``budget.profile``, and asks for ``budget.allocation: concentration``
+        where the file names no allocation. None keeps the file's.
 
     Raises
     ------
@@ -79,14 +79,14 @@ def resolve(
     if profile is not None:
         section = data.get("budget", {})
         if isinstance(section, Mapping):
-            data["budget"] = {"allocation": "profiled", **section, "profile": profile}
+            data["budget"] = {"allocation": "concentration", **section, "profile": profile}
         flags.append(f"--kv-evict-profile {profile}")
     config = from_mapping(data, where=" ".join(flags))
     if profile not in (None, "none") and not any(arm.budget.reads_profile for arm in config.every_arm):
         raise one_line(
             [
                 f"--kv-evict-profile {profile}: not read by budget.allocation {config.budget.allocation}; "
-                "set budget.allocation to profiled, or leave the flag out"
+                "set budget.allocation to concentration, or leave the flag out"
             ]
         )
     return config

@@ -28,7 +28,7 @@ DEFAULT_REQUEST_FACTOR = 4
 """Largest per-request budget, in multiples of ``budget.tokens``, when ``requests.max_budget`` is not given."""
 
 
-FROM_PROFILE = ("profiled", "d2o", "cake", "zipvl")
+FROM_PROFILE = ("concentration", "sensitivity", "profiled", "d2o", "cake", "zipvl")
 """Values of ``budget.allocation`` that a profile of the model turns into budgets."""
 
 
@@ -43,18 +43,20 @@ class BudgetConfig(Section):
         "With allocation list it is the mean of layers, rounded down.",
     )
     allocation: Literal[
-        "uniform", "profiled", "pyramid", "d2o", "cake", "zipvl", "weights", "list", "breakpoint"
+        "uniform", "concentration", "sensitivity", "profiled", "d2o", "cake", "zipvl", "pyramid", "weights", "list",
+        "breakpoint",
     ] = Field(
         default="uniform",
-        description="How the layers share the budget. uniform: all alike; profiled: less for layers whose attention is "
-        "sparse in the model's profile; d2o, cake, zipvl: from the same profile by the rules of these papers; pyramid: "
-        "linear from first to last layer; weights: in proportion to weights; list: as written in layers; breakpoint: "
-        "measured from the scores at every round.",
+        description="How the layers share the budget. uniform: all alike; from the model's profile: concentration, "
+        "more where few tokens get most of the attention, sensitivity, more where pruning changes answers, profiled, "
+        "less where attention is sparse, d2o, cake, zipvl, by the rules of these papers; pyramid: linear from first to "
+        "last layer; weights: in proportion to weights; list: as written in layers; breakpoint: measured from the "
+        "scores at every round.",
     )  # fmt: skip
     profile: str = Field(
         default="auto",
         min_length=1,
-        description="Where profiled, d2o, cake and zipvl take the model's profile from. auto: the one in the user's "
+        description="Where an allocation takes the model's profile from, if it needs one. auto: the one in the user's "
         "cache, made at the server's start if there is none; none: no profile, all layers alike; else a file that "
         "lethe profile has written.",
     )
@@ -62,7 +64,8 @@ class BudgetConfig(Section):
         default=1.0,
         ge=-16,
         le=16,
-        description="Exponent of allocation profiled, w = (1 - sparsity) ** alpha. 0 is uniform, larger more uneven, "
+        description="Exponent of the layers' weights under allocation concentration, sensitivity and profiled. 0 is "
+        "uniform, larger more uneven, "
         "negative turns the order of the layers round. -16 to 16.",
     )
     weights: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(

@@ -10,31 +10,33 @@ SECONDS_BETWEEN_LINES = 10
 
 
 class Progress:
-    """Shows how many of ``total`` prompts are done.
+    """Shows how many of ``total`` things are done.
 
     Parameters
     ----------
     total
-        Prompts in all.
+        Things in all.
     out
         Where to write; a terminal gets a bar in place, anything else lines.
+    what
+        What is counted.
     """
 
-    def __init__(self, total: int, out: TextIO) -> None:
-        self.total, self.out = total, out
+    def __init__(self, total: int, out: TextIO, what: str = "prompts") -> None:
+        self.total, self.out, self.what = total, out, what
         self.started = time.monotonic()
         self._written = 0.0
         self._bar = out.isatty()
 
     def show(self, done: int, note: str = "") -> None:
-        """Show that ``done`` prompts are done; in a log only now and then, and at the end."""
+        """Show that ``done`` of them are done; in a log only now and then, and at the end."""
         now = time.monotonic()
         if not self._bar and now - self._written < SECONDS_BETWEEN_LINES and done < self.total:
             return
         self._written = now
         filled = BAR * done // max(self.total, 1)
         bar = f"[{'#' * filled}{'.' * (BAR - filled)}] " if self._bar else ""
-        line = f"lethe profile: {bar}{done} of {self.total} prompts, {now - self.started:.0f} s{note}"
+        line = f"lethe profile: {bar}{done} of {self.total} {self.what}, {now - self.started:.0f} s{note}"
         self.out.write(f"\r{line}\x1b[K" if self._bar else f"{line}\n")
         self.out.flush()
 

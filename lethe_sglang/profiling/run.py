@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from lethe_sglang import __version__
 from lethe_sglang.allocation.budgets import from_config
@@ -19,11 +19,13 @@ from lethe_sglang.allocation.profile import (
     ModelFingerprint,
     Profile,
     PromptsInfo,
+    Sensitivity,
     Settings,
     digest,
     save,
 )
 from lethe_sglang.config import ConfigError, EvictionConfig
+from lethe_sglang.profiling import sensitivity
 from lethe_sglang.profiling.progress import Progress
 from lethe_sglang.profiling.prompts import MODEL_FILE, Prompt, generated, hash_of, read
 from lethe_sglang.profiling.records import Partial, Record, longest, summarise
@@ -54,6 +56,8 @@ class Pass:
         Seconds after which no further prompts are started; None is no limit.
     raw
         Put prompts as they are, without the chat template.
+    sensitivity
+        Prune every layer alone as well (``sensitivity.py``).
     config
         Whose ``budget`` the budgets in the profile are made for, and whose ``retain.sinks`` counts.
     server_args
@@ -70,6 +74,7 @@ class Pass:
     concurrency: int = 4
     time_limit: float | None = None
     raw: bool = False
+    sensitivity: bool = False
     config: EvictionConfig
     server_args: tuple[str, ...] = ()
 
@@ -111,9 +116,10 @@ def measure(task: Pass) -> tuple[Profile, Path]:
     print(f"lethe profile: starting SGLang with {task.model_path}", file=sys.stderr, flush=True)
     engine = _start(task)
     try:
-        return _measure(task, engine, source, prompts, started)
+        measured = _measure(task, engine, source, prompts)
     finally:
         engine.shutdown()
+    return _finish(task, measured, started)
 
 
 def _given(task: Pass) -> tuple[str, list[Prompt] | None]:
@@ -133,9 +139,22 @@ def _start(task: Pass) -> Any:
     return sgl.Engine(server_args=prepare_server_args(task.engine_args()))
 
 
-def _measure(
-    task: Pass, engine: Any, source: str, prompts: list[Prompt] | None, started: float
-) -> tuple[Profile, Path]:
+class _Measured(NamedTuple):
+    """What is known once every prompt is measured; ``ids`` are the prompts' tokens."""
+
+    model: ModelFingerprint
+    settings: Settings
+    records: list[Record]
+    source: str
+    prompts_hash: str
+    ids: list[list[int]]
+    out: Path
+    partial: Partial
+    seconds: float
+    statistics_bytes: int
+
+
+def _measure(task: Pass, engine: Any, source: str, prompts: list[Prompt] | None) -> _Measured:
     from sglang.srt.arg_groups.model_override_base import model_config_of, resolved_view
 
     from lethe_sglang.attention.measure import IDLE_STEPS
@@ -154,27 +173,47 @@ def _measure(
     key = digest([model.key, hash_of(prompts), task.raw, settings.model_dump(mode="json")])
     partial = Partial(out.with_name(f"{out.name}.partial"), key)
 
+    ids = [tokens_of(tokenizer, prompt, task.raw) for prompt in prompts]
+
     def ask(numbers: Sequence[int]) -> tuple[list[Record], int]:
-        ids = [tokens_of(tokenizer, prompts[i], task.raw) for i in numbers]
         params = {"temperature": task.temperature, "max_new_tokens": task.max_new_tokens}
-        engine.generate(input_ids=ids, sampling_params=params, rid=[f"lethe-{i}" for i in numbers])
+        engine.generate(
+            input_ids=[ids[i] for i in numbers], sampling_params=params, rid=[f"lethe-{i}" for i in numbers]
+        )
         report = engine.get_server_info()["internal_states"][0]["lethe"]
         asked = {f"lethe-{i}": str(i) for i in numbers}
         found = [{**r, "rid": asked[r["rid"]]} for r in report["measured"] if r["rid"] in asked]
         return longest(found), int(report["statistics_bytes"])
 
     begun = time.monotonic()
-    records, size = collect(
-        len(prompts), task.concurrency, ask, partial, Progress(len(prompts), sys.stderr), task.time_limit
-    )
-    now = time.monotonic()
-    cost = Cost(measuring_seconds=now - begun, total_seconds=now - started, statistics_bytes=size)
-    profile = assemble(task.config, model, records, source, hash_of(prompts), settings, cost, _versions())
+    progress = Progress(len(prompts), sys.stderr)
+    records, size = collect(len(prompts), task.concurrency, ask, partial, progress, task.time_limit)
+    seconds = time.monotonic() - begun
+    return _Measured(model, settings, records, source, hash_of(prompts), ids, out, partial, seconds, size)
+
+
+def _finish(task: Pass, measured: _Measured, started: float) -> tuple[Profile, Path]:
+    """Prune the layers one at a time if that is asked for, and write the profile; until then nothing is given up."""
+    model, out = measured.model, measured.out
+    found = None
+    if task.sensitivity:
+        try:
+            found = sensitivity.run(task, measured.ids, model.layers)
+        except KeyboardInterrupt:
+            raise Interrupted(len(measured.records), len(measured.ids), measured.partial.path) from None
+    cost = Cost(
+        measuring_seconds=measured.seconds, total_seconds=time.monotonic() - started,
+        statistics_bytes=measured.statistics_bytes,
+    )  # fmt: skip
+    profile = assemble(
+        task.config, model, measured.records, measured.source, measured.prompts_hash, measured.settings, cost,
+        _versions(), found,
+    )  # fmt: skip
     try:
         save(profile, out)
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot be written: {error.strerror}; give another file") from None
-    partial.remove()
+    measured.partial.remove()
     return profile, out
 
 
@@ -254,10 +293,12 @@ def assemble(
     settings: Settings,
     cost: Cost,
     versions: dict[str, str],
+    found: Sensitivity | None = None,
 ) -> Profile:
-    """Make a profile; its budgets are those of ``config`` with allocation profiled, recent window included."""
+    """Make a profile; its budgets are ``config``'s by concentration or, if ``found``, sensitivity, recent included."""
     queries = sum(record["queries"] for record in records)
-    budget = config.model_dump()["budget"] | {"allocation": "profiled", "weights": None, "layers": None}
+    allocation: Literal["concentration", "sensitivity"] = "concentration" if found is None else "sensitivity"
+    budget = config.model_dump()["budget"] | {"allocation": allocation, "weights": None, "layers": None}
     wanted = EvictionConfig.model_validate({"budget": budget, "retain": config.retain.model_dump()})
     draft = Profile(
         model=model,
@@ -270,7 +311,9 @@ def assemble(
         settings=settings,
         cost=cost,
         statistics=summarise(records),
-        budgets=Budgets(alpha=wanted.budget.alpha, tokens=wanted.budget.tokens, layers=(1,) * model.layers),
+        sensitivity=found,
+        budgets=Budgets(allocation=allocation, alpha=wanted.budget.alpha, tokens=wanted.budget.tokens,
+                        layers=(1,) * model.layers),
     )  # fmt: skip
     layers = tuple(k + wanted.recent for k in from_config(wanted, model.layers, draft))
     return draft.model_copy(update={"budgets": draft.budgets.model_copy(update={"layers": layers})})

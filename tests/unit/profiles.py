@@ -11,6 +11,7 @@ from lethe_sglang.allocation.profile import (
     ModelFingerprint,
     Profile,
     PromptsInfo,
+    Sensitivity,
     Settings,
     Statistic,
 )
@@ -22,8 +23,11 @@ MODEL = ModelFingerprint(
 SETTINGS = Settings(max_new_tokens=256, temperature=0.0, seed=1, sinks=4, idle_steps=16)
 
 
-def profile(model: ModelFingerprint = MODEL, **means: tuple[float, ...]) -> Profile:
+def profile(
+    model: ModelFingerprint = MODEL, changed: tuple[float, ...] | None = None, **means: tuple[float, ...]
+) -> Profile:
     layers = model.layers
+    lost = None if changed is None else tuple(share / 2 for share in changed)
     statistics = {
         name: Statistic(mean=means.get(name, (0.5,) * layers), spread=(0.01,) * layers) for name in STATISTICS
     }
@@ -36,7 +40,8 @@ def profile(model: ModelFingerprint = MODEL, **means: tuple[float, ...]) -> Prof
         settings=SETTINGS,
         cost=Cost(measuring_seconds=3.0, total_seconds=20.0, statistics_bytes=1000),
         statistics=statistics,
-        budgets=Budgets(alpha=1.0, tokens=64, layers=(64,) * layers),
+        sensitivity=None if changed is None else Sensitivity(kept=32, prompts=20, changed=changed, lost=lost),
+        budgets=Budgets(allocation="profiled", alpha=1.0, tokens=64, layers=(64,) * layers),
     )
 
 

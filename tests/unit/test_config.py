@@ -162,8 +162,8 @@ class TestMessages:
             ({"policy": ""}, 'policy: got "", expected a non-empty string'),
             (
                 {"budget": {"allocation": "profile"}},
-                'budget.allocation: got "profile", expected one of uniform, profiled, pyramid, d2o, cake, zipvl, '
-                "weights, list, breakpoint",
+                'budget.allocation: got "profile", expected one of uniform, concentration, sensitivity, '
+                "profiled, d2o, cake, zipvl, pyramid, weights, list, breakpoint",
             ),
         ],
     )

@@ -71,6 +71,10 @@ class TestArtifact:
         [
             (lambda d: d["statistics"]["entropy"].update(mean=[1.0]), "statistics.entropy: got 1 values for 4 layers"),
             (lambda d: d["statistics"]["hoyer"].update(mean=[0.1, 0.2, 1.5, 0.3]), "statistics.hoyer: outside"),
+            (
+                lambda d: d.update(sensitivity={"kept": 8, "prompts": 2, "changed": [0.0] * 3, "lost": [0.0] * 4}),
+                "sensitivity.changed: got 3 values for 4 layers",
+            ),
             (lambda d: d["budgets"].update(layers=[9]), "budgets.layers: got 1 values for 4 layers"),
             (lambda d: d.update(extra=1), "extra: Extra inputs are not permitted"),
         ],
@@ -125,6 +129,24 @@ class TestRules:
             plain = [(1 - h) ** alpha for h in HOYER]
             assert found == pytest.approx([w / max(plain) for w in plain])
 
+    def test_concentration_gives_more_where_few_tokens_get_most_of_the_attention(self):
+        for alpha in (1.0, 0.5, -1.0):
+            found = rules.weights("concentration", profile(concentration=(3.0, 1.0, 2.0, 5.0)), alpha)
+            plain = [v**alpha for v in (3.0, 1.0, 2.0, 5.0)]
+            assert found == pytest.approx([w / max(plain) for w in plain])
+
+    def test_sensitivity_shares_half_of_the_budget_by_what_pruning_changes(self):
+        found = rules.weights("sensitivity", profile(changed=(0.4, 0.0, 0.1, 0.3)), 1.0)
+        assert found == pytest.approx([1.0, 1 / 3, 0.5, 5 / 6])
+        assert rules.weights("sensitivity", profile(changed=(0.0,) * 4), 1.0) == (1.0,) * 4, "nothing changed at all"
+
+    def test_a_profile_without_sensitivity_says_how_to_get_one(self):
+        config = from_mapping({"budget": {"tokens": 100, "allocation": "sensitivity"}})
+        with pytest.raises(
+            ConfigError, match=r"budget.allocation sensitivity: the profile has none; make one with lethe"
+        ):
+            from_config(config, 4, profile())
+
     def test_d2o_gives_less_to_layers_of_concentrated_attention(self):
         found = rules.weights("d2o", profile(concentration=(3.0, 1.0, 2.0, 5.0)), 1.0)
         assert found == pytest.approx([math.exp(-x) for x in (0.5, 0.0, 0.25, 1.0)])
@@ -145,14 +167,20 @@ class TestRules:
     @pytest.mark.parametrize("rule", rules.RULES)
     def test_extreme_statistics_still_give_positive_weights(self, rule):
         extreme = profile(
-            hoyer=(1.0, 1.0, 0.0, 1.0), concentration=(0.0,) * 4, entropy=(0.0,) * 4, coverage_95=(0.0, 0.0, 1e6, 1.0)
+            hoyer=(1.0, 1.0, 0.0, 1.0),
+            concentration=(0.0,) * 4,
+            entropy=(0.0,) * 4,
+            coverage_95=(0.0, 0.0, 1e6, 1.0),
+            changed=(0.0, 0.0, 0.0, 1.0),
         )
         found = rules.weights(rule, extreme, 3.0)
         assert len(found) == 4 and all(0 < w <= 1 and math.isfinite(w) for w in found)
 
     @pytest.mark.parametrize("rule", [*rules.RULES, "pyramid"])
     def test_every_rule_shares_the_budget_exactly_within_its_bounds(self, rule):
-        measured = profile(hoyer=HOYER, concentration=HOYER, entropy=HOYER, coverage_95=(10.0, 40.0, 20.0, 5.0))
+        measured = profile(
+            hoyer=HOYER, concentration=HOYER, entropy=HOYER, coverage_95=(10.0, 40.0, 20.0, 5.0), changed=HOYER
+        )
         config = from_mapping({"budget": {"tokens": 100, "allocation": rule, "classes": 3, "max_factor": 1.5}})
         budgets = from_config(config, 4, measured)
         assert sum(budgets) == 4 * config.scored and len(set(budgets)) <= 3
@@ -175,9 +203,9 @@ class TestRules:
 
 
 class TestFlag:
-    def test_the_flag_beats_the_file_and_asks_for_profiled(self):
+    def test_the_flag_beats_the_file_and_asks_for_concentration(self):
         assert resolve("lethe", None, None, "mine.yaml").budget.model_dump(include={"allocation", "profile"}) == {
-            "allocation": "profiled", "profile": "mine.yaml"}  # fmt: skip
+            "allocation": "concentration", "profile": "mine.yaml"}  # fmt: skip
         config = resolve("lethe", '{"budget": {"allocation": "zipvl", "profile": "other.yaml"}}', 64, "auto")
         assert (config.budget.allocation, config.budget.profile, config.budget.tokens) == ("zipvl", "auto", 64)
         assert not resolve("lethe", '{"budget": {"allocation": "zipvl"}}', None, "none").budget.reads_profile

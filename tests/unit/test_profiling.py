@@ -9,7 +9,7 @@ import pytest
 from profiles import MODEL, SETTINGS, record
 
 from lethe_sglang.allocation import layer_budgets
-from lethe_sglang.allocation.profile import PER_PROMPT, PER_QUERY, STATISTICS, Cost
+from lethe_sglang.allocation.profile import PER_PROMPT, PER_QUERY, STATISTICS, Cost, Sensitivity
 from lethe_sglang.cli import main as cli
 from lethe_sglang.config import ConfigError, EvictionConfig, from_mapping
 from lethe_sglang.profiling.progress import Progress
@@ -171,15 +171,19 @@ class TestStatistics:
         assert found.mean[0] == pytest.approx((2 + 18) / 40)
         assert list(found.by_length) == [16, 32]
 
-    def test_the_budgets_of_a_profile_are_those_of_its_configuration(self):
+    @pytest.mark.parametrize("changed", [None, (0.2, 0.0, 0.1, 0.1)])
+    def test_the_budgets_of_a_profile_are_those_of_its_configuration(self, changed):
         records = [record("0", 0.1), record("1", 0.3)]
         for one in records:  # sparsities of 0.05 to 0.35
             for part in one["by_length"].values():
                 part["sums"] = [[x / 10 for x in layer] for layer in part["sums"]]
         config = from_mapping({"budget": {"tokens": 100, "alpha": 3.0, "allocation": "list", "layers": [100] * 4}})
+        found = None if changed is None else Sensitivity(kept=50, prompts=2, changed=changed, lost=changed)
         made = assemble(config, MODEL, records, "p.jsonl", "beef", SETTINGS,
-                        Cost(measuring_seconds=1, total_seconds=2, statistics_bytes=3), {"sglang": "x"})  # fmt: skip
-        weights = [(1 - h) ** 3 for h in made.mean("hoyer")]
+                        Cost(measuring_seconds=1, total_seconds=2, statistics_bytes=3), {"sglang": "x"},
+                        found)  # fmt: skip
+        weights = [c**3 for c in made.mean("concentration")] if changed is None else [(c + 0.1) ** 3 for c in changed]
+        assert made.budgets.allocation == ("concentration" if changed is None else "sensitivity")
         assert made.budgets.layers == tuple(30 + k for k in layer_budgets(4, 70, weights, 5, 0.25, 4.0, 4))
         assert (made.prompts.count, made.prompts.queries, made.prompts.answer_tokens) == (2, 20, 11)
 

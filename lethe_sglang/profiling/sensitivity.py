@@ -1,0 +1,179 @@
+"""What pruning one layer alone does to the model's answers: the layers' sensitivity, without right answers.
+
+The model answers the calibration prompts greedily, first uncompressed and then once for every layer with that layer
+alone kept to half the budget. What counts is where an answer parts from the uncompressed one.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lethe_sglang.allocation.profile import Sensitivity
+from lethe_sglang.config import ConfigError, EvictionConfig, from_mapping
+from lethe_sglang.profiling.progress import Progress
+
+if TYPE_CHECKING:
+    from lethe_sglang.profiling.run import Pass
+
+IDLE_SECONDS = 30
+"""Longest wait for a server to go idle between two layers."""
+
+Ask = Callable[[int | None], list[list[int]]]
+"""Puts all prompts with a layer pruned (None: none) and returns the token ids of the answers."""
+
+
+def configuration(config: EvictionConfig, layers: int, longest: int) -> EvictionConfig:
+    """Return the configuration of the pass: one arm a layer, in which that layer alone is pruned.
+
+    Parameters
+    ----------
+    config
+        The server's: policy, rounds and retention are taken over; a pruned layer keeps half of ``budget.tokens``,
+        half of that as recent window.
+    layers
+        L.
+    longest
+        Tokens that no sequence exceeds; the other layers keep as many.
+
+    Raises
+    ------
+    ConfigError
+        If half the budget is too small for the policy's sinks.
+    """
+    kept = config.budget.tokens // 2
+    recent = kept // 2
+    mean = (kept + (layers - 1) * longest) // layers
+
+    def budget(pruned: int | None) -> dict[str, Any]:
+        tokens = [kept if layer == pruned else longest for layer in range(layers)]
+        return {"allocation": "list", "tokens": sum(tokens) // layers, "layers": tokens}
+
+    whole = config.model_dump(mode="json", exclude_unset=True)
+    retain = {**whole.get("retain", {}), "recent_ratio": (recent - 0.5) / mean}
+    arms = [{"budget": budget(layer)} for layer in range(layers)]
+    try:
+        return from_mapping(
+            {
+                **{name: part for name, part in whole.items() if name not in ("budget", "retain", "debug", "requests")},
+                "retain": retain, "budget": budget(0), "debug": {"arms": arms},
+            }
+        )  # fmt: skip
+    except ConfigError as error:
+        raise ConfigError(
+            f"--sensitivity: half of budget.tokens {config.budget.tokens} is too small: {error}"
+        ) from None
+
+
+def measure(layers: int, ask: Ask, kept: int, interval: int, progress: Progress) -> Sensitivity:
+    """Compare the answers of every layer's pruning with the uncompressed ones.
+
+    Parameters
+    ----------
+    layers
+        L.
+    ask
+        Puts all prompts.
+    kept, interval
+        Tokens that a pruned layer keeps, and tokens between rounds.
+    progress
+        Counts answers.
+
+    Returns
+    -------
+    Sensitivity
+        Per layer, over the prompts.
+
+    Raises
+    ------
+    ConfigError
+        If no answer is long enough to be pruned.
+    """
+    whole = ask(None)
+    count = len(whole)
+    progress.show(count)
+    if max(map(len, whole)) <= kept + interval:
+        raise ConfigError(
+            f"--sensitivity: no answer has more than {kept + interval} tokens, so that nothing would be pruned; "
+            "give a larger --max-new-tokens or a smaller --budget"
+        )
+    changed, lost = [], []
+    for layer in range(layers):
+        common = [agreement(a, b) for a, b in zip(whole, ask(layer), strict=True)]
+        changed.append(sum(part < 1 for part in common) / count)
+        lost.append(1 - sum(common) / count)
+        progress.show((layer + 2) * count)
+    return Sensitivity(kept=kept, prompts=count, changed=tuple(changed), lost=tuple(lost))
+
+
+def agreement(whole: Sequence[int], pruned: Sequence[int]) -> float:
+    """Return the part of an answer before the first token that differs, 0 to 1; a longer answer differs at its end."""
+    same = next(
+        (i for i, (a, b) in enumerate(zip(whole, pruned, strict=False)) if a != b), min(len(whole), len(pruned))
+    )
+    return 1.0 if same == len(whole) == len(pruned) else same / max(len(whole), len(pruned))
+
+
+def run(task: Pass, prompts: Sequence[Sequence[int]], layers: int) -> Sensitivity:
+    """Start an engine and measure.
+
+    Parameters
+    ----------
+    task
+        The pass: model, configuration, length of answers, server arguments.
+    prompts
+        Token ids.
+    layers
+        L.
+
+    Raises
+    ------
+    ConfigError
+        If the configuration or the prompts cannot be used.
+    """
+    import sglang as sgl
+    from sglang.srt.managers.io_struct import SetInternalStateReq
+    from sglang.srt.server_args import prepare_server_args
+
+    longest = max(map(len, prompts)) + task.max_new_tokens + 1
+    config = configuration(task.config, layers, longest)
+    print(f"lethe profile: starting SGLang again, to prune {layers} layers one at a time", file=sys.stderr, flush=True)
+    engine = sgl.Engine(
+        server_args=prepare_server_args(
+            [
+                "--model-path", task.model_path, "--log-level", "error", "--random-seed", str(task.seed),
+                *task.server_args, "--kv-evict", config.policy,
+                "--kv-evict-config", json.dumps(config.model_dump(mode="json", exclude_unset=True)),
+            ]
+        )
+    )  # fmt: skip
+
+    def ask(layer: int | None) -> list[list[int]]:
+        if layer is not None:
+            _switch(engine, SetInternalStateReq(server_args={"kv_evict_arm": layer}))
+        params: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": task.max_new_tokens}
+        if layer is None:
+            params["custom_params"] = {"kv_evict": "none"}
+        answers = engine.generate(input_ids=[list(ids) for ids in prompts], sampling_params=params)
+        return [list(answer["output_ids"]) for answer in answers]
+
+    progress = Progress((layers + 1) * len(prompts), sys.stderr, "answers")
+    try:
+        return measure(
+            layers, ask, config.budget.layers[0] if config.budget.layers else 0, config.rounds.interval, progress
+        )
+    finally:
+        progress.end()
+        engine.shutdown()
+
+
+def _switch(engine: Any, request: Any) -> None:
+    """Send the engine over to another arm once it is idle."""
+    deadline = time.monotonic() + IDLE_SECONDS
+    while not all(engine.loop.run_until_complete(engine.tokenizer_manager.set_internal_state(request))):
+        if time.monotonic() > deadline:
+            raise RuntimeError("the engine refuses to go over to the next layer")
+        time.sleep(0.1)
