@@ -57,12 +57,12 @@ def test_the_ranks_get_the_budgets_of_the_profile_in_every_arm(server, kept):
     def expected(weights):
         return list(layer_budgets(4, 33, weights, 5, 0.25, 4.0, 4))
 
-    sparsity = kept.mean("hoyer")
+    concentration = kept.mean("concentration")
     report = server.lethe()
-    assert report["allocation"] == "profiled"
-    assert report["layers"] == expected([(1 - h) ** 2 for h in sparsity])
+    assert report["allocation"] == "concentration"
+    assert report["layers"] == expected([c**2 for c in concentration])
     assert len(set(report["layers"])) > 1 and sum(report["layers"]) == 4 * 33
-    wanted = ([33] * 4, expected(kept.mean("coverage_95")), expected([1 / (1 - h) for h in sparsity]))
+    wanted = ([33] * 4, expected(kept.mean("coverage_95")), expected([1 / c for c in concentration]))
     for arm, layers in enumerate(wanted):
         (reply,) = server.post("/set_internal_state", {"server_args": {"kv_evict_arm": arm}})
         assert reply is True
@@ -192,3 +192,31 @@ def test_measuring_by_hand_needs_the_overlap_scheduler_off(launcher, capsys):
     assert (
         "debug.measure: counts a step too many under overlap; set --disable-overlap-schedule" in capsys.readouterr().err
     )
+
+
+def test_every_layer_is_pruned_alone_and_the_budgets_follow(tmp_path):
+    """`lethe profile --sensitivity`: two more starts of SGLang."""
+    import subprocess
+    import sys
+
+    from lethe_sglang.allocation.profile import load
+
+    out = tmp_path / "profile.yaml"
+    command = [
+        sys.executable, "-m", "lethe_sglang.cli.main", "profile", "--model-path", str(MODEL), "--out", str(out),
+        "--num-prompts", "4", "--max-new-tokens", "150", "--budget", "48", "--sensitivity",
+        "--config", config(rounds={"interval": 8}, retain={"recent_ratio": 0.5}),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = load(out)
+    assert (found.sensitivity.kept, found.sensitivity.prompts) == (24, 4)
+    assert any(found.sensitivity.lost), "24 of 150 tokens lose nothing in any layer"
+    assert all(
+        (changed > 0) == (lost > 0)
+        for changed, lost in zip(found.sensitivity.changed, found.sensitivity.lost, strict=True)
+    )
+    assert found.budgets.allocation == "sensitivity" and sum(found.budgets.layers) == 4 * 48
+    order = sorted(range(4), key=found.sensitivity.changed.__getitem__)
+    assert found.budgets.layers[order[0]] <= found.budgets.layers[order[-1]]
+    assert "changed" in done.stdout and "20 of 20 answers" in done.stderr
