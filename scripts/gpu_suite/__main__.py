@@ -3,9 +3,10 @@
 bash scripts/gpu_suite.sh kernels            tests/kernels on the device
 bash scripts/gpu_suite.sh micro              each Triton kernel against its byte floor and a measured copy; attention
 bash scripts/gpu_suite.sh server             whole servers on dummy weights: stock, and lethe on each backend
+bash scripts/gpu_suite.sh trace              whether lethe's decode steps make the host wait more often than stock's
 bash scripts/gpu_suite.sh greedy             whether greedy replies of the bundled model depend on how they are served
 bash scripts/gpu_suite.sh report             the JSON of the other parts -> report.md
-bash scripts/gpu_suite.sh all                all five, one after the other
+bash scripts/gpu_suite.sh all                all six, one after the other
 
 Every part takes --dry-run (list what would run; needs no GPU), --minutes, --model and --out. A part that runs out of
 time or is killed keeps what it has measured; the same command goes on from there, on the same GPU and versions. Under

@@ -6,9 +6,9 @@ from gpu_suite.grid import INTERVAL, Point
 from gpu_suite.models import Shape
 
 
-def score_bytes(shape: Shape, batch: int, kept: int, recurrence: bool = False) -> int:
+def score_bytes(shape: Shape, batch: int, kept: int, recurrence: bool = False, fp8: bool = False) -> int:
     """K, index and states of the own cells; query, log-sum-exp, list ends, first, decay and step of the requests."""
-    cell = shape.kv_heads * shape.head_dim * shape.itemsize + 4 + (16 if recurrence else 8)
+    cell = shape.kv_heads * shape.head_dim * (1 if fp8 else shape.itemsize) + 4 + (16 if recurrence else 8)
     request = shape.heads * (shape.head_dim * shape.itemsize + 4) + 4 + 4 + 4 + 8
     return batch * (kept * cell + request) + 4
 
@@ -51,8 +51,8 @@ def floor_of(shape: Shape, point: Point) -> int:
     """Return the byte floor of a point; that of a round is that of its halves."""
     batch, layers = point.batch, shape.layers
     match point.kernel:
-        case "score":
-            return score_bytes(shape, batch, point.kept)
+        case "score" | "score-fp8":
+            return score_bytes(shape, batch, point.kept, fp8=point.kernel == "score-fp8")
         case "attention":
             return attention_bytes(shape, batch, point.length)
         case "indices":
@@ -75,6 +75,6 @@ def memory_of(shape: Shape, point: Point) -> int:
     cell = 2 * shape.kv_heads * shape.head_dim * shape.itemsize
     if point.kernel in ("repack", "round"):
         return point.batch * shape.layers * point.kept * (2 * cell + 64)
-    if point.kernel in ("score", "attention"):
+    if point.kernel in ("score", "score-fp8", "attention"):
         return point.batch * point.length * (cell + 32)
     return point.batch * (point.length + INTERVAL) * 64 * max(1, shape.layers // 4)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from gpu_suite import server
+from gpu_suite import server, trace
 from gpu_suite.grid import BATCHES, BUDGET, KEPTS, PREFIXES, Point
 from gpu_suite.models import MODELS
 from gpu_suite.settings import STOCK, compare, pairs
@@ -83,7 +83,7 @@ def score_to_attention(records: Records) -> Found:
         for key, record in part.items():
             other = part.get(key.replace("score", "attention"), {})
             both = record["status"] == other.get("status") == "measured"
-            if key.startswith("score") and key.endswith("prefix=0") and both:
+            if key.startswith("score ") and key.endswith("prefix=0") and both:
                 found.append((f"{model}, {key}", record["median_us"] / other["median_us"]))
     return found
 
@@ -130,6 +130,20 @@ def index_share(records: Records) -> Found:
     return found
 
 
+# -- trace -------------------------------------------------------------------------------------------------------------
+
+
+def waits_more_than_stock(records: Records) -> Found:
+    """Return how often a decode step of lethe makes the host wait, less a step of stock on FlashInfer, arm by arm."""
+    measured = {
+        tuple(key.split()): record for key, record in records["trace"].items() if record["status"] == "measured"
+    }
+    return [
+        (f"{model} {arm}", trace.per_step(record) - trace.per_step(measured[model, trace.REFERENCE]))
+        for (model, arm), record in measured.items() if arm in STOCK and (model, trace.REFERENCE) in measured
+    ]  # fmt: skip
+
+
 # -- greedy ------------------------------------------------------------------------------------------------------------
 
 
@@ -171,6 +185,8 @@ GOALS = (
          against_stock("full-16k", server.throughput)),
     Goal("pool full, 16k-token outputs: KV memory per request down by 90 % or more (mean over decode steps)", 90, True,
          " %", _M * _ARMS, against_stock("full-16k", server.held, saved=True)),
+    Goal("decode steps, rounds among them, make the host wait no more often than stock's on FlashInfer", 0, False,
+         " waits a step more than stock", _ARMS, waits_more_than_stock),
     Goal("deterministic mode: equal greedy output with and without CUDA graphs, with and without overlap, at "
          "concurrency 1, 40 and 100", 0, False, " replies differ", _ARMS * len(_PAIRS), replies_that_differ),
     Goal("without that mode: no more greedy replies differ than stock's on the same backend (in all over graphs, over "

@@ -51,7 +51,7 @@ class Point(NamedTuple):
     @property
     def tuned_at(self) -> Point:
         """The point whose configuration search serves this one: score and lists share theirs over lengths."""
-        return Point(self.kernel, self.batch, BUDGET) if self.kernel in ("score", "indices") else self
+        return Point(self.kernel, self.batch, BUDGET) if self.kernel in ("score", "score-fp8", "indices") else self
 
 
 def points() -> list[Point]:
@@ -62,4 +62,5 @@ def points() -> list[Point]:
     ]
     rounds = [Point(kernel, b, k) for k in KEPTS for b in BATCHES for kernel in ("repack", "select")]
     small = [Point(kernel, b) for b in BATCHES for kernel in ("zero", "schedule")]
-    return [*first, *rounds, Point("round", 64, BUDGET), *small, *(point for more in others for point in more)]
+    fp8 = [Point("score-fp8", b, k) for k in KEPTS for b in BATCHES]
+    return [*first, *rounds, Point("round", 64, BUDGET), *small, *fp8, *(point for more in others for point in more)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -31,11 +32,12 @@ def decode_lists(point: Point) -> tuple[torch.Tensor, torch.Tensor]:
     return indptr, indices
 
 
-def make_score(shape: Shape, point: Point) -> Launch:
+def make_score(shape: Shape, point: Point, keys_dtype: torch.dtype = torch.bfloat16) -> Launch:
     """One layer's score step."""
     indptr, indices = decode_lists(point)
     cells = indices.shape[0] + 1
     keys = torch.empty(cells, shape.kv_heads, shape.head_dim, device="cuda", dtype=torch.bfloat16).normal_()
+    keys = keys.to(keys_dtype)
     query = torch.randn(point.batch, shape.heads, shape.head_dim, device="cuda", dtype=torch.bfloat16)
     lse = torch.full((point.batch, shape.heads), 16.0, device="cuda")
     first = torch.full((point.batch,), point.prefix, dtype=torch.int32, device="cuda")
@@ -131,4 +133,5 @@ def make_schedule(shape: Shape, point: Point) -> Launch:
 MAKERS: dict[str, Callable[[Shape, Point], Launch]] = {
     "score": make_score, "attention": make_attention, "indices": make_indices, "repack": make_repack,
     "select": make_select, "round": make_round, "zero": make_zero, "schedule": make_schedule,
+    "score-fp8": functools.partial(make_score, keys_dtype=torch.float8_e4m3fn),
 }  # fmt: skip

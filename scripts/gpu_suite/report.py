@@ -12,8 +12,9 @@ from gpu_suite.greedy import Greedy
 from gpu_suite.kernels import Kernels
 from gpu_suite.micro import Micro
 from gpu_suite.server import Server
+from gpu_suite.trace import Trace
 
-PARTS: dict[str, Part] = {part.name: part for part in (Kernels(), Micro(), Server(), Greedy())}
+PARTS: dict[str, Part] = {part.name: part for part in (Kernels(), Micro(), Server(), Trace(), Greedy())}
 """The parts that measure, in the order in which they run and are reported."""
 
 

@@ -60,8 +60,13 @@ ARMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "stock-flashinfer": ("stock", ("--attention-backend", "flashinfer")),
     "idle-flashinfer": ("idle", ("--attention-backend", "flashinfer")),
     "idle-triton": ("idle", ("--attention-backend", "triton")),
+    "lethe-flashinfer-fp8": ("lethe", ("--attention-backend", "flashinfer", "--kv-cache-dtype", "fp8_e4m3")),
+    "stock-flashinfer-fp8": ("stock", ("--attention-backend", "flashinfer", "--kv-cache-dtype", "fp8_e4m3")),
 }
 """Arm -> arm of the benchmark, more server arguments. Idle: no round is ever due; measured where the pool is ample."""
+
+FP8_MODEL, FP8_CASES = "qwen2.5-7b", ("full-16k", "ample-4k")
+"""Where the KV cache is fp8, too; the pool has as many tokens, so half the bytes."""
 
 
 class Run(NamedTuple):
@@ -117,8 +122,14 @@ def runs(models: Sequence[str], repeats: int = 1) -> list[Run]:
     return [
         Run(model, case, arm, repeat)
         for repeat in range(1, repeats + 1) for model in models for case in CASES for arm in ARMS
-        if not arm.startswith("idle") or case.name.startswith("ample")
+        if _measured(model, case.name, arm)
     ]  # fmt: skip
+
+
+def _measured(model: str, case: str, arm: str) -> bool:
+    if arm.endswith("fp8"):
+        return model == FP8_MODEL and case in FP8_CASES
+    return case.startswith("ample") or not arm.startswith("idle")
 
 
 def plan_of(run: Run, folder: Path, timeout: float = 540) -> Plan:
