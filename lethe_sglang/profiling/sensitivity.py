@@ -26,6 +26,11 @@ Ask = Callable[[int | None], list[list[int]]]
 """Puts all prompts with a layer pruned (None: none) and returns the token ids of the answers."""
 
 
+def kept_by(config: EvictionConfig) -> int:
+    """Return what a pruned layer keeps: half of the mean budget, in tokens."""
+    return config.budget.tokens // 2
+
+
 def configuration(config: EvictionConfig, layers: int, longest: int) -> EvictionConfig:
     """Return the configuration of the pass: one arm a layer, in which that layer alone is pruned.
 
@@ -44,7 +49,7 @@ def configuration(config: EvictionConfig, layers: int, longest: int) -> Eviction
     ConfigError
         If half the budget is too small for the policy's sinks.
     """
-    kept = config.budget.tokens // 2
+    kept = kept_by(config)
     recent = kept // 2
     mean = (kept + (layers - 1) * longest) // layers
 
@@ -162,9 +167,7 @@ def run(task: Pass, prompts: Sequence[Sequence[int]], layers: int) -> Sensitivit
 
     progress = Progress((layers + 1) * len(prompts), sys.stderr, "answers")
     try:
-        return measure(
-            layers, ask, config.budget.layers[0] if config.budget.layers else 0, config.rounds.interval, progress
-        )
+        return measure(layers, ask, kept_by(task.config), config.rounds.interval, progress)
     finally:
         progress.end()
         engine.shutdown()
