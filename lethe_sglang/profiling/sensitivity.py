@@ -150,7 +150,7 @@ def run(task: Pass, prompts: Sequence[Sequence[int]], layers: int) -> Sensitivit
         server_args=prepare_server_args(
             [
                 "--model-path", task.model_path, "--log-level", "error", "--random-seed", str(task.seed),
-                *task.server_args, "--kv-evict", config.policy,
+                "--disable-cuda-graph", *task.server_args, "--kv-evict", config.policy,
                 "--kv-evict-config", json.dumps(config.model_dump(mode="json", exclude_unset=True)),
             ]
         )

@@ -10,7 +10,7 @@ import math
 from types import SimpleNamespace
 
 import pytest
-from conftest import MODEL, config
+from conftest import MODEL, STRICT, config
 
 pytest.importorskip("sglang")
 ARMS = [{"budget": {"allocation": "uniform"}}, {"budget": {"allocation": "zipvl"}}, {"budget": {"alpha": -1.0}}]
@@ -196,6 +196,7 @@ def test_measuring_by_hand_needs_the_overlap_scheduler_off(launcher, capsys):
 
 def test_every_layer_is_pruned_alone_and_the_budgets_follow(tmp_path):
     """`lethe profile --sensitivity`: two more starts of SGLang."""
+    import os
     import subprocess
     import sys
 
@@ -207,7 +208,8 @@ def test_every_layer_is_pruned_alone_and_the_budgets_follow(tmp_path):
         "--num-prompts", "4", "--max-new-tokens", "150", "--budget", "48", "--sensitivity",
         "--config", config(rounds={"interval": 8}, retain={"recent_ratio": 0.5}),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    environment = {**os.environ, **STRICT}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     found = load(out)
     assert (found.sensitivity.kept, found.sensitivity.prompts) == (24, 4)
