@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measures on a GPU, offline (see gpu_suite/):
-#   bash scripts/gpu_suite.sh kernels|micro|server|greedy|report|all [--dry-run]
+#   bash scripts/gpu_suite.sh kernels|micro|server|trace|greedy|report|all [--dry-run]
 # Takes the Python of LETHE_PYTHON, else of .venv, else python3; installs nothing.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -12,6 +12,8 @@ timing     time of a launch, and of a copy of as many bytes
 kernels    part: tests/kernels on the device
 micro      part: each kernel over the grid
 server     part: whole servers, dummy weights
+waits      what makes the host wait in a trace of decode steps
+trace      part: waits of decode steps against stock's
 settings   servers whose greedy output is compared, and the pairs of their passes
 replies    greedy replies of one server
 greedy     part: greedy output with and without CUDA graphs and overlap, and over concurrencies

@@ -83,7 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("part", choices=(*PARTS, "report", "all"))
     parser.add_argument("--dry-run", action="store_true", help="list what would run")
-    parser.add_argument("--model", choices=tuple(MODELS), help="one model of micro and server (default: both)")
+    parser.add_argument("--model", choices=tuple(MODELS),
+                        help="one model of micro, server and trace (default: both; trace: the first)")  # fmt: skip
     parser.add_argument("--minutes", type=float, default=9, help="longest run of a part (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=1, help="measurements of each server run (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "gpu",

@@ -133,15 +133,20 @@ def index_share(records: Records) -> Found:
 # -- trace -------------------------------------------------------------------------------------------------------------
 
 
-def waits_more_than_stock(records: Records) -> Found:
-    """Return how often a decode step of lethe makes the host wait, less a step of stock on FlashInfer, arm by arm."""
-    measured = {
-        tuple(key.split()): record for key, record in records["trace"].items() if record["status"] == "measured"
-    }
-    return [
-        (f"{model} {arm}", trace.per_step(record) - trace.per_step(measured[model, trace.REFERENCE]))
-        for (model, arm), record in measured.items() if arm in STOCK and (model, trace.REFERENCE) in measured
-    ]  # fmt: skip
+def more_than_stock(field: str) -> Callable[[Records], Found]:
+    """Return a reader of ``waits`` or ``copies`` of lethe's decode steps, arm by arm, less those of stock's."""
+
+    def read(records: Records) -> Found:
+        found = {
+            tuple(key.split()): trace.per_step(record, field)
+            for key, record in records["trace"].items() if record["status"] == "measured"
+        }  # fmt: skip
+        return [
+            (f"{model} {arm}", value - found[model, trace.REFERENCE])
+            for (model, arm), value in found.items() if arm in STOCK and (model, trace.REFERENCE) in found
+        ]  # fmt: skip
+
+    return read
 
 
 # -- greedy ------------------------------------------------------------------------------------------------------------
@@ -186,7 +191,9 @@ GOALS = (
     Goal("pool full, 16k-token outputs: KV memory per request down by 90 % or more (mean over decode steps)", 90, True,
          " %", _M * _ARMS, against_stock("full-16k", server.held, saved=True)),
     Goal("decode steps, rounds among them, make the host wait no more often than stock's on FlashInfer", 0, False,
-         " waits a step more than stock", _ARMS, waits_more_than_stock),
+         " waits a step more than stock", _ARMS, more_than_stock("waits")),
+    Goal("decode steps, rounds among them, copy no more often to the host than stock's on FlashInfer", 0, False,
+         " copies a step more than stock", _ARMS, more_than_stock("copies")),
     Goal("deterministic mode: equal greedy output with and without CUDA graphs, with and without overlap, at "
          "concurrency 1, 40 and 100", 0, False, " replies differ", _ARMS * len(_PAIRS), replies_that_differ),
     Goal("without that mode: no more greedy replies differ than stock's on the same backend (in all over graphs, over "

@@ -8,7 +8,6 @@ as many whole steps, so the counts do not depend on how fast anything is: there 
 from __future__ import annotations
 
 import functools
-import json
 import re
 import shlex
 import time
@@ -85,9 +84,8 @@ def trace_plan(model: str, arm: str, folder: Path) -> Plan:
 
 def run(results: Results, deadline: float, model: str, folder: Path) -> None:
     """Trace every server that has no record yet, as long as there is time."""
-    if results.todo():
-        write_model(folder / model, MODELS[model])
-        measure_each(results, deadline, lambda key, seconds: measure(model, key.split()[1], folder, seconds))
+    write_model(folder / model, MODELS[model])
+    measure_each(results, deadline, lambda key, seconds: measure(model, key.split()[1], folder, seconds))
 
 
 def measure(model: str, arm: str, folder: Path, seconds: float) -> dict[str, Any]:
@@ -155,9 +153,9 @@ def profile_request(path: Path) -> dict[str, Any]:
             "with_stack": False, "record_shapes": False}  # fmt: skip
 
 
-def per_step(record: dict[str, Any]) -> float:
-    """Return the waits per decode step, those of all names."""
-    return float(sum(record["waits"].values()) / record["steps"])
+def per_step(record: dict[str, Any], field: str) -> float:
+    """Return ``waits`` or ``copies`` per decode step, those of all names."""
+    return float(sum(record[field].values()) / record["steps"])
 
 
 def _by_name(record: dict[str, Any], field: str) -> str:
@@ -176,5 +174,5 @@ def _wait(done: Callable[[], bool], load: Future[str]) -> None:
 
     while not done():
         if load.done():
-            raise ServerError(f"the load was over before the trace: {load.exception() or json.loads(load.result())}")
+            raise ServerError(f"the load was over before the trace: {load.exception() or 'all replies are there'}")
         time.sleep(0.2)

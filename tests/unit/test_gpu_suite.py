@@ -141,7 +141,8 @@ def test_byte_floors():
 def test_fp8_keys_change_a_points_floor_and_its_search_but_no_goal():
     wide, narrow = Point("score", 64, 512), Point("score-fp8", 64, 512)
     assert floors.floor_of(TINY, wide) - floors.floor_of(TINY, narrow) == 64 * 512 * 16
-    assert narrow.tuned_at == Point("score-fp8", 64, 1024) and floors.memory_of(TINY, narrow) >= 64 * 512 * 3 * 16
+    assert narrow.tuned_at == Point("score-fp8", 64, 1024)
+    assert floors.memory_of(TINY, narrow) == floors.memory_of(TINY, wide), "they are made as bf16"
     micro = {narrow.key: timed(1.0), wide.key.replace("score", "attention"): timed(1.0)}
     records = {name: {} for name in PARTS} | {"micro": {"qwen2.5-7b": micro}}
     assert not any(goal.values(records) for goal in GOALS)
@@ -314,6 +315,7 @@ def test_the_report_marks_every_goal_from_the_json(tmp_path):
         "not yet run on a GPU in full: 1 of 12 points; worst 0.98x",
         "missed: worst 2.5x",
         "not yet run on a GPU in full: 1 of 4 points; worst 95 %",
+        "not yet run on a GPU",
         "not yet run on a GPU",
         "not yet run on a GPU",
         "not yet run on a GPU",

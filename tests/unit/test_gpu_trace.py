@@ -3,6 +3,8 @@
 import gzip
 import json
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,11 @@ sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 
 from gpu_suite import trace
 from gpu_suite.__main__ import main
-from gpu_suite.goals import waits_more_than_stock
+from gpu_suite.goals import GOALS, more_than_stock
+from gpu_suite.results import Results
 from gpu_suite.waits import count_waits, is_wait, read_trace
+
+from lethe_sglang.evaluation import servers
 
 DECODE = "step[DECODE bs=16]"
 
@@ -96,6 +101,140 @@ def test_a_trace_may_be_gzipped(tmp_path, name):
     assert count_waits(read_trace(tmp_path / name), 16).steps == 1
 
 
+def test_what_torchs_profiler_writes_is_read(tmp_path):
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        for _ in range(3):
+            with torch.profiler.record_function(DECODE):
+                torch.ones(1)
+    profiler.export_chrome_trace(str(tmp_path / "t.json.gz"))
+    with pytest.raises(ValueError, match="0 graphs were launched in 2 steps"):  # so it has found three spans
+        count_waits(read_trace(tmp_path / "t.json.gz"), 16)
+
+
+# -- servers -----------------------------------------------------------------------------------------------------------
+
+
+class Double:
+    """A server that logs decode steps when it has a load, and writes a trace when the profiler is started."""
+
+    def __init__(self, command, port, log):
+        self.command, self.log, self.evicts, self.rounds = command, log, "--kv-evict" in command, 5
+        self.during, self.written, self.lines, self.asked = 64, {"traceEvents": []}, 10_000, []
+        self.over = threading.Event()
+
+    def __enter__(self):
+        self.log.write_text("Decode batch, #running-req: 16, #token: 1\n" * 10_000)
+        return self
+
+    def __exit__(self, *_):
+        self.over.set()
+
+    def get(self, path):
+        return {"internal_states": [{"lethe": {"rounds": self.rounds}} if self.evicts else {}]}
+
+    def post(self, path, body):
+        self.asked.append((path, body))
+        if path == "/generate":
+            with self.log.open("a") as log:
+                log.write("Decode batch, #running-req: 15, #token: 1\n" * 10_000)
+                log.write("Decode batch, #running-req: 16, #token: 1\n" * self.lines)
+            assert self.over.wait(10)
+        else:
+            self.rounds += self.during
+            path = Path(body["output_dir"], f"{body['profile_id']}-TP-0.trace.json.gz")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(gzip.compress(json.dumps(self.written).encode()))
+        return ""
+
+
+@pytest.fixture
+def suite(monkeypatch, tmp_path):
+    """Run the part on doubles that ``change`` has changed; returns the records and the doubles."""
+    monkeypatch.setattr(trace, "write_model", lambda *_: None)
+    keys = [f"qwen2.5-7b {arm}" for arm in trace.ARMS_TRACED]
+    header = {"part": "trace", "model": "qwen2.5-7b", "gpus": ["TEST-GPU"], "versions": {}, "commit": "test"}
+
+    def run(change, seconds=500):
+        started = []
+
+        class Started(Double):
+            def __enter__(self):
+                started.append(self)
+                self.written = {"traceEvents": steps(["cudaEventSynchronize"], ["cudaEventSynchronize"])}
+                change(self)
+                return super().__enter__()
+
+        monkeypatch.setattr(servers, "Server", Started)
+        results = Results(tmp_path / "trace.json", header, keys)
+        trace.run(results, time.monotonic() + seconds, "qwen2.5-7b", tmp_path)
+        return results.records, started
+
+    return run
+
+
+def test_every_server_is_traced_under_a_steady_load_and_recorded(suite, tmp_path):
+    records, started = suite(lambda server: None)
+    assert list(records) == [f"qwen2.5-7b {arm}" for arm in trace.ARMS_TRACED]
+    for key, found in records.items():
+        assert found["status"] == "measured" and found["waits"] == {"cudaEventSynchronize": 2}, key
+        assert (found["steps"], found["rounds"]) == (2, 0 if "stock" in key else 64)
+        assert "--load-format dummy" in found["command"] and str(tmp_path) not in found["command"]
+        assert (tmp_path / "traces" / found["trace"]).is_file()
+    for server in started:
+        (load, body), (profile, _) = server.asked
+        assert (load, profile) == ("/generate", "/start_profile")
+        assert len({tuple(prompt) for prompt in body["input_ids"]}) == 16, "prompts of one prefix would share it"
+        assert body["sampling_params"]["ignore_eos"] and body["sampling_params"]["max_new_tokens"] == 8192
+    again, more = suite(lambda server: None)
+    assert again == records and more == [], "a server was started although nothing is left"
+
+
+def test_the_trace_begins_when_all_requests_have_had_rounds(suite, tmp_path):
+    plan = trace.trace_plan("qwen2.5-7b", "lethe-flashinfer", tmp_path)
+    least = plan.first_round + 2 * plan.config.rounds.interval
+    plan.check()
+    assert least + trace.FORWARDS < plan.output_len / 4
+
+    def one_short(server):
+        server.lines = least - 1
+        threading.Timer(1.0, server.over.set).start()
+
+    records, started = suite(one_short)
+    assert [path for server in started for path, _ in server.asked] == ["/generate"] * 3
+    assert all("the load was over before the trace" in found["message"] for found in records.values())
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"during": 0}, "no round was run in the traced steps"),
+        ({"written": {"traceEvents": []}}, "qwen2.5-7b-lethe-triton-TP-0.trace.json.gz: 0 forward passes are no whole"),
+        ({"evicts": False}, "does not report eviction"),
+    ],
+)
+def test_a_trace_that_is_not_what_it_should_be_is_a_failure(suite, change, message):
+    records, _ = suite(lambda server: vars(server).update(change) if server.evicts else None)
+    assert [found["status"] for found in records.values()] == ["measured", "failed", "failed"]
+    assert message in records["qwen2.5-7b lethe-triton"]["message"]
+
+
+def test_a_trace_of_before_is_not_taken_for_a_new_one(suite, tmp_path):
+    path = tmp_path / "traces" / "qwen2.5-7b-stock-flashinfer-TP-0.trace.json.gz"
+    path.parent.mkdir()
+    path.write_bytes(gzip.compress(json.dumps({"traceEvents": steps(["cudaMemcpy"])}).encode()))
+
+    def nothing_written(server):
+        server.post = lambda path, body: Double.post(server, path, body) if path == "/generate" else ""
+
+    records, _ = suite(nothing_written, seconds=2)
+    assert records["qwen2.5-7b stock-flashinfer"]["status"] == "unfinished" and len(records) == 1
+
+
+# -- plan, goals, table ------------------------------------------------------------------------------------------------
+
+
 def test_one_server_an_arm_is_listed_with_rounds_that_come_due(capsys):
     assert main(["trace", "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -119,14 +258,27 @@ def record(waits, steps=64, **more):
 
 
 def test_lethe_is_judged_against_stock_on_flashinfer_and_failures_by_nothing():
+    copies = {"Memcpy DtoH (Device -> Pinned)": 64}
     records = {
-        "m stock-flashinfer": record({"cudaEventSynchronize": 64}),
-        "m lethe-flashinfer": record({"cudaEventSynchronize": 64, "cudaStreamSynchronize": 16}),
+        "m stock-flashinfer": record({"cudaEventSynchronize": 64}, copies=copies),
+        "m lethe-flashinfer": record({"cudaEventSynchronize": 64, "cudaStreamSynchronize": 16}, copies=copies),
         "m lethe-triton": {"status": "failed", "message": "no"},
     }
-    assert waits_more_than_stock({"trace": records}) == [("m lethe-flashinfer", 0.25)]
+    assert more_than_stock("waits")({"trace": records}) == [("m lethe-flashinfer", 0.25)]
+    assert more_than_stock("copies")({"trace": records}) == [("m lethe-flashinfer", 0)]
     del records["m stock-flashinfer"]
-    assert waits_more_than_stock({"trace": records}) == []
+    assert more_than_stock("waits")({"trace": records}) == []
+
+
+def test_one_wait_or_copy_too_many_misses_its_goal_and_none_meets_it():
+    waits, copies = {"cudaEventSynchronize": 64}, {"Memcpy DtoH (Device -> Pinned)": 64}
+    arms = {f"m {arm}": record(dict(waits), copies=dict(copies)) for arm in trace.ARMS_TRACED}
+    goals = [goal for goal in GOALS if "stock's on FlashInfer" in goal.text]
+    assert [goal.mark({"trace": arms})[:5] for goal in goals] == ["met: "] * 2
+    arms["m lethe-triton"]["copies"]["Memcpy DtoH (Device -> Pageable)"] = 1
+    assert [goal.mark({"trace": arms})[:5] for goal in goals] == ["met: ", "misse"]
+    arms["m lethe-flashinfer"]["waits"]["cudaMemcpy"] = 1
+    assert [goal.mark({"trace": arms})[:5] for goal in goals] == ["misse"] * 2
 
 
 def test_the_table_has_a_row_a_server():
