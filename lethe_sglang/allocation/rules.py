@@ -18,6 +18,11 @@ SMALLEST = 1e-6
 PYRAMID_BETA = 20
 """PyramidKV's beta: the top layer's share is 1 / beta of the mean."""
 
+NO_SENSITIVITY = (
+    "budget.allocation sensitivity: the profile has none; make one with lethe profile --sensitivity --out FILE "
+    "and set budget.profile to FILE, or set budget.allocation to concentration"
+)
+
 Rule = Callable[[Profile, float], Sequence[float]]
 
 
@@ -41,10 +46,7 @@ def sensitivity(profile: Profile, alpha: float) -> list[float]:
         If the profile has no sensitivity.
     """
     if profile.sensitivity is None:
-        raise ConfigError(
-            "budget.allocation sensitivity: the profile has none; make one with lethe profile --sensitivity --out FILE "
-            "and set budget.profile to FILE, or set budget.allocation to concentration"
-        )
+        raise ConfigError(NO_SENSITIVITY)
     values = profile.sensitivity.changed
     mean = sum(values) / len(values)
     return [(value + mean) ** alpha if mean else 1.0 for value in values]

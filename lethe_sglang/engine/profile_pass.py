@@ -19,6 +19,7 @@ from typing import Any
 
 from lethe_sglang.allocation.budgets import from_config
 from lethe_sglang.allocation.profile import ModelFingerprint, Profile, digest, load
+from lethe_sglang.allocation.rules import NO_SENSITIVITY
 from lethe_sglang.config import ConfigError, EvictionConfig
 from lethe_sglang.config.schema import FROM_PROFILE
 from lethe_sglang.engine import profile_cache
@@ -90,7 +91,8 @@ def settle(
             if source == "auto" and make is None:
                 continue
             if source not in profiles:
-                profiles[source] = _profile(source, model, make, folder)
+                maker = _refuse if make is not None and arm.budget.allocation == "sensitivity" else make
+                profiles[source] = _profile(source, model, maker, folder)
             profile = profiles[source]
         elif arm.budget.allocation in FROM_PROFILE:
             logger.info("KV eviction: budget.profile none: all layers get the same budget")
@@ -108,6 +110,11 @@ def _profile(source: str, model: ModelFingerprint, make: Make | None, folder: Pa
     if differing := profile.model.numeric_differences(model):
         logger.warning("KV eviction: %s was measured with %s; it is used all the same", where, ", ".join(differing))
     return profile
+
+
+def _refuse(path: Path) -> None:
+    """Stand in for a pass that would not measure what the allocation needs."""
+    raise ConfigError(NO_SENSITIVITY)
 
 
 def fingerprint_of(model: Any, resolved: Any) -> ModelFingerprint:

@@ -82,7 +82,10 @@ def fill_lists(
     indices: torch.Tensor,
 ) -> None:
     """Write one layer's lists and where each begins: ``triton.indices.fill_lists``."""
-    _fill(req_to_token, table, rows, seq_lens, layer, blocks, indptr, indices, fill_indptr=True)
+    batch, lines = rows.shape[0], table[rows]
+    indptr[0] = 0
+    indptr[1 : batch + 1] = (lines[:, 0] + lines[:, 4 + layer] + seq_lens - lines[:, 1]).cumsum(0)
+    fill_indices(req_to_token, table, rows, seq_lens, layer, blocks, indptr, indices)
 
 
 def fill_indices(
@@ -96,29 +99,12 @@ def fill_indices(
     indices: torch.Tensor,
 ) -> None:
     """Write one layer's lists where ``indptr`` says: ``triton.indices.fill_indices``."""
-    _fill(req_to_token, table, rows, seq_lens, layer, blocks, indptr, indices, fill_indptr=False)
-
-
-def _fill(
-    req_to_token: torch.Tensor,
-    table: torch.Tensor,
-    rows: torch.Tensor,
-    seq_lens: torch.Tensor,
-    layer: int,
-    blocks: int,
-    indptr: torch.Tensor,
-    indices: torch.Tensor,
-    fill_indptr: bool,
-) -> None:
     batch, num_layers = rows.shape[0], (table.shape[1] - 4) // 2
     lines = table[rows]
     kept, offset = lines[:, 4 : 4 + num_layers], lines[:, 4 + num_layers :]
     width = int((lines[:, 0] + kept[:, layer] + seq_lens - lines[:, 1]).amax()) if batch else 0
     lists = token_lists(req_to_token, rows, seq_lens, lines[:, 0], lines[:, 1], kept, offset, blocks, width)
     length = lists.length[layer]
-    if fill_indptr:
-        indptr[0] = 0
-        indptr[1 : batch + 1] = length.cumsum(0)
     begin, end = indptr[:batch].to(torch.int64).unsqueeze(1), indptr[1 : batch + 1].to(torch.int64).unsqueeze(1)
     j = torch.arange(width, device=rows.device).unsqueeze(0)
     fits = (j < length.unsqueeze(1)) & (begin + j < end) & (begin + j < indices.shape[0])

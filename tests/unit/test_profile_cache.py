@@ -173,6 +173,16 @@ def test_arms_choose_their_allocation_and_share_one_measuring(tmp_path):
     assert other[3] == min(other) and list(pyramid) == sorted(pyramid, reverse=True)
 
 
+def test_no_pass_is_run_for_an_allocation_that_it_does_not_serve(tmp_path):
+    make, cache = Fake(), tmp_path / "cache"
+    with pytest.raises(ConfigError, match=r"budget.allocation sensitivity: the profile has none; make one with lethe"):
+        profile_pass.settle(config(allocation="sensitivity"), MODEL, make, cache)
+    assert make.paths == []
+    save(profile(changed=(0.4, 0.0, 0.1, 0.1)), file_of(MODEL, cache))
+    (budgets,) = profile_pass.settle(config(allocation="sensitivity"), MODEL, never, cache)
+    assert budgets[0] == max(budgets) and budgets[1] == min(budgets)
+
+
 def test_before_the_start_files_are_checked_and_nothing_is_measured(tmp_path):
     assert profile_pass.settle(config(allocation="profiled"), MODEL, None) == ()
     with pytest.raises(ConfigError, match=r"budget.profile .*nowhere.yaml: cannot be read"):
