@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-# ruff: noqa: E501 - a table of source lines
+
 """Break the code on purpose, one place at a time, on a copy of the tree, and see the named tests go red.
 
 python scripts/mutants.py [--engine] [NAME ...]     without --engine only those whose tests start no server
@@ -44,77 +44,156 @@ ARTIFACT, MEASURE, CACHE = (
 PAGE8 = f"{SERVE} -k page8"
 STORM = "tests/engine/test_pressure.py -k storm"
 MUTANTS = {
-    "sinks are not pinned": Mutant(ROUNDS, "select(rank, valid, pinned, count)", "select(rank, valid, ~valid, count)", UNIT),
-    "blocks that moved are freed": Mutant(ROUNDS, "p.old_tail + p.moved_pages, p.new_tail - p.old_tail - p.moved_pages",
-                                          "p.old_tail, p.new_tail - p.old_tail", UNIT),
+    "sinks are not pinned": Mutant(
+        ROUNDS, "select(rank, valid, pinned, count)", "select(rank, valid, ~valid, count)", UNIT
+    ),
+    "blocks that moved are freed": Mutant(
+        ROUNDS,
+        "p.old_tail + p.moved_pages, p.new_tail - p.old_tail - p.moved_pages",
+        "p.old_tail, p.new_tail - p.old_tail",
+        UNIT,
+    ),
     "a shrunk request keeps its blocks": Mutant(ROUNDS, "max(p.old_packed - p.new_packed, 0)) for", "0) for", UNIT),
-    "the tail is packed in the wrong layer": Mutant(ROUNDS, "(number % num_layers) * cells.blocks",
-                                                    "((number + 1) % num_layers) * cells.blocks", UNIT),
-    "states stay behind": Mutant(ROUNDS, "if id(b) not in anew], source",
-                                 "if id(b) not in anew and b is not cells.score], source", UNIT),
-    "ties go to the earlier token": Mutant("lethe_sglang/kernels/repack.py", "order = (n - 1) - order",
-                                           "order = (n - 1) - order if False else key.argsort(-1, True, stable=True)", UNIT),
-    "the recent window shrinks": Mutant(LEDGER, "committed - self.recent, self.page_size", "committed, self.page_size", UNIT),
+    "the tail is packed in the wrong layer": Mutant(
+        ROUNDS, "(number % num_layers) * cells.blocks", "((number + 1) % num_layers) * cells.blocks", UNIT
+    ),
+    "states stay behind": Mutant(
+        ROUNDS, "if id(b) not in anew], source", "if id(b) not in anew and b is not cells.score], source", UNIT
+    ),
+    "ties go to the earlier token": Mutant(
+        "lethe_sglang/kernels/repack.py",
+        "order = (n - 1) - order",
+        "order = (n - 1) - order if False else key.argsort(-1, True, stable=True)",
+        UNIT,
+    ),
+    "the recent window shrinks": Mutant(
+        LEDGER, "committed - self.recent, self.page_size", "committed, self.page_size", UNIT
+    ),
     "rounds ignore their interval": Mutant(LEDGER, "max(self.interval, room + 1)", "room + 1", UNIT),
     "the device table is not written": Mutant(LEDGER, "lines.to(device, non_blocking=True)", "self.table[rows]", UNIT),
-    "scores do not decay": Mutant("lethe_sglang/kernels/score.py", ".mul_(decay).add_", ".add_", "tests/unit/test_score.py"),
-    "the breakpoint ignores the mean": Mutant("lethe_sglang/allocation/breakpoint.py", "if total > limit:", "if False:",
-                                              "tests/unit/test_breakpoint.py"),
-    "an upward import": Mutant("lethe_sglang/cache/layout.py", "from itertools import accumulate",
-                               "from itertools import accumulate\nimport lethe_sglang.engine.compat",
-                               "tests/unit/test_architecture.py"),
+    "scores do not decay": Mutant(
+        "lethe_sglang/kernels/score.py", ".mul_(decay).add_", ".add_", "tests/unit/test_score.py"
+    ),
+    "the breakpoint ignores the mean": Mutant(
+        "lethe_sglang/allocation/breakpoint.py", "if total > limit:", "if False:", "tests/unit/test_breakpoint.py"
+    ),
+    "an upward import": Mutant(
+        "lethe_sglang/cache/layout.py",
+        "from itertools import accumulate",
+        "from itertools import accumulate\nimport lethe_sglang.engine.compat",
+        "tests/unit/test_architecture.py",
+    ),
     "the memory is not renewed": Mutant(ROUNDS, "(cells.memory, remembered)", "(cells.memory, None)", f"{REF} -k gkv"),
-    "windows reach behind a round": Mutant(LEDGER, "max(state.due_at - self.window, committed)", "state.due_at - self.window",
-                                           f"{REF} -k snapkv"),
+    "windows reach behind a round": Mutant(
+        LEDGER, "max(state.due_at - self.window, committed)", "state.due_at - self.window", f"{REF} -k snapkv"
+    ),
     "redundancy is of who looks": Mutant(FEATURES, "cosine.sum(-2)", "cosine.sum(-1)", f"{REF} -k rkv"),
     "pooling takes the largest": Mutant(FEATURES, 'if how == "avg" else', "if False else", f"{REF} -k snapkv"),
-    "max is a sum": Mutant("lethe_sglang/kernels/score.py", "torch.maximum(score.mul_(decay), attention)",
-                           "score.mul_(decay).add(attention)", f"{REF} -k morphkv"),
-    "gaps are not remembered": Mutant("lethe_sglang/kernels/score.py", "torch.maximum(memory, gap)", "gap", f"{REF} -k lazy"),
-    "keys like the mean stay": Mutant("lethe_sglang/policies/keydiff.py", 'return -candidates', "return candidates",
-                                      f"{REF} -k keydiff"),
-    "the shadow looks at keys only": Mutant("lethe_sglang/cache/shadow.py", '("value", self.copy[1], self.store.value)',
-                                            '("value", self.copy[0], self.store.key)', "tests/unit/test_shadow.py"),
-    "the shadow does not mind the order": Mutant("lethe_sglang/cache/shadow.py", "if not bool(ascending.all()) or", "if False or",
-                                                 "tests/unit/test_shadow.py"),
-    "hoyer is not normalised": Mutant("lethe_sglang/allocation/sparsity.py", "(root - 1).clamp(min=1e-6)", "root",
-                                      "tests/unit/test_sparsity.py"),
-    "sparse layers get more": Mutant("lethe_sglang/allocation/rules.py", "max(1 - h, SMALLEST)", "max(h, SMALLEST)", ARTIFACT),
-    "profiles of other heads pass": Mutant("lethe_sglang/allocation/profile.py", '    "kv_heads": "KV heads",\n', "", ARTIFACT),
-    "rows keep what they had measured": Mutant("lethe_sglang/attention/measure.py", "tensor[:, row] = 0", "pass", MEASURE),
-    "a use is forgotten": Mutant("lethe_sglang/attention/measure.py", "torch.where(used | (valid", "torch.where((valid", MEASURE),
-    "nobody locks the cache": Mutant("lethe_sglang/engine/profile_cache.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_UN", CACHE),
-    "the lock's holder is not asked": Mutant("lethe_sglang/engine/profile_cache.py", "if (found := _read(path, model)) is None:",
-                                             "if (found := None) is None:", CACHE),
-    "an interrupted pass starts over": Mutant("lethe_sglang/profiling/run.py", "for n, r in partial.load().items()",
-                                              "for n, r in {}.items()", "tests/unit/test_profiling.py"),
-    "the prompt is not counted": Mutant("lethe_sglang/allocation/deployment.py", "return self.prompt + min(", "return min(",
-                                        "tests/unit/test_plan.py"),
-    "fp8 keys are ranked as bytes": Mutant(ROUNDS, "cells.keys[c].float()", "cells.key[c].float()",
-                                           "tests/unit/test_flashinfer_backend.py -k fp8"),
-    "ranks do not compare what they kept": Mutant("lethe_sglang/engine/runtime.py", "if len(set(digests)) > 1:", "if False:",
-                                                  "tests/unit/test_rank_agreement.py"),
+    "max is a sum": Mutant(
+        "lethe_sglang/kernels/score.py",
+        "torch.maximum(score.mul_(decay), attention)",
+        "score.mul_(decay).add(attention)",
+        f"{REF} -k morphkv",
+    ),
+    "gaps are not remembered": Mutant(
+        "lethe_sglang/kernels/score.py", "torch.maximum(memory, gap)", "gap", f"{REF} -k lazy"
+    ),
+    "keys like the mean stay": Mutant(
+        "lethe_sglang/policies/keydiff.py", "return -candidates", "return candidates", f"{REF} -k keydiff"
+    ),
+    "the shadow looks at keys only": Mutant(
+        "lethe_sglang/cache/shadow.py",
+        '("value", self.copy[1], self.store.value)',
+        '("value", self.copy[0], self.store.key)',
+        "tests/unit/test_shadow.py",
+    ),
+    "the shadow does not mind the order": Mutant(
+        "lethe_sglang/cache/shadow.py", "if not bool(ascending.all()) or", "if False or", "tests/unit/test_shadow.py"
+    ),
+    "hoyer is not normalised": Mutant(
+        "lethe_sglang/allocation/sparsity.py", "(root - 1).clamp(min=1e-6)", "root", "tests/unit/test_sparsity.py"
+    ),
+    "sparse layers get more": Mutant(
+        "lethe_sglang/allocation/rules.py", "max(1 - h, SMALLEST)", "max(h, SMALLEST)", ARTIFACT
+    ),
+    "profiles of other heads pass": Mutant(
+        "lethe_sglang/allocation/profile.py", '    "kv_heads": "KV heads",\n', "", ARTIFACT
+    ),
+    "rows keep what they had measured": Mutant(
+        "lethe_sglang/attention/measure.py", "tensor[:, row] = 0", "pass", MEASURE
+    ),
+    "a use is forgotten": Mutant(
+        "lethe_sglang/attention/measure.py", "torch.where(used | (valid", "torch.where((valid", MEASURE
+    ),
+    "nobody locks the cache": Mutant(
+        "lethe_sglang/engine/profile_cache.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_UN", CACHE
+    ),
+    "the lock's holder is not asked": Mutant(
+        "lethe_sglang/engine/profile_cache.py",
+        "if (found := _read(path, model)) is None:",
+        "if (found := None) is None:",
+        CACHE,
+    ),
+    "an interrupted pass starts over": Mutant(
+        "lethe_sglang/profiling/run.py",
+        "for n, r in partial.load().items()",
+        "for n, r in {}.items()",
+        "tests/unit/test_profiling.py",
+    ),
+    "the prompt is not counted": Mutant(
+        "lethe_sglang/allocation/deployment.py", "return self.prompt + min(", "return min(", "tests/unit/test_plan.py"
+    ),
+    "fp8 keys are ranked as bytes": Mutant(
+        ROUNDS, "cells.keys[c].float()", "cells.key[c].float()", "tests/unit/test_flashinfer_backend.py -k fp8"
+    ),
+    "ranks do not compare what they kept": Mutant(
+        "lethe_sglang/engine/runtime.py", "if len(set(digests)) > 1:", "if False:", "tests/unit/test_rank_agreement.py"
+    ),
     "the score takes a log-sum-exp of another base": Mutant(
-        "lethe_sglang/kernels/triton/score.py", '_LOG2_E if lse_base == "e" else 1.0, rule', "1.0, rule",
-        "tests/engine/test_cuda_backends.py -k triton", True),
+        "lethe_sglang/kernels/triton/score.py",
+        '_LOG2_E if lse_base == "e" else 1.0,',
+        "1.0,",
+        "tests/engine/test_cuda_backends.py -k triton",
+        True,
+    ),
     "FlashInfer's log-sum-exp is taken for a natural one": Mutant(
-        "lethe_sglang/attention/flashinfer.py", 'indices, lse_base="2")', 'indices, lse_base="e")',
-        "tests/engine/test_cuda_backends.py -k flashinfer", True),
-    "dead blocks are freed again at the end": Mutant(LIFE, "original(tree, kv, live)", "original(tree, kv, list(ranges))",
-                                                     PAGE8, True),
-    "dead positions count as held": Mutant(LIFE, "result - current().ledger.dead_len(kv.req_pool_idx)", "result", PAGE8, True),
+        "lethe_sglang/attention/flashinfer.py",
+        'indices, lse_base="2")',
+        'indices, lse_base="e")',
+        "tests/engine/test_cuda_backends.py -k flashinfer",
+        True,
+    ),
+    "dead blocks are freed again at the end": Mutant(
+        LIFE, "original(tree, kv, live)", "original(tree, kv, list(ranges))", PAGE8, True
+    ),
+    "dead positions count as held": Mutant(
+        LIFE, "result - current().ledger.dead_len(kv.req_pool_idx)", "result", PAGE8, True
+    ),
     "dead row entries stay": Mutant(ROUNDS, "req_to_token[_ranges(dead, column)] = 0", "pass", PAGE8, True),
-    "pruned requests enter the tree": Mutant(LIFE, "req.skip_radix_cache_insert = True  # nothing", "pass  # nothing", PAGE8,
-                                             True),
-    "keys move, values do not": Mutant(ROUNDS, "(self.key, self.value, self.score", "(self.key, self.score", PAGE8, True),
+    "pruned requests enter the tree": Mutant(
+        LIFE, "req.skip_radix_cache_insert = True  # nothing", "pass  # nothing", PAGE8, True
+    ),
+    "keys move, values do not": Mutant(
+        ROUNDS, "(self.key, self.value, self.score", "(self.key, self.score", PAGE8, True
+    ),
     "re-prefills after retraction are shared": Mutant(
-        LIFE, "    if runtime.evicts(req):\n        req.skip_radix_cache_insert = True\n\n\ndef add_switch",
-        "\n\ndef add_switch", STORM, True),
-    "admission is stock": Mutant(LIFE, "return LethePrefillAdder", "return result",
-                                 "tests/engine/test_pressure.py -k admits", True),
-    "ranks rank their own scores": Mutant("lethe_sglang/engine/runtime.py", "self._reduce if self.tp_size > 1 else None",
-                                          "None", "tests/engine/test_tensor_parallel.py", True),
-}  # fmt: skip
+        LIFE,
+        "    if runtime.evicts(req):\n        req.skip_radix_cache_insert = True\n\n\ndef add_switch",
+        "\n\ndef add_switch",
+        STORM,
+        True,
+    ),
+    "admission is stock": Mutant(
+        LIFE, "return LethePrefillAdder", "return result", "tests/engine/test_pressure.py -k admits", True
+    ),
+    "ranks rank their own scores": Mutant(
+        "lethe_sglang/engine/runtime.py",
+        "self._reduce if self.tp_size > 1 else None",
+        "None",
+        "tests/engine/test_tensor_parallel.py",
+        True,
+    ),
+}
 
 
 def survives(mutant: Mutant) -> bool:

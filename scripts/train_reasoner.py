@@ -51,9 +51,19 @@ MODEL = ROOT / "models" / "reasoner"
 STATE = ROOT / "out" / "reasoner"
 PAD, BOS, EOS = 0, 1, 2
 VOCAB = [
-    "<pad>", "<bos>", "<eos>", THINK, END_THINK, *"0123456789", *PUNCTUATION, *RESULTS, *INDICES,
-    *NAMES, *NAMES.upper(), *(f"{name}'" for name in NAMES),
-]  # fmt: skip
+    "<pad>",
+    "<bos>",
+    "<eos>",
+    THINK,
+    END_THINK,
+    *"0123456789",
+    *PUNCTUATION,
+    *RESULTS,
+    *INDICES,
+    *NAMES,
+    *NAMES.upper(),
+    *(f"{name}'" for name in NAMES),
+]
 TOKEN = {text: i for i, text in enumerate(VOCAB)}
 VOCAB_SIZE = 288
 
@@ -107,9 +117,15 @@ EVEN_MIX = ("script", "recall", "script", "walk", "addition", "chain", "script",
 WINDOW_MIX = ("addition", "chain", "script", "addition", "chain", "recall", "script", "walk")
 LONG_MIX = ("addition", "walk", "script", "recall", "addition", "script")
 MIXES = {
-    "copy": ("copy",), "tasks": MIX, "late": LATE_MIX, "last": LAST_MIX, "polish": POLISH_MIX, "final": FINAL_MIX,
-    "even": EVEN_MIX, "window": WINDOW_MIX,
-}  # fmt: skip
+    "copy": ("copy",),
+    "tasks": MIX,
+    "late": LATE_MIX,
+    "last": LAST_MIX,
+    "polish": POLISH_MIX,
+    "final": FINAL_MIX,
+    "even": EVEN_MIX,
+    "window": WINDOW_MIX,
+}
 LONG = 700
 """Rows of more tokens than this are left to the families that fill them."""
 WARMUP = 100
@@ -119,11 +135,24 @@ RATE, MATRIX_RATE = 3e-3, 2e-2
 def architecture() -> Qwen3Config:
     """Qwen3, 6 layers, 4 query heads on 2 KV heads of 64, 1.3M parameters."""
     return Qwen3Config(
-        vocab_size=VOCAB_SIZE, hidden_size=128, intermediate_size=320, num_hidden_layers=6, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64, max_position_embeddings=4096, rms_norm_eps=1e-6, tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, bos_token_id=BOS, eos_token_id=EOS,
-        pad_token_id=PAD, attention_bias=False, use_cache=True, dtype="float32",
-    )  # fmt: skip
+        vocab_size=VOCAB_SIZE,
+        hidden_size=128,
+        intermediate_size=320,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+        attention_bias=False,
+        use_cache=True,
+        dtype="float32",
+    )
 
 
 # -- data --------------------------------------------------------------------------------------------------------------
@@ -368,9 +397,13 @@ def export(args: argparse.Namespace) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(TOKEN_PATTERN), "isolated")
     tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<pad>",
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<pad>",
         clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+    )
     fast.chat_template = TEMPLATE
     fast.save_pretrained(args.model)
     items = [problem(family, "profile", i, (200, 400)) for i in range(4) for family in TRAINED]

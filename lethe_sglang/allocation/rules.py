@@ -86,9 +86,13 @@ def zipvl(profile: Profile, alpha: float) -> Sequence[float]:
 
 
 RULES: dict[str, Rule] = {
-    "concentration": concentration, "sensitivity": sensitivity, "profiled": profiled, "d2o": d2o, "cake": cake,
+    "concentration": concentration,
+    "sensitivity": sensitivity,
+    "profiled": profiled,
+    "d2o": d2o,
+    "cake": cake,
     "zipvl": zipvl,
-}  # fmt: skip
+}
 """Allocations that need a profile."""
 
 

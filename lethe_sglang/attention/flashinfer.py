@@ -122,9 +122,18 @@ class ClassPlanner:
         stock = self.stock
         last_page_len = torch.ones(indptr.shape[0] - 1, dtype=torch.int32)
         wrapper.begin_forward(
-            indptr, indices, last_page_len, stock.num_qo_heads, stock.num_kv_heads, stock.head_dim, 1,
-            data_type=stock.data_type, q_data_type=stock.q_data_type, non_blocking=True, **options,
-        )  # fmt: skip
+            indptr,
+            indices,
+            last_page_len,
+            stock.num_qo_heads,
+            stock.num_kv_heads,
+            stock.head_dim,
+            1,
+            data_type=stock.data_type,
+            q_data_type=stock.q_data_type,
+            non_blocking=True,
+            **options,
+        )
 
 
 class LetheFlashInferBackend(ScoredBackend, FlashInferAttnBackend):  # type: ignore[misc]
@@ -188,9 +197,12 @@ class LetheFlashInferBackend(ScoredBackend, FlashInferAttnBackend):  # type: ign
     def _wrapper(self, number: int, **buffers: Any) -> Any:
         """Make one wrapper. The wrappers of a class share its integer workspace: a step plans only one of them."""
         wrapper = BatchDecodeWithPagedKVCacheWrapper(
-            self.workspace_buffer, "NHD", backend=self.decode_backend, use_tensor_cores=self.decode_use_tensor_cores,
+            self.workspace_buffer,
+            "NHD",
+            backend=self.decode_backend,
+            use_tensor_cores=self.decode_use_tensor_cores,
             **buffers,
-        )  # fmt: skip
+        )
         workspace, staging = self._int_workspaces[number]
         wrapper.reset_workspace_buffer(self.workspace_buffer, workspace)
         wrapper._pin_memory_int_workspace_buffer = staging

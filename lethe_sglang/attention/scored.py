@@ -91,9 +91,15 @@ class ScoredDecode:
         """Write a layer's lists: where ``indptr`` says, or ``indptr`` as well (see ``kernels/triton/indices.py``)."""
         write = self.kernels.fill_lists if fill_indptr else self.kernels.fill_indices
         write(
-            self.req_to_token, self.ledger.table, forward_batch.req_pool_indices, forward_batch.seq_lens,
-            self.index_of(layer), self.pool.cells.blocks, indptr, indices,
-        )  # fmt: skip
+            self.req_to_token,
+            self.ledger.table,
+            forward_batch.req_pool_indices,
+            forward_batch.seq_lens,
+            self.index_of(layer),
+            self.pool.cells.blocks,
+            indptr,
+            indices,
+        )
 
     def score(
         self,
@@ -132,17 +138,35 @@ class ScoredDecode:
         assert cells.score is not None
         memory = cells.memory if self.accumulation.rule == "recurrence" else None
         self.kernels.score(
-            self.accumulation, query, cells.keys, lse, indptr, indices, self.first[:batch], self.decay[:batch],
-            forward_batch.seq_lens, cells.score, memory, layer.scaling, key_scale(layer), lse_base,
-        )  # fmt: skip
+            self.accumulation,
+            query,
+            cells.keys,
+            lse,
+            indptr,
+            indices,
+            self.first[:batch],
+            self.decay[:batch],
+            forward_batch.seq_lens,
+            cells.score,
+            memory,
+            layer.scaling,
+            key_scale(layer),
+            lse_base,
+        )
 
     def observe(self, layer: Any, forward_batch: Any, query: torch.Tensor) -> None:
         """Score private tokens of observed prefills; ``query`` is ``[tokens, Hq, D]``."""
         if self.accumulation is not None:
             score_prefill(
-                self.accumulation, self.pool.cells, self.ledger.observed, self.req_to_token, self.index_of(layer),
-                forward_batch, query, layer.scaling * key_scale(layer),
-            )  # fmt: skip
+                self.accumulation,
+                self.pool.cells,
+                self.ledger.observed,
+                self.req_to_token,
+                self.index_of(layer),
+                forward_batch,
+                query,
+                layer.scaling * key_scale(layer),
+            )
 
 
 def key_scale(layer: Any) -> float:

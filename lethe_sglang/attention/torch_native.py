@@ -103,9 +103,16 @@ class LetheTorchNativeBackend(TorchNativeAttnBackend):  # type: ignore[misc]
         if self.measurer is not None:
             self.measurer.begin_step(rows, seq_lens, width)
         cells, length = token_lists(
-            self.req_to_token_pool.req_to_token, rows, seq_lens, prefix, tail, kept,
-            self.ledger.offsets_of(table), self.pool.cells.blocks, width,
-        )  # fmt: skip
+            self.req_to_token_pool.req_to_token,
+            rows,
+            seq_lens,
+            prefix,
+            tail,
+            kept,
+            self.ledger.offsets_of(table),
+            self.pool.cells.blocks,
+            width,
+        )
         scored, first, decay = None, 0, 1.0
         if self.accumulation is not None:
             decay = self.accumulation.step_decay
@@ -138,9 +145,14 @@ class LetheTorchNativeBackend(TorchNativeAttnBackend):  # type: ignore[misc]
         if lists.scored is not None and lists.first < heads.shape[2]:
             assert store.score is not None and self.accumulation is not None
             accumulate(
-                self.accumulation, store.score, store.memory, lists.scored[index], heads[:, :, lists.first :].mean(1),
-                lists.decay, forward_batch.seq_lens.unsqueeze(1),
-            )  # fmt: skip
+                self.accumulation,
+                store.score,
+                store.memory,
+                lists.scored[index],
+                heads[:, :, lists.first :].mean(1),
+                lists.decay,
+                forward_batch.seq_lens.unsqueeze(1),
+            )
         return output.reshape(-1, layer.tp_q_head_num * layer.v_head_dim)
 
     def forward_extend(
@@ -153,7 +165,13 @@ class LetheTorchNativeBackend(TorchNativeAttnBackend):  # type: ignore[misc]
             self.shadow.write_extend(index, forward_batch)
         if self.accumulation is not None:  # this backend stores and reads keys without fp8's scales
             score_prefill(
-                self.accumulation, self.pool.cells, self.ledger.observed, self.req_to_token_pool.req_to_token, index,
-                forward_batch, q.view(-1, layer.tp_q_head_num, layer.qk_head_dim), layer.scaling,
-            )  # fmt: skip
+                self.accumulation,
+                self.pool.cells,
+                self.ledger.observed,
+                self.req_to_token_pool.req_to_token,
+                index,
+                forward_batch,
+                q.view(-1, layer.tp_q_head_num, layer.qk_head_dim),
+                layer.scaling,
+            )
         return output

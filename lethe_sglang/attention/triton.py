@@ -82,11 +82,22 @@ class LetheTritonBackend(ScoredBackend, TritonAttnBackend):  # type: ignore[misc
         if self.scored.accumulation is not None:
             metadata.attn_lse[: query.shape[0]].fill_(float("-inf"))  # the kernel writes the splits it uses
         self.decode_attention_fwd(
-            query, cells.keys, cells.values, output, metadata.kv_indptr, metadata.kv_indices,
-            metadata.attn_logits, metadata.attn_lse, metadata.num_kv_splits, self.max_kv_splits, layer.scaling,
-            layer.k_scale_float if scaled else 1.0, layer.v_scale_float if scaled else 1.0,
-            use_pdl=self.use_pdl, enable_lean=False,
-        )  # fmt: skip
+            query,
+            cells.keys,
+            cells.values,
+            output,
+            metadata.kv_indptr,
+            metadata.kv_indices,
+            metadata.attn_logits,
+            metadata.attn_lse,
+            metadata.num_kv_splits,
+            self.max_kv_splits,
+            layer.scaling,
+            layer.k_scale_float if scaled else 1.0,
+            layer.v_scale_float if scaled else 1.0,
+            use_pdl=self.use_pdl,
+            enable_lean=False,
+        )
         return output
 
 

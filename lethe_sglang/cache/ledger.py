@@ -272,8 +272,13 @@ class Ledger:
         score_from = layout.prefix if state.budgets else NEVER
         score_after = 0 if self.window is None else max(state.due_at - self.window, committed)
         self._dirty[state.row] = [
-            layout.prefix, layout.tail, score_from, score_after, *state.kept, *packed_offsets(state.kept),
-        ]  # fmt: skip
+            layout.prefix,
+            layout.tail,
+            score_from,
+            score_after,
+            *state.kept,
+            *packed_offsets(state.kept),
+        ]
 
     @property
     def dirty(self) -> bool:

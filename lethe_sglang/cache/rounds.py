@@ -137,9 +137,17 @@ def run_round(
     width = max(max(p.candidates) for p in plans)
 
     own = token_lists(
-        req_to_token, rows, new_tail, prefix, old_tail, old_kept,
-        matrix([packed_offsets(p.old_kept) for p in plans]), cells.blocks, width, skip_prefix=True,
-    )  # fmt: skip
+        req_to_token,
+        rows,
+        new_tail,
+        prefix,
+        old_tail,
+        old_kept,
+        matrix([packed_offsets(p.old_kept) for p in plans]),
+        cells.blocks,
+        width,
+        skip_prefix=True,
+    )
     j = torch.arange(width, device=device).view(1, 1, -1)
     valid = j < own.length.unsqueeze(2)
     pinned = (j < (sinks - prefix).clamp(min=own_sinks).view(1, -1, 1)).expand_as(valid)

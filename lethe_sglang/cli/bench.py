@@ -122,9 +122,18 @@ def plan_of(args: argparse.Namespace) -> Plan:
         If the configuration is not legal or ``--server-args`` holds what the benchmark sets itself.
     """
     names = (
-        "model_path", "input_len", "output_len", "requests", "concurrency", "max_total_tokens", "page_size", "repeats",
-        "port", "seed", "timeout",
-    )  # fmt: skip
+        "model_path",
+        "input_len",
+        "output_len",
+        "requests",
+        "concurrency",
+        "max_total_tokens",
+        "page_size",
+        "repeats",
+        "port",
+        "seed",
+        "timeout",
+    )
     arms = tuple(arm.strip() for arm in args.arms.split(",") if arm.strip())
     options: dict[str, Any] = {name: getattr(args, name) for name in names}
     return Plan(config=_config(args), arms=arms, server_args=_server_args(args.server_args), **options)

@@ -42,9 +42,12 @@ def add_parser(subparsers: Subparsers) -> None:
     run_parser.add_argument("--data-dir", metavar="DIR", type=Path, help="where relative paths of datasets start")
     run_parser.add_argument("--port", metavar="N", type=_integer(1, 65535), default=31000, help="port of the servers")
     run_parser.add_argument(
-        "--servers", metavar="N", type=_integer(1, 16), default=1,
+        "--servers",
+        metavar="N",
+        type=_integer(1, 16),
+        default=1,
         help="servers of the plugin that run side by side, on N ports from --port on (default: 1)",
-    )  # fmt: skip
+    )
     report = actions.add_parser("report", help="write report.md and pictures into a results directory")
     report.add_argument("directory", metavar="DIR", type=Path, help="results directory")
     _add_harness_parser(actions)
@@ -102,8 +105,16 @@ def _run(args: argparse.Namespace) -> int:
         with store.locked():
             store.begin(experiment, _command(args, experiment))
             prompts = Prompts(experiment.model_path, experiment.chat_template_kwargs)
-            Run(experiment=experiment, store=store, prompts=prompts, items=items, only=tuple(args.only), port=args.port,
-                servers=args.servers, say=_say).all()  # fmt: skip
+            Run(
+                experiment=experiment,
+                store=store,
+                prompts=prompts,
+                items=items,
+                only=tuple(args.only),
+                port=args.port,
+                servers=args.servers,
+                say=_say,
+            ).all()
     except PermissionError as error:
         raise ConfigError(
             f"--out {store.directory}: {error.strerror}; give a directory that can be written to"

@@ -40,13 +40,27 @@ def add_parser(subparsers: Subparsers) -> None:
     add = parser.add_argument
     add("--model-path", metavar="PATH", required=True, help="directory or Hugging Face name of the model")
     add("--context", metavar="C", type=integer(2), required=True, help="tokens of a request at its end")
-    add("--prompt", metavar="N", type=integer(0), default=0,
-        help="those of them that are prompt and never evicted (default: %(default)s)")  # fmt: skip
+    add(
+        "--prompt",
+        metavar="N",
+        type=integer(0),
+        default=0,
+        help="those of them that are prompt and never evicted (default: %(default)s)",
+    )
     add("--gpu-mem", metavar="GIB", type=number(0, above=True), required=True, help="memory of one GPU, in GiB")
-    add("--mem-fraction", metavar="X", type=number(0, 1, above=True), default=0.88,
-        help="share of it for weights and KV cache, SGLang's --mem-fraction-static (default: %(default)s)")  # fmt: skip
-    add("--weights-gib", metavar="GIB", type=number(0),
-        help="weights of the whole model (default: size of the weight files)")  # fmt: skip
+    add(
+        "--mem-fraction",
+        metavar="X",
+        type=number(0, 1, above=True),
+        default=0.88,
+        help="share of it for weights and KV cache, SGLang's --mem-fraction-static (default: %(default)s)",
+    )
+    add(
+        "--weights-gib",
+        metavar="GIB",
+        type=number(0),
+        help="weights of the whole model (default: size of the weight files)",
+    )
     add("--tp", metavar="N", type=integer(1), default=1, help="tensor-parallel GPUs (default: %(default)s)")
     add("--dtype", choices=sorted(_BYTES), help="of the KV cache (default: the model's)")
     add("--page-size", metavar="N", type=integer(1), default=1, help="tokens (default: %(default)s)")
@@ -70,11 +84,17 @@ def run(args: argparse.Namespace) -> int:
     if model.heads % args.tp:
         raise ConfigError(f"--tp {args.tp}: does not divide the model's {model.heads} query heads")
     plan = Deployment(
-        layers=model.layers, kv_heads=max(model.kv_heads // args.tp, 1), head_dim=model.head_dim,
-        element_bytes=_BYTES[model.dtype], state_bytes=_state_bytes(config),
+        layers=model.layers,
+        kv_heads=max(model.kv_heads // args.tp, 1),
+        head_dim=model.head_dim,
+        element_bytes=_BYTES[model.dtype],
+        state_bytes=_state_bytes(config),
         pool_bytes=int(args.gpu_mem * GIB * args.mem_fraction) - model.weights_bytes // args.tp,
-        config=config, context=args.context, prompt=args.prompt, page_size=args.page_size,
-    )  # fmt: skip
+        config=config,
+        context=args.context,
+        prompt=args.prompt,
+        page_size=args.page_size,
+    )
     plan.check()
     print("\n".join(_lines(plan, args, model)))
     return 0

@@ -40,26 +40,42 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     add = parser.add_argument
     add("--model-path", metavar="PATH", required=True, help="directory or Hugging Face name of the model")
-    add("--prompts", metavar="FILE", type=Path,
+    add(
+        "--prompts",
+        metavar="FILE",
+        type=Path,
         help="calibration prompts: JSONL, ShareGPT JSON or plain text, one a line (default: lethe_prompts.jsonl of the "
-        "model's directory, else generated reasoning problems)")  # fmt: skip
+        "model's directory, else generated reasoning problems)",
+    )
     add("--out", metavar="FILE", type=Path, help="the profile (default: where a server with profile auto looks for it)")
     add("--num-prompts", metavar="N", type=integer(1), default=16, help="most prompts (default: %(default)s)")
     add("--max-new-tokens", metavar="N", type=integer(2), default=256, help="longest answer (default: %(default)s)")
     add("--temperature", metavar="T", type=number(0), default=0.0, help="of the answers (default: 0, greedy)")
-    add("--seed", metavar="N", type=integer(0), default=1,
-        help="of sampling and of the generated prompts (default: %(default)s)")  # fmt: skip
+    add(
+        "--seed",
+        metavar="N",
+        type=integer(0),
+        default=1,
+        help="of sampling and of the generated prompts (default: %(default)s)",
+    )
     add("--concurrency", metavar="N", type=integer(1), default=4, help="prompts at a time (default: %(default)s)")
-    add("--time-limit", metavar="S", type=number(0, above=True),
-        help="start no further prompts after so many seconds of measuring (default: none)")  # fmt: skip
+    add(
+        "--time-limit",
+        metavar="S",
+        type=number(0, above=True),
+        help="start no further prompts after so many seconds of measuring (default: none)",
+    )
     add(
         "--sensitivity",
         action="store_true",
         help="answer once more per layer, that layer alone pruned to half of --budget; for allocation sensitivity",
     )
     add("--raw", action="store_true", help="put prompts as they are, without the chat template")
-    add("--config", metavar="FILE|JSON|PRESET",
-        help="configuration whose budgets are written along, as for --kv-evict-config")  # fmt: skip
+    add(
+        "--config",
+        metavar="FILE|JSON|PRESET",
+        help="configuration whose budgets are written along, as for --kv-evict-config",
+    )
     add("--budget", metavar="N", type=integer(2), help="mean tokens kept per layer; beats budget.tokens")
     add("--server-args", metavar="ARGS", default="", help="more arguments of SGLang: --server-args='--tp 2'")
 
@@ -82,10 +98,20 @@ def run(args: argparse.Namespace) -> int:
     if args.prompts is not None:
         read(args.prompts)
     task = Pass(
-        model_path=args.model_path, prompts=args.prompts, out=args.out, count=args.num_prompts,
-        max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed, concurrency=args.concurrency,
-        time_limit=args.time_limit, raw=args.raw, sensitivity=args.sensitivity, config=config, server_args=server_args,
-    )  # fmt: skip
+        model_path=args.model_path,
+        prompts=args.prompts,
+        out=args.out,
+        count=args.num_prompts,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        seed=args.seed,
+        concurrency=args.concurrency,
+        time_limit=args.time_limit,
+        raw=args.raw,
+        sensitivity=args.sensitivity,
+        config=config,
+        server_args=server_args,
+    )
     try:
         with ended_by_signals():
             profile, path = measure(task)

@@ -10,9 +10,16 @@ from lethe_sglang.allocation.profile import STATISTICS, Profile, load
 from lethe_sglang.config import ConfigError
 
 _COLUMNS = (
-    "hoyer", "entropy", "coverage_90", "coverage_95", "coverage_99", "distance", "sink_share", "concentration",
+    "hoyer",
+    "entropy",
+    "coverage_90",
+    "coverage_95",
+    "coverage_99",
+    "distance",
+    "sink_share",
+    "concentration",
     "recurrence",
-)  # fmt: skip
+)
 
 
 def show(paths: Sequence[Path], plot: Path | None) -> str:
@@ -62,7 +69,7 @@ def render(profile: Profile, name: str = "profile") -> str:
         f"budget by {budgets.allocation}"
         + (f"; changed, lost: {sensitive.prompts} answers, one layer pruned to {sensitive.kept}" if sensitive else ""),
         "",
-    ]  # fmt: skip
+    ]
     return "\n".join([*about, *_table([header, *rows])])
 
 

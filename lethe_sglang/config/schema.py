@@ -43,7 +43,16 @@ class BudgetConfig(Section):
         "With allocation list it is the mean of layers, rounded down.",
     )
     allocation: Literal[
-        "uniform", "concentration", "sensitivity", "profiled", "d2o", "cake", "zipvl", "pyramid", "weights", "list",
+        "uniform",
+        "concentration",
+        "sensitivity",
+        "profiled",
+        "d2o",
+        "cake",
+        "zipvl",
+        "pyramid",
+        "weights",
+        "list",
         "breakpoint",
     ] = Field(
         default="uniform",
@@ -52,7 +61,7 @@ class BudgetConfig(Section):
         "less where attention is sparse, d2o, cake, zipvl, by the rules of these papers; pyramid: linear from first to "
         "last layer; weights: in proportion to weights; list: as written in layers; breakpoint: measured from the "
         "scores at every round.",
-    )  # fmt: skip
+    )
     profile: str = Field(
         default="auto",
         min_length=1,

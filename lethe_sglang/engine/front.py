@@ -92,22 +92,31 @@ def add_flags(result: Any, parser: argparse.ArgumentParser) -> None:
     """AFTER ``ServerArgs.add_cli_args``."""
     group = parser.add_argument_group("KV eviction (lethe-sglang)")
     group.add_argument(
-        "--kv-evict", default=None, metavar="POLICY",
+        "--kv-evict",
+        default=None,
+        metavar="POLICY",
         help=f"Evict KV during decoding with this policy: none, {', '.join(policy_names())}. Default: none.",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--kv-evict-config", default=None, metavar="FILE|JSON|PRESET",
+        "--kv-evict-config",
+        default=None,
+        metavar="FILE|JSON|PRESET",
         help="Eviction settings: a YAML or JSON file, inline JSON, or the name of a preset (`lethe show --presets`).",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--kv-evict-budget", default=None, type=int, metavar="N",
+        "--kv-evict-budget",
+        default=None,
+        type=int,
+        metavar="N",
         help="Mean tokens a layer keeps after a round, shared prefix not counted; beats budget.tokens of the config.",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--kv-evict-profile", default=None, metavar="FILE|auto|none",
+        "--kv-evict-profile",
+        default=None,
+        metavar="FILE|auto|none",
         help="Share the budget among the layers by the model's profile: a file of `lethe profile`; auto: measured once "
         "at the first start and kept in the user's cache; none: all layers alike. Beats budget.profile of the config.",
-    )  # fmt: skip
+    )
 
 
 def from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:

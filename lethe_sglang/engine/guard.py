@@ -41,52 +41,122 @@ class Refusal(NamedTuple):
 
 
 REFUSALS = (
-    Refusal("speculative decoding", lambda c: c.speculative_algorithm is not None,
-            "remove --speculative-algorithm", "draft and verify steps write several tokens a step"),
-    Refusal("prefill/decode disaggregation", lambda c: c.disaggregation_mode != "null",
-            "set --disaggregation-mode null", "KV is transferred by row"),
+    Refusal(
+        "speculative decoding",
+        lambda c: c.speculative_algorithm is not None,
+        "remove --speculative-algorithm",
+        "draft and verify steps write several tokens a step",
+    ),
+    Refusal(
+        "prefill/decode disaggregation",
+        lambda c: c.disaggregation_mode != "null",
+        "set --disaggregation-mode null",
+        "KV is transferred by row",
+    ),
     Refusal("PD multiplexing", lambda c: c.enable_pdmux, "remove --enable-pdmux", "prefill and decode share a step"),
-    Refusal("hierarchical cache", lambda c: c.enable_hierarchical_cache,
-            "remove --enable-hierarchical-cache", "backs rows up by position"),
+    Refusal(
+        "hierarchical cache",
+        lambda c: c.enable_hierarchical_cache,
+        "remove --enable-hierarchical-cache",
+        "backs rows up by position",
+    ),
     Refusal("LMCache", lambda c: c.enable_lmcache, "remove --enable-lmcache", "backs rows up by position"),
     Refusal("FlexKV", lambda c: c.enable_flexkv, "remove --enable-flexkv", "backs rows up by position"),
-    Refusal("external cache linker", lambda c: c.enable_unified_cache_external_linker,
-            "remove --enable-unified-cache-external-linker", "backs rows up by position"),
-    Refusal("custom radix cache backend", lambda c: c.radix_cache_backend is not None,
-            "remove --radix-cache-backend", "unknown ownership of rows"),
-    Refusal("data parallelism", lambda c: c.dp_size > 1 or c.attn_dp_size > 1 or bool(c.enable_dp_attention),
-            "set --dp-size 1 and run one server per replica behind a router", "ranks report to a controller"),
+    Refusal(
+        "external cache linker",
+        lambda c: c.enable_unified_cache_external_linker,
+        "remove --enable-unified-cache-external-linker",
+        "backs rows up by position",
+    ),
+    Refusal(
+        "custom radix cache backend",
+        lambda c: c.radix_cache_backend is not None,
+        "remove --radix-cache-backend",
+        "unknown ownership of rows",
+    ),
+    Refusal(
+        "data parallelism",
+        lambda c: c.dp_size > 1 or c.attn_dp_size > 1 or bool(c.enable_dp_attention),
+        "set --dp-size 1 and run one server per replica behind a router",
+        "ranks report to a controller",
+    ),
     Refusal("pipeline parallelism", lambda c: c.pp_size > 1, "set --pp-size 1", "a rank holds some layers only"),
-    Refusal("decode context parallelism", lambda c: c.dcp_size > 1 or c.attn_cp_size > 1,
-            "set --dcp-size 1 and --attn-cp-size 1", "a rank holds some positions only"),
-    Refusal("KV cache sharding", lambda c: c.enable_kv_cache_sharding, "remove --enable-kv-cache-sharding",
-            "a rank holds some pages only"),
-    Refusal("mixed chunk", lambda c: c.enable_mixed_chunk, "remove --enable-mixed-chunk",
-            "decode rows ride an extend batch"),
-    Refusal("two-batch overlap", lambda c: c.enable_two_batch_overlap, "remove --enable-two-batch-overlap",
-            "splits the decode batch"),
+    Refusal(
+        "decode context parallelism",
+        lambda c: c.dcp_size > 1 or c.attn_cp_size > 1,
+        "set --dcp-size 1 and --attn-cp-size 1",
+        "a rank holds some positions only",
+    ),
+    Refusal(
+        "KV cache sharding",
+        lambda c: c.enable_kv_cache_sharding,
+        "remove --enable-kv-cache-sharding",
+        "a rank holds some pages only",
+    ),
+    Refusal(
+        "mixed chunk", lambda c: c.enable_mixed_chunk, "remove --enable-mixed-chunk", "decode rows ride an extend batch"
+    ),
+    Refusal(
+        "two-batch overlap",
+        lambda c: c.enable_two_batch_overlap,
+        "remove --enable-two-batch-overlap",
+        "splits the decode batch",
+    ),
     Refusal("diffusion LLM", lambda c: c.dllm_algorithm is not None, "remove --dllm-algorithm", "rewrites tokens"),
-    Refusal("streaming sessions", lambda c: c.enable_streaming_session or c.enable_session_radix_cache,
-            "remove --enable-streaming-session and --enable-session-radix-cache", "hands rows over between requests"),
-    Refusal("fp4 and mxfp8 KV cache", lambda c: c.kv_cache_dtype not in (*_WHOLE, *_FP8),
-            "set --kv-cache-dtype auto", "the score reads keys of one scale a layer"),
-    Refusal("fp8 KV cache without a GPU", lambda c: c.kv_cache_dtype in _FP8 and not on_cuda(c),
-            "set --kv-cache-dtype auto", "SGLang's needs AMX and its own attention"),
-    Refusal("page-major KV layout", lambda c: c.enable_page_major_kv_layout,
-            "remove --enable-page-major-kv-layout", "layers are not contiguous"),
-    Refusal("unified memory pool", lambda c: c.enable_unified_memory, "remove --enable-unified-memory",
-            "slots are virtual"),
+    Refusal(
+        "streaming sessions",
+        lambda c: c.enable_streaming_session or c.enable_session_radix_cache,
+        "remove --enable-streaming-session and --enable-session-radix-cache",
+        "hands rows over between requests",
+    ),
+    Refusal(
+        "fp4 and mxfp8 KV cache",
+        lambda c: c.kv_cache_dtype not in (*_WHOLE, *_FP8),
+        "set --kv-cache-dtype auto",
+        "the score reads keys of one scale a layer",
+    ),
+    Refusal(
+        "fp8 KV cache without a GPU",
+        lambda c: c.kv_cache_dtype in _FP8 and not on_cuda(c),
+        "set --kv-cache-dtype auto",
+        "SGLang's needs AMX and its own attention",
+    ),
+    Refusal(
+        "page-major KV layout",
+        lambda c: c.enable_page_major_kv_layout,
+        "remove --enable-page-major-kv-layout",
+        "layers are not contiguous",
+    ),
+    Refusal(
+        "unified memory pool", lambda c: c.enable_unified_memory, "remove --enable-unified-memory", "slots are virtual"
+    ),
     Refusal("HiSparse", lambda c: c.enable_hisparse, "remove --enable-hisparse", "slots are virtual"),
-    Refusal("routed-expert capture", lambda c: c.enable_return_routed_experts,
-            "remove --enable-return-routed-experts", "captures by slot"),
+    Refusal(
+        "routed-expert capture",
+        lambda c: c.enable_return_routed_experts,
+        "remove --enable-return-routed-experts",
+        "captures by slot",
+    ),
     Refusal("KV canary", lambda c: c.kv_canary != "none", "set --kv-canary none", "hashes KV by slot"),
-    Refusal("several tokenizer workers", lambda c: c.tokenizer_worker_num > 1, "set --tokenizer-worker-num 1",
-            "per-request options are checked in the main process"),
-    Refusal("full CUDA graphs of prefill", lambda c: _graph(c, "prefill") == "full",
-            "leave the prefill CUDA graph's backend unset", "private prompts score outside the graph"),
-    Refusal("embedding-only or prefill-only KV", lambda c: c.prefill_only_disable_kv_cache,
-            "remove --prefill-only-disable-kv-cache", "there is nothing to evict"),
-)  # fmt: skip
+    Refusal(
+        "several tokenizer workers",
+        lambda c: c.tokenizer_worker_num > 1,
+        "set --tokenizer-worker-num 1",
+        "per-request options are checked in the main process",
+    ),
+    Refusal(
+        "full CUDA graphs of prefill",
+        lambda c: _graph(c, "prefill") == "full",
+        "leave the prefill CUDA graph's backend unset",
+        "private prompts score outside the graph",
+    ),
+    Refusal(
+        "embedding-only or prefill-only KV",
+        lambda c: c.prefill_only_disable_kv_cache,
+        "remove --prefill-only-disable-kv-cache",
+        "there is nothing to evict",
+    ),
+)
 
 ENVIRONMENT = (
     ("SGLANG_RUST_SERVER", "per-request options are checked in the Python front end"),
@@ -112,13 +182,16 @@ _SUPPORTED = (
     ("page sizes", "yes", "1, 8 and 16 are tested"),
     ("tensor parallelism", "yes", "scores are summed over ranks in rounds; 2 ranks are tested on a CPU"),
     ("attention backend torch_native", "yes", "on any device, without CUDA graphs"),
-    ("attention backends flashinfer and triton, CUDA graphs", "CUDA only",
-     "flashinfer unless you name one; not yet run on a GPU"),
+    (
+        "attention backends flashinfer and triton, CUDA graphs",
+        "CUDA only",
+        "flashinfer unless you name one; not yet run on a GPU",
+    ),
     ("fp8 KV cache", "CUDA only", "fp8_e4m3 and fp8_e5m2, scored with the layer's scale; not yet run on a GPU"),
     ("multi-head and grouped-query attention", "yes", "MoE feed-forward layers are not looked at, and not tested"),
     ("chat, completions, streaming, logprobs, frontend programs", "yes", ""),
     ("LoRA, constrained decoding", "expected", "nothing in the plugin looks at them; not tested"),
-)  # fmt: skip
+)
 
 
 def _is_hybrid_linear(model: Any) -> bool:

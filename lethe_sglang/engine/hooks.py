@@ -33,35 +33,54 @@ ENTRY_HOOKS = (
 
 LAUNCHER_HOOKS = (
     Hook("sglang.srt.entrypoints.engine.Engine._launch_scheduler_processes", HookType.AROUND, "front.launch"),
-    Hook("sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request", HookType.BEFORE,
-         "front.check_request"),
-)  # fmt: skip
+    Hook(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request",
+        HookType.BEFORE,
+        "front.check_request",
+    ),
+)
 """Installed in the launcher once eviction is asked for."""
 
 SCHEDULER_HOOKS = (
     Hook(f"{_SCHEDULER}.update_running_batch", HookType.BEFORE, "lifecycle.prune"),
     Hook(f"{_SCHEDULER}.get_prefill_adder_class", HookType.AFTER, "lifecycle.adder_class"),
     Hook(f"{_SCHEDULER}.get_init_info", HookType.AFTER, "front.report_rank"),
-    Hook("sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_mha_kv_pool", HookType.AROUND,
-         "lifecycle.build_pool"),
-    Hook("sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size", HookType.AFTER,
-         "lifecycle.add_state_bytes"),
-    Hook("sglang.srt.mem_cache.base_prefix_cache.BasePrefixCache.free_kv_row", HookType.AROUND,
-         "lifecycle.free_kv_row"),
+    Hook(
+        "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_mha_kv_pool",
+        HookType.AROUND,
+        "lifecycle.build_pool",
+    ),
+    Hook(
+        "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size",
+        HookType.AFTER,
+        "lifecycle.add_state_bytes",
+    ),
+    Hook(
+        "sglang.srt.mem_cache.base_prefix_cache.BasePrefixCache.free_kv_row", HookType.AROUND, "lifecycle.free_kv_row"
+    ),
     Hook("sglang.srt.mem_cache.memory_pool.ReqToTokenPool.free_rows", HookType.BEFORE, "lifecycle.forget_rows"),
     Hook(f"{_FORWARD_BATCH}.init_new", HookType.AFTER, "lifecycle.name_rows"),
     Hook(f"{_BATCH}.ScheduleBatch.prepare_for_extend", HookType.AFTER, "lifecycle.observe_prefill"),
     Hook(f"{_BATCH}.Req.reset_for_retract", HookType.AFTER, "lifecycle.after_retract"),
     Hook(f"{_COMPONENTS}.pool_stats_observer.kv_private_tokens", HookType.AFTER, "lifecycle.private_tokens"),
-    Hook(f"{_COMPONENTS}.pool_stats_observer.PoolStats.get_decode_usage_msg_parts", HookType.AFTER,
-         "telemetry.decode_line"),
-    Hook(f"{_COMPONENTS}.internal_state.SchedulerInternalStateController.get_internal_state", HookType.AFTER,
-         "telemetry.internal_state"),
-    Hook(f"{_COMPONENTS}.internal_state.SchedulerInternalStateController._update_handlers", HookType.AFTER,
-         "lifecycle.add_switch"),
+    Hook(
+        f"{_COMPONENTS}.pool_stats_observer.PoolStats.get_decode_usage_msg_parts",
+        HookType.AFTER,
+        "telemetry.decode_line",
+    ),
+    Hook(
+        f"{_COMPONENTS}.internal_state.SchedulerInternalStateController.get_internal_state",
+        HookType.AFTER,
+        "telemetry.internal_state",
+    ),
+    Hook(
+        f"{_COMPONENTS}.internal_state.SchedulerInternalStateController._update_handlers",
+        HookType.AFTER,
+        "lifecycle.add_switch",
+    ),
     Hook(f"{_METRICS}.__init__", HookType.AFTER, "telemetry.start_metrics"),
     Hook(f"{_METRICS}.log_stats", HookType.AFTER, "telemetry.log_metrics"),
-)  # fmt: skip
+)
 """Installed in a scheduler process that evicts, and nowhere else."""
 
 READ_TARGETS = (

@@ -172,9 +172,14 @@ def flashinfer_backend(runner: Any) -> Any:
     runtime = attach(runner)
     logger.warning(UNPROVEN, "flashinfer")
     backend = LetheFlashInferBackend(
-        runner, runtime.pool, runtime.ledger, runtime.policy.accumulation, runtime.budgets_of_arms,
-        rows=lambda: runtime.step_rows, single_plan=runtime.config.budget.allocation == "breakpoint",
-    )  # fmt: skip
+        runner,
+        runtime.pool,
+        runtime.ledger,
+        runtime.policy.accumulation,
+        runtime.budgets_of_arms,
+        rows=lambda: runtime.step_rows,
+        single_plan=runtime.config.budget.allocation == "breakpoint",
+    )
     return _switched(runtime, backend)
 
 

@@ -108,8 +108,9 @@ def _not_kept(model: ModelFingerprint, make: Callable[[Path], None], error: OSEr
         profile = _made(path, model)
     logger.warning(
         "KV eviction: the model's profile is used but could not be kept (%s), so the next start measures again; give a "
-        "file of `lethe profile` to --kv-evict-profile", error.strerror or error,
-    )  # fmt: skip
+        "file of `lethe profile` to --kv-evict-profile",
+        error.strerror or error,
+    )
     return profile
 
 

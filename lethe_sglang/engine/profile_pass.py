@@ -168,9 +168,18 @@ def command(server_args: Any, path: Path) -> list[str]:
         elif value not in (None, False, "", {}):
             words += [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
     return [
-        sys.executable, "-m", "lethe_sglang.cli.main", "profile", "--model-path", str(server_args.model_path),
-        "--out", str(path), "--time-limit", str(MEASURING_SECONDS), f"--server-args={shlex.join(words)}",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "lethe_sglang.cli.main",
+        "profile",
+        "--model-path",
+        str(server_args.model_path),
+        "--out",
+        str(path),
+        "--time-limit",
+        str(MEASURING_SECONDS),
+        f"--server-args={shlex.join(words)}",
+    ]
 
 
 def run(server_args: Any, path: Path) -> None:

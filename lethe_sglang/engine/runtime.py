@@ -253,17 +253,25 @@ class Runtime:
             pending.event.synchronize()  # reached long ago; polling instead would let ranks diverge
         everything = self.ledger.plan(state, committed, (committed,) * self.num_layers)
         budgets, flat = breakpoint_budgets(
-            pending.counts.tolist(), pending.observed, everything.candidates,
-            sum(state.budgets) // self.num_layers, self.config.floor,
-        )  # fmt: skip
+            pending.counts.tolist(),
+            pending.observed,
+            everything.candidates,
+            sum(state.budgets) // self.num_layers,
+            self.config.floor,
+        )
         state.thresholds = [2 * t if f else b for t, b, f in zip(state.thresholds, state.budgets, flat, strict=True)]
         return self.ledger.plan(state, committed, budgets)
 
     def _launch(self, plans: list[RoundPlan], states: list[RequestState], allocator: Any) -> None:
         result = run_round(
-            plans, self.pool.cells, self.req_to_token, self.policy, self.config.retain.sinks,
-            self.config.retain.own_sinks, self._reduce if self.tp_size > 1 else None,
-        )  # fmt: skip
+            plans,
+            self.pool.cells,
+            self.req_to_token,
+            self.policy,
+            self.config.retain.sinks,
+            self.config.retain.own_sinks,
+            self._reduce if self.tp_size > 1 else None,
+        )
         allocator.free_segment(result.freed, start_pos=0)
         counts = self._breakpoints(result, plans)
         counters = self.counters
@@ -286,9 +294,13 @@ class Runtime:
         rule = self.config.breakpoint
         candidates = torch.tensor([p.candidates for p in plans], dtype=torch.int64).t()
         counts = breakpoint_counts(
-            result.rank, result.pinned, candidates.to(result.rank.device, non_blocking=True),
-            rule.sparse_ratio, rule.segments, rule.reference,
-        )  # fmt: skip
+            result.rank,
+            result.pinned,
+            candidates.to(result.rank.device, non_blocking=True),
+            rule.sparse_ratio,
+            rule.segments,
+            rule.reference,
+        )
         if counts.device.type == "cpu":
             return counts, None
         host = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
@@ -337,9 +349,14 @@ class Runtime:
             self.counters.fingerprint.update(repr((state.rid, plan.new_tail, layers)).encode())
             if self.config.debug.record_kept:
                 self.counters.kept_log.append(
-                    {"rid": state.rid, "round": state.rounds, "prefix": plan.prefix, "tail": plan.new_tail,
-                     "kept": layers}
-                )  # fmt: skip
+                    {
+                        "rid": state.rid,
+                        "round": state.rounds,
+                        "prefix": plan.prefix,
+                        "tail": plan.new_tail,
+                        "kept": layers,
+                    }
+                )
 
         if self.config.debug.fingerprints:
             digest = self.counters.fingerprint.digest()[:8]

@@ -70,10 +70,17 @@ def announce(runtime: Runtime) -> None:
     logger.info(
         "KV eviction: policy %s, %d tokens a layer on average (recent %d, sinks %d), per-layer budgets %s, "
         "a round every %d tokens, prompt %s. Auxiliary memory: states %.2f MiB, table %.2f MiB of a pool of %.1f MiB.",
-        config.policy, config.budget.tokens, config.recent, config.retain.sinks, list(runtime.budgets),
-        runtime.ledger.interval, config.retain.prompt, size["states"] / 2**20, size["table"] / 2**20,
+        config.policy,
+        config.budget.tokens,
+        config.recent,
+        config.retain.sinks,
+        list(runtime.budgets),
+        runtime.ledger.interval,
+        config.retain.prompt,
+        size["states"] / 2**20,
+        size["table"] / 2**20,
         size["pool"] / 2**20,
-    )  # fmt: skip
+    )
     logger.info("KV eviction: resolved configuration %s", config.model_dump_json())
 
 

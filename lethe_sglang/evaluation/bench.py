@@ -23,10 +23,20 @@ from lethe_sglang.evaluation.servers import CpuMeter, Server, ServerError, run_c
 _DECODE = re.compile(r"Decode batch.*?#running-req: (\d+),.*?#(?:full )?token: (\d+)")
 _RETRACTION = re.compile(r"Retract requests\..*?#retracted_reqs: (\d+)")
 _SERVER_FACTS = (
-    "device", "dtype", "kv_cache_dtype", "attention_backend", "tp_size", "page_size", "chunked_prefill_size",
-    "schedule_policy", "schedule_conservativeness", "disable_radix_cache", "disable_overlap_schedule",
-    "max_running_requests", "max_total_num_tokens",
-)  # fmt: skip
+    "device",
+    "dtype",
+    "kv_cache_dtype",
+    "attention_backend",
+    "tp_size",
+    "page_size",
+    "chunked_prefill_size",
+    "schedule_policy",
+    "schedule_conservativeness",
+    "disable_radix_cache",
+    "disable_overlap_schedule",
+    "max_running_requests",
+    "max_total_num_tokens",
+)
 _TIMES = ("_ms", "_throughput", "_tokens", "duration", "concurrency")
 _COUNTERS = ("rounds", "round_launches", "round_seconds", "requests_pruned", "requests_retracted", "blocks_freed_total")
 _LEVELS = ("policy", "budget_tokens", "interval", "recent", "layers", "blocks_held_peak_request", "auxiliary_bytes")

@@ -126,10 +126,24 @@ class Plan:
     def server_command(self, arm: str) -> list[str]:
         """Command line of an arm's server."""
         command = [
-            sys.executable, "-m", "sglang.launch_server", "--model-path", self.model_path,
-            "--host", HOST, "--port", str(self.port), "--max-total-tokens", str(self.max_total_tokens),
-            "--decode-log-interval", "1", "--log-level", "info", "--sleep-on-idle", *self.server_args,
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "sglang.launch_server",
+            "--model-path",
+            self.model_path,
+            "--host",
+            HOST,
+            "--port",
+            str(self.port),
+            "--max-total-tokens",
+            str(self.max_total_tokens),
+            "--decode-log-interval",
+            "1",
+            "--log-level",
+            "info",
+            "--sleep-on-idle",
+            *self.server_args,
+        ]
         if self.page_size is not None:
             command += ["--page-size", str(self.page_size)]
         if (config := self.arm_config(arm)) is not None:
@@ -145,14 +159,43 @@ class Plan:
         sampling = {"temperature": 0, "max_new_tokens": self.output_len, "ignore_eos": True}
         body = {"sampling_params": sampling | {"skip_special_tokens": False}}
         return [
-            sys.executable, "-m", "sglang.benchmark.serving", "--backend", "sglang",
-            "--base-url", f"http://{HOST}:{self.port}", "--model", self.model_path, "--tokenizer", self.model_path,
-            "--dataset-name", "random-ids", "--tokenize-prompt", "--random-input-len", str(self.input_len),
-            "--random-output-len", str(self.output_len), "--random-range-ratio", "1.0",
-            "--num-prompts", str(self.requests), "--max-concurrency", str(self.concurrency), "--request-rate", "inf",
-            "--seed", str(self.seed), "--warmup-requests", "0", "--disable-tqdm", "--output-details",
-            "--extra-request-body", json.dumps(body), "--output-file", str(output),
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "sglang.benchmark.serving",
+            "--backend",
+            "sglang",
+            "--base-url",
+            f"http://{HOST}:{self.port}",
+            "--model",
+            self.model_path,
+            "--tokenizer",
+            self.model_path,
+            "--dataset-name",
+            "random-ids",
+            "--tokenize-prompt",
+            "--random-input-len",
+            str(self.input_len),
+            "--random-output-len",
+            str(self.output_len),
+            "--random-range-ratio",
+            "1.0",
+            "--num-prompts",
+            str(self.requests),
+            "--max-concurrency",
+            str(self.concurrency),
+            "--request-rate",
+            "inf",
+            "--seed",
+            str(self.seed),
+            "--warmup-requests",
+            "0",
+            "--disable-tqdm",
+            "--output-details",
+            "--extra-request-body",
+            json.dumps(body),
+            "--output-file",
+            str(output),
+        ]
 
     def readable(self, command: Iterable[str]) -> list[str]:
         """Return a command line without the paths of this machine."""

@@ -70,9 +70,19 @@ def plot_accuracy(
             below = [100 * max(point.accuracy - point.low, 0.0) for point in ordered]
             above = [100 * max(point.high - point.accuracy, 0.0) for point in ordered]
             style = {"linewidth": 2.4, "zorder": 5} if name == "lethe" else {"linewidth": 1.2}
-            ax.errorbar(x, y, yerr=[below, above], label=name, color=colours(number % 20), capsize=2, elinewidth=0.7,
-                        marker=_MARKERS[number % len(_MARKERS)], markersize=5,
-                        linestyle="--" if name == "random" else "-", **style)  # fmt: skip
+            ax.errorbar(
+                x,
+                y,
+                yerr=[below, above],
+                label=name,
+                color=colours(number % 20),
+                capsize=2,
+                elinewidth=0.7,
+                marker=_MARKERS[number % len(_MARKERS)],
+                markersize=5,
+                linestyle="--" if name == "random" else "-",
+                **style,
+            )
         ax.set(title=title, xlabel="KV memory held while decoding, % of stock", ylabel="right answers, %")
         ax.grid(alpha=0.25)
     axes[0].legend(fontsize=7, ncols=2)
@@ -86,8 +96,15 @@ def plot_layers(path: Path, panels: Mapping[str, Mapping[str, Sequence[float]]])
     colours = importlib.import_module("matplotlib").colormaps["tab20"]
     for ax, (title, lines) in zip(axes, panels.items(), strict=False):
         for number, (name, kept) in enumerate(lines.items()):
-            ax.plot(range(len(kept)), kept, label=name, color=colours(number % 20), linewidth=1,
-                    marker=_MARKERS[number % len(_MARKERS)], markersize=4)  # fmt: skip
+            ax.plot(
+                range(len(kept)),
+                kept,
+                label=name,
+                color=colours(number % 20),
+                linewidth=1,
+                marker=_MARKERS[number % len(_MARKERS)],
+                markersize=4,
+            )
         ax.set(title=title, xlabel="layer", ylabel="tokens kept besides prefix and tail", ylim=(0, None))
         ax.grid(alpha=0.25)
     axes[0].legend(fontsize=7, ncols=2)

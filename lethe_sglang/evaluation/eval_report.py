@@ -52,8 +52,11 @@ class Replies:
     @cached_property
     def evicted(self) -> list[tuple[str, int]]:
         """Those from which something was evicted."""
-        return [key for key, line in self.lines.items()
-                if line["memory"]["rounds"] and sum(line["memory"]["evicted_per_layer"])]  # fmt: skip
+        return [
+            key
+            for key, line in self.lines.items()
+            if line["memory"]["rounds"] and sum(line["memory"]["evicted_per_layer"])
+        ]
 
     @property
     def sampled(self) -> bool:
@@ -186,14 +189,27 @@ def write_replies(results: Results, path: Path) -> None:
     """Write one line per reply without its text, from which every number of the page follows."""
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")
-        table.writerow(["arm", "problem", "sample", "ok", "tokens", "finish", "rounds", "evicted", "steps", "held",
-                        "stock"])  # fmt: skip
+        table.writerow(
+            ["arm", "problem", "sample", "ok", "tokens", "finish", "rounds", "evicted", "steps", "held", "stock"]
+        )
         for name, replies in results.replies.items():
             for (problem, sample), line in sorted(replies.lines.items()):
                 m = line["memory"]
-                table.writerow([name, problem, sample, int(line["ok"]), line["tokens"], line["finish"], m["rounds"],
-                                sum(m["evicted_per_layer"]), m["steps"], round(m["own_held_mean"], 2),
-                                round(m["own_stock_mean"], 2)])  # fmt: skip
+                table.writerow(
+                    [
+                        name,
+                        problem,
+                        sample,
+                        int(line["ok"]),
+                        line["tokens"],
+                        line["finish"],
+                        m["rounds"],
+                        sum(m["evicted_per_layer"]),
+                        m["steps"],
+                        round(m["own_held_mean"], 2),
+                        round(m["own_stock_mean"], 2),
+                    ]
+                )
 
 
 def draw(results: Results, directory: Path) -> list[Picture]:
@@ -295,15 +311,28 @@ def _unfinished(results: Results) -> list[str]:
     ]
     most = max(len(replies.lines) for replies in results.replies.values())
     wanted = most if None in known else sum(count for count in known if count is not None)
-    counts = {arm.name: len(results.replies[arm.name].lines) if arm.name in results.replies else 0
-              for arm in results.experiment.every_arm()}  # fmt: skip
+    counts = {
+        arm.name: len(results.replies[arm.name].lines) if arm.name in results.replies else 0
+        for arm in results.experiment.every_arm()
+    }
     return [f"{name} has {count} of {wanted}" for name, count in counts.items() if count < wanted]
 
 
 def _table(results: Results, parts: dict[str, Replies], speed: bool) -> list[str]:
     full = parts.get(FULL)
-    head = ["arm", "memory", "held", "right", "against full", f"against {RANDOM}", "tokens", "cut off", "evicted from",
-            "right there (full)", *(["speed"] if speed else [])]  # fmt: skip
+    head = [
+        "arm",
+        "memory",
+        "held",
+        "right",
+        "against full",
+        f"against {RANDOM}",
+        "tokens",
+        "cut off",
+        "evicted from",
+        "right there (full)",
+        *(["speed"] if speed else []),
+    ]
     lines = [f"| {' | '.join(head)} |", "| --- |" + " ---: |" * (len(head) - 1)]
     for name, part in parts.items():
         everyone = results.peer(part.arm)

@@ -166,8 +166,13 @@ def _joined(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 def _held_by_stock(tokens: int) -> dict[str, Any]:
     """Say what stock SGLang holds besides a shared prompt: one block more at every decode step."""
     mean = max(tokens - 1, 0) / 2
-    return {"rounds": 0, "evicted_per_layer": [], "steps": max(tokens - 1, 0), "own_held_mean": mean,
-            "own_stock_mean": mean}  # fmt: skip
+    return {
+        "rounds": 0,
+        "evicted_per_layer": [],
+        "steps": max(tokens - 1, 0),
+        "own_held_mean": mean,
+        "own_stock_mean": mean,
+    }
 
 
 def _state(server: Server) -> dict[str, Any]:
@@ -244,8 +249,10 @@ class Run:
                 if (line := lines.get((item.id, sample))) is None:
                     jobs.append(Job(item, sample, self._limit(item, self.experiment.limit_of(task))))
                 elif line["question"] != item.prompt:
-                    raise ConfigError(f"--out {self.store.directory}: {arm.name} answered another {item.id}; the "
-                                      "problems have changed, give another directory")  # fmt: skip
+                    raise ConfigError(
+                        f"--out {self.store.directory}: {arm.name} answered another {item.id}; the "
+                        "problems have changed, give another directory"
+                    )
         return jobs
 
     def _limit(self, item: Item, limit: int | str) -> int:
@@ -283,9 +290,13 @@ class Run:
                 raise
 
     def _work(
-        self, kind: str, number: int, config: Path | None, queue: deque[tuple[Arm, list[Job]]],
+        self,
+        kind: str,
+        number: int,
+        config: Path | None,
+        queue: deque[tuple[Arm, list[Job]]],
         traced: dict[str, list[Item]],
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Take arms from the queue until it is empty, on one server."""
         port = self.port + number
         command = self.experiment.server_command(port, config)
@@ -375,8 +386,12 @@ class Run:
     def _ask(self, server: Server, job: Job, prompt: list[int]) -> dict[str, Any]:
         sampling = self.experiment.sampling
         rid = f"{uuid.uuid4().hex[:12]}/{job.item.id}/{job.sample}"
-        params = {"temperature": sampling.temperature, "top_p": sampling.top_p, "max_new_tokens": job.limit,
-                  "skip_special_tokens": False}  # fmt: skip
+        params = {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_new_tokens": job.limit,
+            "skip_special_tokens": False,
+        }
         if sampling.temperature > 0:
             params["sampling_seed"] = sampling.seed * 2**32 + zlib.crc32(f"{job.item.id}/{job.sample}".encode())
         body = {"input_ids": prompt, "rid": rid, "sampling_params": params}
@@ -388,11 +403,21 @@ class Run:
         item, finish = job.item, meta["finish_reason"]
         if finish["type"] not in ("stop", "length"):
             raise ServerError(f"{item.id}: the server gave up: {finish.get('message', finish['type'])}")
-        return {"id": item.id, "sample": job.sample, "task": item.task, "question": item.prompt, "answer": item.answer,
-                "output": text, "ok": item.grade(text.removesuffix(self.prompts.end)),
-                "tokens": meta["completion_tokens"],
-                "prompt_tokens": meta["prompt_tokens"], "finish": finish["type"], "limit": job.limit,
-                "seconds": round(meta.get("e2e_latency", 0.0), 3), "rid": reply["rid"]}  # fmt: skip
+        return {
+            "id": item.id,
+            "sample": job.sample,
+            "task": item.task,
+            "question": item.prompt,
+            "answer": item.answer,
+            "output": text,
+            "ok": item.grade(text.removesuffix(self.prompts.end)),
+            "tokens": meta["completion_tokens"],
+            "prompt_tokens": meta["prompt_tokens"],
+            "finish": finish["type"],
+            "limit": job.limit,
+            "seconds": round(meta.get("e2e_latency", 0.0), 3),
+            "rid": reply["rid"],
+        }
 
     def _trace(self, server: Server, arm: Arm, items: list[Item]) -> None:
         """Ask a few problems one by one on the arm that records kept sets."""
@@ -410,8 +435,14 @@ class Run:
                 if entry["rid"] == reply["rid"]
             ]
             meta = reply["meta"]
-            line = {"arm": arm.name, "id": item.id, "rid": reply["rid"], "prompt_tokens": meta["prompt_tokens"],
-                    "tokens": meta["completion_tokens"], "rounds": rounds}  # fmt: skip
+            line = {
+                "arm": arm.name,
+                "id": item.id,
+                "rid": reply["rid"],
+                "prompt_tokens": meta["prompt_tokens"],
+                "tokens": meta["completion_tokens"],
+                "rounds": rounds,
+            }
             self.store.append(self.store.traces, [line])
 
 

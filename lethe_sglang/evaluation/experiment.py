@@ -30,11 +30,18 @@ FULL = "full"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9@._+-]*")
 _OWN_SERVER_ARGS = {
-    "--model-path": "model_path", "--model": "model_path", "--host": "", "--port": "", "--config": "",
-    "--max-total-tokens": "server.max_total_tokens", "--page-size": "server.page_size",
-    "--max-running-requests": "server.max_running_requests", "--kv-evict": "arms", "--kv-evict-config": "base",
+    "--model-path": "model_path",
+    "--model": "model_path",
+    "--host": "",
+    "--port": "",
+    "--config": "",
+    "--max-total-tokens": "server.max_total_tokens",
+    "--page-size": "server.page_size",
+    "--max-running-requests": "server.max_running_requests",
+    "--kv-evict": "arms",
+    "--kv-evict-config": "base",
     "--kv-evict-budget": "arms",
-}  # fmt: skip
+}
 """Server arguments that an experiment sets, and the key that changes them, if there is one."""
 
 
@@ -290,8 +297,20 @@ class Experiment(Section):
 
     def server_command(self, port: int, config: Path | None) -> list[str]:
         """Command line of a server: stock for ``config`` None, else with eviction as that file says."""
-        command = [sys.executable, "-m", "sglang.launch_server", "--model-path", self.model_path, "--host", HOST,
-                   "--port", str(port), "--log-level", "info", "--sleep-on-idle"]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "sglang.launch_server",
+            "--model-path",
+            self.model_path,
+            "--host",
+            HOST,
+            "--port",
+            str(port),
+            "--log-level",
+            "info",
+            "--sleep-on-idle",
+        ]
         for key in ("max_total_tokens", "page_size", "max_running_requests"):
             if (value := getattr(self.server, key)) is not None:
                 command += [f"--{key.replace('_', '-')}", str(value)]
@@ -413,9 +432,13 @@ def _legal(loc: tuple[int | str, ...]) -> str:
 
 
 _MODELS: dict[str, type[BaseModel]] = {
-    "server": ServerConfig, "tasks": TaskConfig, "sampling": SamplingConfig, "arms": ArmConfig, "grid": GridConfig,
+    "server": ServerConfig,
+    "tasks": TaskConfig,
+    "sampling": SamplingConfig,
+    "arms": ArmConfig,
+    "grid": GridConfig,
     "budgets": BudgetPoint,
-}  # fmt: skip
+}
 
 
 def _model_at(loc: tuple[int | str, ...]) -> type[BaseModel]:

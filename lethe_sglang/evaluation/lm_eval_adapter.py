@@ -50,19 +50,27 @@ class HarnessPlan:
         """Return the arguments of ``lm_eval.simple_evaluate``."""
         path = "chat/completions" if self.chat else "completions"
         client: dict[str, Any] = {
-            "model": model, "base_url": f"{self.url.rstrip('/')}/v1/{path}", "num_concurrent": self.concurrency,
-            "tokenizer_backend": "none" if self.tokenizer is None else "huggingface", "tokenized_requests": False,
-            "max_retries": 1, "timeout": 14400,
-        }  # fmt: skip
+            "model": model,
+            "base_url": f"{self.url.rstrip('/')}/v1/{path}",
+            "num_concurrent": self.concurrency,
+            "tokenizer_backend": "none" if self.tokenizer is None else "huggingface",
+            "tokenized_requests": False,
+            "max_retries": 1,
+            "timeout": 14400,
+        }
         if self.tokenizer is not None:
             client["tokenizer"] = self.tokenizer
         if self.max_new_tokens is not None:
             client["max_gen_toks"] = self.max_new_tokens
         chosen: dict[str, Any] = {
-            "model": "local-chat-completions" if self.chat else "local-completions", "model_args": client,
-            "tasks": list(self.tasks), "limit": self.limit, "num_fewshot": self.fewshot,
-            "apply_chat_template": self.chat, "batch_size": 1,
-        }  # fmt: skip
+            "model": "local-chat-completions" if self.chat else "local-completions",
+            "model_args": client,
+            "tasks": list(self.tasks),
+            "limit": self.limit,
+            "num_fewshot": self.fewshot,
+            "apply_chat_template": self.chat,
+            "batch_size": 1,
+        }
         if self.max_new_tokens is not None:
             chosen["gen_kwargs"] = {"max_gen_toks": self.max_new_tokens}
         return chosen

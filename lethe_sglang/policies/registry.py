@@ -25,10 +25,19 @@ if TYPE_CHECKING:
 POLICIES: dict[str, type[Policy]] = {
     policy.name: policy
     for policy in (
-        LethePolicy, H2OPolicy, TovaPolicy, SnapKVPolicy, MorphKVPolicy, RKVPolicy, GKVPolicy, LazyPolicy,
-        KeyDiffPolicy, StreamingPolicy, RandomPolicy,
+        LethePolicy,
+        H2OPolicy,
+        TovaPolicy,
+        SnapKVPolicy,
+        MorphKVPolicy,
+        RKVPolicy,
+        GKVPolicy,
+        LazyPolicy,
+        KeyDiffPolicy,
+        StreamingPolicy,
+        RandomPolicy,
     )
-}  # fmt: skip
+}
 
 
 def policy_names() -> tuple[str, ...]:

@@ -83,10 +83,22 @@ class Pass:
         measuring = {"retain": {"sinks": self.config.retain.sinks}, "debug": {"measure": True}}
         backend = [] if "--attention-backend" in self.server_args else ["--attention-backend", "torch_native"]
         return [
-            "--model-path", self.model_path, "--log-level", "error", *backend, *self.server_args,
-            "--kv-evict", "streaming", "--kv-evict-config", json.dumps(measuring), "--disable-overlap-schedule",
-            "--random-seed", str(self.seed), "--max-running-requests", str(self.concurrency),
-        ]  # fmt: skip
+            "--model-path",
+            self.model_path,
+            "--log-level",
+            "error",
+            *backend,
+            *self.server_args,
+            "--kv-evict",
+            "streaming",
+            "--kv-evict-config",
+            json.dumps(measuring),
+            "--disable-overlap-schedule",
+            "--random-seed",
+            str(self.seed),
+            "--max-running-requests",
+            str(self.concurrency),
+        ]
 
 
 class Interrupted(Exception):
@@ -163,9 +175,12 @@ def _measure(task: Pass, engine: Any, source: str, prompts: list[Prompt] | None)
 
     model = fingerprint_of(model_config_of(engine.server_args), resolved_view(engine.server_args))
     settings = Settings(
-        max_new_tokens=task.max_new_tokens, temperature=task.temperature, seed=task.seed,
-        sinks=task.config.retain.sinks, idle_steps=IDLE_STEPS,
-    )  # fmt: skip
+        max_new_tokens=task.max_new_tokens,
+        temperature=task.temperature,
+        seed=task.seed,
+        sinks=task.config.retain.sinks,
+        idle_steps=IDLE_STEPS,
+    )
     tokenizer = engine.tokenizer_manager.tokenizer
     if prompts is None:
         prompts = _writable(tokenizer, task)
@@ -202,13 +217,21 @@ def _finish(task: Pass, measured: _Measured, started: float) -> tuple[Profile, P
         except KeyboardInterrupt:
             raise Interrupted(len(measured.records), len(measured.ids), measured.partial.path) from None
     cost = Cost(
-        measuring_seconds=measured.seconds, total_seconds=time.monotonic() - started,
+        measuring_seconds=measured.seconds,
+        total_seconds=time.monotonic() - started,
         statistics_bytes=measured.statistics_bytes,
-    )  # fmt: skip
+    )
     profile = assemble(
-        task.config, model, measured.records, measured.source, measured.prompts_hash, measured.settings, cost,
-        _versions(), found,
-    )  # fmt: skip
+        task.config,
+        model,
+        measured.records,
+        measured.source,
+        measured.prompts_hash,
+        measured.settings,
+        cost,
+        _versions(),
+        found,
+    )
     try:
         save(profile, out)
     except OSError as error:
@@ -304,7 +327,10 @@ def assemble(
         model=model,
         versions=versions,
         prompts=PromptsInfo(
-            source=source, hash=prompts_hash, count=len(records), queries=queries,
+            source=source,
+            hash=prompts_hash,
+            count=len(records),
+            queries=queries,
             prompt_tokens=sum(record["prompt_tokens"] for record in records) / len(records),
             answer_tokens=queries / len(records) + 1,
         ),
@@ -312,9 +338,10 @@ def assemble(
         cost=cost,
         statistics=summarise(records),
         sensitivity=found,
-        budgets=Budgets(allocation=allocation, alpha=wanted.budget.alpha, tokens=wanted.budget.tokens,
-                        layers=(1,) * model.layers),
-    )  # fmt: skip
+        budgets=Budgets(
+            allocation=allocation, alpha=wanted.budget.alpha, tokens=wanted.budget.tokens, layers=(1,) * model.layers
+        ),
+    )
     layers = tuple(k + wanted.recent for k in from_config(wanted, model.layers, draft))
     return draft.model_copy(update={"budgets": draft.budgets.model_copy(update={"layers": layers})})
 

@@ -64,9 +64,11 @@ def configuration(config: EvictionConfig, layers: int, longest: int) -> Eviction
         return from_mapping(
             {
                 **{name: part for name, part in whole.items() if name not in ("budget", "retain", "debug", "requests")},
-                "retain": retain, "budget": budget(0), "debug": {"arms": arms},
+                "retain": retain,
+                "budget": budget(0),
+                "debug": {"arms": arms},
             }
-        )  # fmt: skip
+        )
     except ConfigError as error:
         raise ConfigError(
             f"--sensitivity: half of budget.tokens {config.budget.tokens} is too small: {error}"
@@ -149,12 +151,21 @@ def run(task: Pass, prompts: Sequence[Sequence[int]], layers: int) -> Sensitivit
     engine = sgl.Engine(
         server_args=prepare_server_args(
             [
-                "--model-path", task.model_path, "--log-level", "error", "--random-seed", str(task.seed),
-                "--disable-cuda-graph", *task.server_args, "--kv-evict", config.policy,
-                "--kv-evict-config", json.dumps(config.model_dump(mode="json", exclude_unset=True)),
+                "--model-path",
+                task.model_path,
+                "--log-level",
+                "error",
+                "--random-seed",
+                str(task.seed),
+                "--disable-cuda-graph",
+                *task.server_args,
+                "--kv-evict",
+                config.policy,
+                "--kv-evict-config",
+                json.dumps(config.model_dump(mode="json", exclude_unset=True)),
             ]
         )
-    )  # fmt: skip
+    )
 
     def ask(layer: int | None) -> list[list[int]]:
         if layer is not None:

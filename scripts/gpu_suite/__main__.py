@@ -79,16 +79,22 @@ def run_part(part: Part, scope: Scope, options: argparse.Namespace, arguments: S
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="gpu_suite.sh", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="gpu_suite.sh",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("part", choices=(*PARTS, "report", "all"))
     parser.add_argument("--dry-run", action="store_true", help="list what would run")
-    parser.add_argument("--model", choices=tuple(MODELS),
-                        help="one model of micro, server and trace (default: both; trace: the first)")  # fmt: skip
+    parser.add_argument(
+        "--model", choices=tuple(MODELS), help="one model of micro, server and trace (default: both; trace: the first)"
+    )
     parser.add_argument("--minutes", type=float, default=9, help="longest run of a part (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=1, help="measurements of each server run (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "gpu",
-                        help="folder of the JSON and of report.md")  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "docs" / "results" / "gpu", help="folder of the JSON and of report.md"
+    )
     parser.add_argument("--fresh", action="store_true", help="measure again what is there")
     options = parser.parse_args(arguments)
     models = (options.model,) if options.model else tuple(MODELS)

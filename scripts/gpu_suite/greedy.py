@@ -49,8 +49,12 @@ class Greedy(Part):
             for pair in pairs(mode, arms[0]):
                 cells = " | ".join(found.get((arm, pair.label), "-") for arm in arms)
                 rows.append(f"| {mode}: {pair.label} | {cells} |")
-        rows += ["", "| pass | replies | right | tokens a reply | requests at once, at most | requests retracted | "
-                 "rounds | seconds |", "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
+        rows += [
+            "",
+            "| pass | replies | right | tokens a reply | requests at once, at most | requests retracted | "
+            "rounds | seconds |",
+            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        ]
         for key, r in records.items():
             if r["status"] != "measured":
                 rows.append(f"| {key} | {in_a_cell(r)} | | | | | | |")

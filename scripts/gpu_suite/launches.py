@@ -131,7 +131,13 @@ def make_schedule(shape: Shape, point: Point) -> Launch:
 
 
 MAKERS: dict[str, Callable[[Shape, Point], Launch]] = {
-    "score": make_score, "attention": make_attention, "indices": make_indices, "repack": make_repack,
-    "select": make_select, "round": make_round, "zero": make_zero, "schedule": make_schedule,
+    "score": make_score,
+    "attention": make_attention,
+    "indices": make_indices,
+    "repack": make_repack,
+    "select": make_select,
+    "round": make_round,
+    "zero": make_zero,
+    "schedule": make_schedule,
     "score-fp8": functools.partial(make_score, keys_dtype=torch.float8_e4m3fn),
-}  # fmt: skip
+}

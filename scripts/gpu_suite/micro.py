@@ -33,8 +33,10 @@ class Micro(Part):
 
     def table(self, records: dict[str, Any]) -> list[str]:
         """See the base class."""
-        rows = ["| point | time (us) | floor (MB) | of a copy of its bytes | of a large copy |",
-                "| --- | ---: | ---: | ---: | ---: |"]  # fmt: skip
+        rows = [
+            "| point | time (us) | floor (MB) | of a copy of its bytes | of a large copy |",
+            "| --- | ---: | ---: | ---: | ---: |",
+        ]
         for key, r in records.items():
             if r["status"] != "measured":
                 rows.append(f"| {key} | {r['status']}: {r['message']} | | | |")

@@ -65,9 +65,11 @@ def ask_all(server: Server, evicts: bool, concurrency: int, asked: Sequence[Aske
         "replies": " ".join(digest(reply["output_ids"]) for reply in replies),
         "tokens": sum(len(reply["output_ids"]) for reply in replies),
         "right": sum(one.right(reply["text"]) for one, reply in zip(asked, replies, strict=True)),
-        "rounds": rounds, "running_peak": held.running_peak, "retracted_requests": held.retracted_requests,
+        "rounds": rounds,
+        "running_peak": held.running_peak,
+        "retracted_requests": held.retracted_requests,
         "seconds": seconds,
-    }  # fmt: skip
+    }
 
 
 def ask(server: Server, concurrency: int, prompts: Sequence[Sequence[int]]) -> list[dict[str, Any]]:

@@ -40,8 +40,11 @@ def report(folder: Path) -> str:
     records, files = load(folder)
     lines = ["# Results on a GPU", "", "Written by `bash scripts/gpu_suite.sh report` from the JSON beside it.", ""]
     lines += ["| goal | state |", "| --- | --- |", *(f"| {goal.text} | {goal.mark(records)} |" for goal in GOALS), ""]
-    lines += ["A copy of the same bytes, as slow to start as any kernel, is what bandwidths are set against; the share "
-              "of a large copy's speed stands beside it. Times are medians, in brackets the deciles.", ""]  # fmt: skip
+    lines += [
+        "A copy of the same bytes, as slow to start as any kernel, is what bandwidths are set against; the share "
+        "of a large copy's speed stands beside it. Times are medians, in brackets the deciles.",
+        "",
+    ]
     for name, part in PARTS.items():
         found = [file for file in files if file["part"] == name]
         lines += [f"## {name}", ""] + ([] if found else [f"{NOT_RUN[0].upper()}{NOT_RUN[1:]}.", ""])

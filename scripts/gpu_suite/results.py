@@ -81,10 +81,15 @@ def header(part: str, model: str | None, arguments: Sequence[str]) -> dict[str, 
         commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
     shown = [Path(word).name if Path(word).is_absolute() else word for word in arguments]
     return {
-        "part": part, "command": shlex.join(["bash", "scripts/gpu_suite.sh", *shown]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "gpus": found.pop("gpus"),
-        "machine": found, "versions": versions(), "commit": commit, "model": model,
-    }  # fmt: skip
+        "part": part,
+        "command": shlex.join(["bash", "scripts/gpu_suite.sh", *shown]),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "gpus": found.pop("gpus"),
+        "machine": found,
+        "versions": versions(),
+        "commit": commit,
+        "model": model,
+    }
 
 
 def say(line: str) -> None:

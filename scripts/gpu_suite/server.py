@@ -105,8 +105,11 @@ class Server(Part):
 
     def table(self, records: dict[str, Any]) -> list[str]:
         """See the base class."""
-        rows = ["| run | output tokens/s | time per token, median (ms) | requests running | KV tokens per request | "
-                "requests retracted |", "| --- | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
+        rows = [
+            "| run | output tokens/s | time per token, median (ms) | requests running | KV tokens per request | "
+            "requests retracted |",
+            "| --- | ---: | ---: | ---: | ---: | ---: |",
+        ]
         for key, r in records.items():
             if r["status"] != "measured":
                 rows.append(f"| {key} | {in_a_cell(r)} | | | | |")
@@ -121,9 +124,12 @@ def runs(models: Sequence[str], repeats: int = 1) -> list[Run]:
     """Return all runs, repeat after repeat, what the goals need first."""
     return [
         Run(model, case, arm, repeat)
-        for repeat in range(1, repeats + 1) for model in models for case in CASES for arm in ARMS
+        for repeat in range(1, repeats + 1)
+        for model in models
+        for case in CASES
+        for arm in ARMS
         if _measured(model, case.name, arm)
-    ]  # fmt: skip
+    ]
 
 
 def _measured(model: str, case: str, arm: str) -> bool:
@@ -140,11 +146,19 @@ def plan_of(run: Run, folder: Path, timeout: float = 540) -> Plan:
     arm, extra = ARMS[run.arm]
     case = run.case
     return Plan(
-        model_path=str(folder / run.model), config=resolve("lethe", None, BUDGET), requests=case.concurrency,
-        concurrency=case.concurrency, input_len=case.input_len, output_len=case.output_len,
-        max_total_tokens=case.pool, repeats=1, arms=(arm,), timeout=timeout, seed=run.repeat,
+        model_path=str(folder / run.model),
+        config=resolve("lethe", None, BUDGET),
+        requests=case.concurrency,
+        concurrency=case.concurrency,
+        input_len=case.input_len,
+        output_len=case.output_len,
+        max_total_tokens=case.pool,
+        repeats=1,
+        arms=(arm,),
+        timeout=timeout,
+        seed=run.repeat,
         server_args=("--load-format", "dummy", *extra),
-    )  # fmt: skip
+    )
 
 
 def run_all(results: Results, deadline: float, planned: Sequence[Run], folder: Path) -> None:

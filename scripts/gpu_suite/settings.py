@@ -31,16 +31,29 @@ STOCK = {"lethe-flashinfer": "stock-flashinfer", "lethe-triton": "stock-triton"}
 """Lethe's arms, and stock on the same backend: those of the mode's backends that lethe offers."""
 
 COMMON = (
-    "--dtype", "bfloat16", "--max-total-tokens", "65536", "--max-running-requests", "128",
-    "--chunked-prefill-size", "8192", "--decode-log-interval", "10", "--log-level", "info", "--sleep-on-idle",
-)  # fmt: skip
+    "--dtype",
+    "bfloat16",
+    "--max-total-tokens",
+    "65536",
+    "--max-running-requests",
+    "128",
+    "--chunked-prefill-size",
+    "8192",
+    "--decode-log-interval",
+    "10",
+    "--log-level",
+    "info",
+    "--sleep-on-idle",
+)
 """Nothing is retracted from such a pool. Chunks under 4,096 tokens, the default on small GPUs, are refused by the
 deterministic mode on FlashInfer."""
 
 EVICTION = {
-    "budget": {"tokens": 80}, "rounds": {"interval": 20}, "rasr": {"half_life": 64},
+    "budget": {"tokens": 80},
+    "rounds": {"interval": 20},
+    "rasr": {"half_life": 64},
     "retain": {"sinks": 4, "own_sinks": 4, "recent_ratio": 0.5},
-}  # fmt: skip
+}
 """As in ``configs/eval/reasoner.yaml``; the first round comes after some 80 tokens, then one every 20."""
 
 

@@ -67,16 +67,24 @@ class Bench:
         found = self.time(run)
         copy = self.copy_us(floor)
         return {
-            "status": "measured", **found, "floor_bytes": floor, "copy_us": copy,
-            "of_copy": copy / found["median_us"], "of_peak_copy": floor / found["median_us"] / self.peak,
+            "status": "measured",
+            **found,
+            "floor_bytes": floor,
+            "copy_us": copy,
+            "of_copy": copy / found["median_us"],
+            "of_peak_copy": floor / found["median_us"] / self.peak,
             "peak_copy_gb_s": self.peak / 1e3,
-        }  # fmt: skip
+        }
 
 
 def summary(values: Sequence[float]) -> dict[str, Any]:
     """Median, smallest, largest and deciles of times in microseconds."""
     deciles = statistics.quantiles(values, n=10)
     return {
-        "median_us": statistics.median(values), "least_us": min(values), "most_us": max(values),
-        "p10_us": deciles[0], "p90_us": deciles[-1], "repeats": len(values),
-    }  # fmt: skip
+        "median_us": statistics.median(values),
+        "least_us": min(values),
+        "most_us": max(values),
+        "p10_us": deciles[0],
+        "p90_us": deciles[-1],
+        "repeats": len(values),
+    }

@@ -63,15 +63,19 @@ class Trace(Part):
 
     def table(self, records: dict[str, Any]) -> list[str]:
         """See the base class."""
-        rows = ["| server | steps traced | rounds meanwhile | graphs launched | waits per step | in a step, at most | "
-                "copies to the host per step |", "| --- | ---: | ---: | ---: | --- | ---: | --- |"]  # fmt: skip
+        rows = [
+            "| server | steps traced | rounds meanwhile | graphs launched | waits per step | in a step, at most | "
+            "copies to the host per step |",
+            "| --- | ---: | ---: | ---: | --- | ---: | --- |",
+        ]
         for key, r in records.items():
             if r["status"] != "measured":
                 rows.append(f"| {key} | {in_a_cell(r)} | | | | | |")
                 continue
             waits, copies = (_by_name(r, field) for field in ("waits", "copies"))
-            rows.append(f"| {key} | {r['steps']} | {r['rounds']} | {r['graph_launches']} | {waits} | {r['most']} | "
-                        f"{copies} |")  # fmt: skip
+            rows.append(
+                f"| {key} | {r['steps']} | {r['rounds']} | {r['graph_launches']} | {waits} | {r['most']} | {copies} |"
+            )
         return rows
 
 
@@ -149,8 +153,14 @@ def trace(server: Server, plan: Plan, evicts: bool, path: Path) -> int:
 def profile_request(path: Path) -> dict[str, Any]:
     """Return what /start_profile is sent: SGLang appends rank and ending to the name."""
     name = path.name.removesuffix("-TP-0.trace.json.gz")
-    return {"output_dir": str(path.parent), "profile_id": name, "num_steps": FORWARDS, "activities": ["CPU", "GPU"],
-            "with_stack": False, "record_shapes": False}  # fmt: skip
+    return {
+        "output_dir": str(path.parent),
+        "profile_id": name,
+        "num_steps": FORWARDS,
+        "activities": ["CPU", "GPU"],
+        "with_stack": False,
+        "record_shapes": False,
+    }
 
 
 def per_step(record: dict[str, Any], field: str) -> float:

@@ -25,9 +25,16 @@ from typing import Any
 
 _CALLS = ("cuda_runtime", "cuda_driver")
 _WAITS = {
-    "cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaThreadSynchronize", "cudaEventSynchronize", "cudaFree",
-    "cuStreamSynchronize", "cuCtxSynchronize", "cuEventSynchronize", "cuMemFree",
-}  # fmt: skip
+    "cudaStreamSynchronize",
+    "cudaDeviceSynchronize",
+    "cudaThreadSynchronize",
+    "cudaEventSynchronize",
+    "cudaFree",
+    "cuStreamSynchronize",
+    "cuCtxSynchronize",
+    "cuEventSynchronize",
+    "cuMemFree",
+}
 _COPIES = ("cudaMemcpy", "cuMemcpy")
 
 
@@ -110,9 +117,10 @@ def count_waits(events: Sequence[dict[str, Any]], batch: int) -> Waits:
     in_step = Counter(bisect.bisect(begins, e["ts"]) for e in waits)
     numbers = {e["args"]["correlation"] for e in calls if "correlation" in e.get("args", {})}
     copies = [
-        e["name"] for e in events
+        e["name"]
+        for e in events
         if e.get("cat") == "gpu_memcpy" and "DtoH" in e["name"] and e["args"]["correlation"] in numbers
-    ]  # fmt: skip
+    ]
     return Waits(
         steps,
         launches,

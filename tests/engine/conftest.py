@@ -43,13 +43,24 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
         command = [
-            sys.executable, *entry, "--model-path", str(MODEL), "--port", str(self.port), "--sleep-on-idle", *args,
-        ]  # fmt: skip
+            sys.executable,
+            *entry,
+            "--model-path",
+            str(MODEL),
+            "--port",
+            str(self.port),
+            "--sleep-on-idle",
+            *args,
+        ]
         with log.open("w") as out:
             self.process = subprocess.Popen(
-                command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **STRICT, **(env or {})}, cwd=ROOT,
+                command,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **STRICT, **(env or {})},
+                cwd=ROOT,
                 start_new_session=True,
-            )  # fmt: skip
+            )
 
     def wait(self) -> Server:
         deadline = time.monotonic() + START_SECONDS

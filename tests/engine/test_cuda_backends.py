@@ -15,9 +15,12 @@ from conftest import config
 from problems import CHAINS, WALKS
 
 SETTINGS = config(
-    budget={"allocation": "list", "layers": [12, 24, 16, 28]}, rounds={"interval": 8}, rasr={"half_life": 7},
-    retain={"recent_ratio": 0.3}, debug={"record_kept": True},
-)  # fmt: skip
+    budget={"allocation": "list", "layers": [12, 24, 16, 28]},
+    rounds={"interval": 8},
+    rasr={"half_life": 7},
+    retain={"recent_ratio": 0.3},
+    debug={"record_kept": True},
+)
 PROMPTS = [WALKS[0], WALKS[1], CHAINS[1]]
 TOKENS = 44
 ENVIRONMENT = {
@@ -30,9 +33,18 @@ ENVIRONMENT = {
 def serve(start, backend):
     """Run all prompts at once; return texts and what every round kept, per request."""
     server = start(
-        "--max-total-tokens", "1024", "--max-running-requests", "4", "--attention-backend", backend,
-        "--kv-evict", "lethe", "--kv-evict-config", SETTINGS, env=ENVIRONMENT[backend],
-    ).wait()  # fmt: skip
+        "--max-total-tokens",
+        "1024",
+        "--max-running-requests",
+        "4",
+        "--attention-backend",
+        backend,
+        "--kv-evict",
+        "lethe",
+        "--kv-evict-config",
+        SETTINGS,
+        env=ENVIRONMENT[backend],
+    ).wait()
 
     def ask(number):
         sampling = {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True}

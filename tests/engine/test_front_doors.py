@@ -49,9 +49,13 @@ def test_openai_chat_streams(client):
 
 def test_openai_completions_with_logprobs_and_custom_params(server, client):
     reply = client.completions.create(
-        model="m", prompt=prompt(PROBLEM), temperature=0, max_tokens=120, logprobs=1,
+        model="m",
+        prompt=prompt(PROBLEM),
+        temperature=0,
+        max_tokens=120,
+        logprobs=1,
         extra_body={"custom_params": {"kv_evict": {"mode": "none"}}},
-    )  # fmt: skip
+    )
     assert ANSWER.startswith(reply.choices[0].text.strip())
     assert len(reply.choices[0].logprobs.token_logprobs) == 120
     assert server.lethe()["last_finished"]["rounds"] == 0, "mode none was evicted from"
@@ -62,18 +66,31 @@ def test_openai_bad_override_is_a_400(client):
 
     with pytest.raises(BadRequestError, match=r"custom_params\.kv_evict\.budget"):
         client.chat.completions.create(
-            model="m", messages=[{"role": "user", "content": PROBLEM}], max_tokens=4,
+            model="m",
+            messages=[{"role": "user", "content": PROBLEM}],
+            max_tokens=4,
             extra_body={"custom_params": {"kv_evict": {"budget": 1}}},
-        )  # fmt: skip
+        )
 
 
 def test_curl(server):
     assert shutil.which("curl")
     body = {"model": "m", "messages": [{"role": "user", "content": PROBLEM}], "temperature": 0, "max_tokens": 400}
     out = subprocess.run(
-        ["curl", "-s", f"{server.url}/v1/chat/completions", "-H", "content-type: application/json", "-d",
-         json.dumps(body)], capture_output=True, text=True, check=True, timeout=300,
-    )  # fmt: skip
+        [
+            "curl",
+            "-s",
+            f"{server.url}/v1/chat/completions",
+            "-H",
+            "content-type: application/json",
+            "-d",
+            json.dumps(body),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
     assert json.loads(out.stdout)["choices"][0]["message"]["content"] == ANSWER
 
 

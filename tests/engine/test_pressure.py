@@ -25,10 +25,19 @@ def mean_running(server) -> float:
 def test_retraction_storms_leak_nothing_and_gathered_cells_stay_right(start):
     """Page 8, a tiny pool, no overlap and SGLang's own retraction test every 7 steps."""
     server = start(
-        "--max-total-tokens", "640", "--page-size", "8", "--chunked-prefill-size", "32", "--disable-overlap-schedule",
-        "--kv-evict", "lethe", "--kv-evict-config", config(**BASE, debug=DEBUG),
+        "--max-total-tokens",
+        "640",
+        "--page-size",
+        "8",
+        "--chunked-prefill-size",
+        "32",
+        "--disable-overlap-schedule",
+        "--kv-evict",
+        "lethe",
+        "--kv-evict-config",
+        config(**BASE, debug=DEBUG),
         env={"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "7"},
-    ).wait()  # fmt: skip
+    ).wait()
     outputs = server.generate_all(PROMPTS[:8], 8, tokens=150)
     assert all(o["meta"]["completion_tokens"] > 20 for o in outputs)
     report = server.lethe()

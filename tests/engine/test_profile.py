@@ -26,9 +26,16 @@ def cache(tmp_path_factory):
 def server(start, cache):
     settings = config(budget=BUDGET, rounds={"interval": 16}, debug={"arms": ARMS})
     server = start(
-        "--max-total-tokens", "2048", "--kv-evict", "lethe", "--kv-evict-config", settings,
-        "--kv-evict-profile", "auto", env={"XDG_CACHE_HOME": str(cache)},
-    ).wait()  # fmt: skip
+        "--max-total-tokens",
+        "2048",
+        "--kv-evict",
+        "lethe",
+        "--kv-evict-config",
+        settings,
+        "--kv-evict-profile",
+        "auto",
+        env={"XDG_CACHE_HOME": str(cache)},
+    ).wait()
     yield server
     server.check_healthy()
 
@@ -204,10 +211,24 @@ def test_every_layer_is_pruned_alone_and_the_budgets_follow(tmp_path):
 
     out = tmp_path / "profile.yaml"
     command = [
-        sys.executable, "-m", "lethe_sglang.cli.main", "profile", "--model-path", str(MODEL), "--out", str(out),
-        "--num-prompts", "4", "--max-new-tokens", "150", "--budget", "48", "--sensitivity",
-        "--config", config(rounds={"interval": 8}, retain={"recent_ratio": 0.5}),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "lethe_sglang.cli.main",
+        "profile",
+        "--model-path",
+        str(MODEL),
+        "--out",
+        str(out),
+        "--num-prompts",
+        "4",
+        "--max-new-tokens",
+        "150",
+        "--budget",
+        "48",
+        "--sensitivity",
+        "--config",
+        config(rounds={"interval": 8}, retain={"recent_ratio": 0.5}),
+    ]
     environment = {**os.environ, **STRICT}
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]

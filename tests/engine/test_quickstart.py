@@ -14,8 +14,12 @@ def test_quickstart_answers_right_with_half_the_memory(tmp_path):
     out = tmp_path / "out.json"
     done = subprocess.run(
         ["bash", "scripts/quickstart.sh", "--once", "--json", str(out), "--port", str(free_port())],
-        capture_output=True, text=True, timeout=600, cwd=ROOT, env={**os.environ, "LETHE_VENV": sys.prefix},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=ROOT,
+        env={**os.environ, "LETHE_VENV": sys.prefix},
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     report = json.loads(out.read_text())
     assert set(report) == {"answer_correct", "rounds", "blocks_held_peak", "blocks_stock_peak", "sglang"}

@@ -76,10 +76,13 @@ def graphs(**backends):
 def options(**values):
     """What the guard reads of a server on CUDA that is stock but for ``values``."""
     stock = {
-        "device": "cuda", "attention_backend": "flashinfer", "prefill_attention_backend": None,
-        "decode_attention_backend": None, "disable_overlap_schedule": True,
+        "device": "cuda",
+        "attention_backend": "flashinfer",
+        "prefill_attention_backend": None,
+        "decode_attention_backend": None,
+        "disable_overlap_schedule": True,
         "cuda_graph_config": graphs(prefill="breakable", decode="full"),
-    }  # fmt: skip
+    }
     return SimpleNamespace(**{**stock, **values})
 
 
@@ -89,8 +92,9 @@ def test_on_cuda_three_backends_serve_and_prefill_and_decode_share_one(monkeypat
     monkeypatch.setattr(guard, "REFUSALS", ())
     for name in ("torch_native", "flashinfer", "triton"):
         guard.check_options(options(attention_backend=name))
-    guard.check_options(options(attention_backend="fa3", prefill_attention_backend="triton",
-                                decode_attention_backend="triton"))  # fmt: skip
+    guard.check_options(
+        options(attention_backend="fa3", prefill_attention_backend="triton", decode_attention_backend="triton")
+    )
     with pytest.raises(
         guard.ConfigError, match="backend fa3: set --attention-backend to torch_native or flashinfer or"
     ):
@@ -125,11 +129,13 @@ def test_checks_that_a_backend_cannot_do_are_refused(debug, server, named):
 @pytest.mark.parametrize(
     ("device", "named", "evicts", "chosen"),
     [
-        ("cuda", {}, True, "flashinfer"), ("cuda", {}, False, None), ("cpu", {}, True, None),
+        ("cuda", {}, True, "flashinfer"),
+        ("cuda", {}, False, None),
+        ("cpu", {}, True, None),
         ("cuda", {"attention_backend": "triton"}, True, "triton"),
         ("cuda", {"decode_attention_backend": "torch_native"}, True, None),
     ],
-)  # fmt: skip
+)
 def test_flashinfer_is_picked_on_cuda_where_no_backend_is_named(sglang_front, caplog, device, named, evicts, chosen):
     from sglang.srt.arg_groups.model_override_base import resolving_view
     from sglang.srt.server_args import ServerArgs
@@ -161,24 +167,33 @@ def test_every_refusal_of_the_table_fires_and_reaches_the_support_matrix(sglang_
 
     guard.check_options(Stock())
     probes = {
-        "speculative decoding": {"speculative_algorithm": "EAGLE"}, "LMCache": {"enable_lmcache": True},
-        "prefill/decode disaggregation": {"disaggregation_mode": "decode"}, "PD multiplexing": {"enable_pdmux": True},
-        "hierarchical cache": {"enable_hierarchical_cache": True}, "FlexKV": {"enable_flexkv": True},
+        "speculative decoding": {"speculative_algorithm": "EAGLE"},
+        "LMCache": {"enable_lmcache": True},
+        "prefill/decode disaggregation": {"disaggregation_mode": "decode"},
+        "PD multiplexing": {"enable_pdmux": True},
+        "hierarchical cache": {"enable_hierarchical_cache": True},
+        "FlexKV": {"enable_flexkv": True},
         "external cache linker": {"enable_unified_cache_external_linker": True},
-        "custom radix cache backend": {"radix_cache_backend": "x"}, "data parallelism": {"dp_size": 2},
-        "pipeline parallelism": {"pp_size": 2}, "decode context parallelism": {"dcp_size": 2},
-        "KV cache sharding": {"enable_kv_cache_sharding": True}, "mixed chunk": {"enable_mixed_chunk": True},
-        "two-batch overlap": {"enable_two_batch_overlap": True}, "diffusion LLM": {"dllm_algorithm": "x"},
+        "custom radix cache backend": {"radix_cache_backend": "x"},
+        "data parallelism": {"dp_size": 2},
+        "pipeline parallelism": {"pp_size": 2},
+        "decode context parallelism": {"dcp_size": 2},
+        "KV cache sharding": {"enable_kv_cache_sharding": True},
+        "mixed chunk": {"enable_mixed_chunk": True},
+        "two-batch overlap": {"enable_two_batch_overlap": True},
+        "diffusion LLM": {"dllm_algorithm": "x"},
         "streaming sessions": {"enable_streaming_session": True},
         "fp4 and mxfp8 KV cache": {"kv_cache_dtype": "mxfp8"},
         "fp8 KV cache without a GPU": {"kv_cache_dtype": "fp8_e4m3"},
         "page-major KV layout": {"enable_page_major_kv_layout": True},
-        "unified memory pool": {"enable_unified_memory": True}, "HiSparse": {"enable_hisparse": True},
-        "routed-expert capture": {"enable_return_routed_experts": True}, "KV canary": {"kv_canary": "log"},
+        "unified memory pool": {"enable_unified_memory": True},
+        "HiSparse": {"enable_hisparse": True},
+        "routed-expert capture": {"enable_return_routed_experts": True},
+        "KV canary": {"kv_canary": "log"},
         "several tokenizer workers": {"tokenizer_worker_num": 2},
         "full CUDA graphs of prefill": {"cuda_graph_config": graphs(prefill="full")},
         "embedding-only or prefill-only KV": {"prefill_only_disable_kv_cache": True},
-    }  # fmt: skip
+    }
     matrix = guard.support_matrix()
     for refusal in guard.REFUSALS:
         server = Stock()
@@ -202,9 +217,15 @@ def test_unsupported_models_are_refused(changes, named):
 
     kind = SimpleNamespace(name="MLA" if named == "MLA" else "MHA")
     model = SimpleNamespace(
-        attention_arch=kind, is_hybrid_swa=named == "sliding", sliding_window_size=None, is_encoder_decoder=False,
-        is_generation=True, head_dim=64, v_head_dim=64, hf_config=SimpleNamespace(**changes),
-    )  # fmt: skip
+        attention_arch=kind,
+        is_hybrid_swa=named == "sliding",
+        sliding_window_size=None,
+        is_encoder_decoder=False,
+        is_generation=True,
+        head_dim=64,
+        v_head_dim=64,
+        hf_config=SimpleNamespace(**changes),
+    )
     original, guard._is_hybrid_linear = guard._is_hybrid_linear, lambda m: False
     try:
         with pytest.raises(guard.ConfigError, match=named):
@@ -254,9 +275,13 @@ def test_engine_raises_a_config_error(sglang_front):
 
 def launch(code: str, **env) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=600, cwd=ROOT,
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=ROOT,
         env={**os.environ, **env},
-    )  # fmt: skip
+    )
 
 
 def test_without_the_plugin_the_flag_is_an_error():

@@ -19,9 +19,12 @@ from conftest import config
 from problems import CHAINS, PROMPTS, WALKS, prompt, walk
 
 SETTINGS = config(
-    budget={"tokens": 48}, rounds={"interval": 16}, rasr={"half_life": 7}, requests={"max_budget": 4096},
+    budget={"tokens": 48},
+    rounds={"interval": 16},
+    rasr={"half_life": 7},
+    requests={"max_budget": 4096},
     debug={"shadow": True, "pack_always": True, "record_kept": True, "arms": matrix.ARMS},
-)  # fmt: skip
+)
 PAGES = {
     1: dict(entry=("-m", "sglang.launch_server"), chunk="64"),
     8: dict(entry=("-c", "from sglang.cli.main import main; main()", "serve"), chunk="32"),
@@ -42,9 +45,18 @@ def stock(start):
 def server(request, start):
     door = PAGES[request.param]
     server = start(
-        "--max-total-tokens", "4096", "--page-size", str(request.param), "--chunked-prefill-size", door["chunk"],
-        "--kv-evict", "lethe", "--kv-evict-config", SETTINGS, entry=door["entry"],
-    ).wait()  # fmt: skip
+        "--max-total-tokens",
+        "4096",
+        "--page-size",
+        str(request.param),
+        "--chunked-prefill-size",
+        door["chunk"],
+        "--kv-evict",
+        "lethe",
+        "--kv-evict-config",
+        SETTINGS,
+        entry=door["entry"],
+    ).wait()
     server.page = request.param
     yield server
     server.check_healthy()
@@ -137,8 +149,12 @@ def test_sinks_and_the_recent_window_are_never_evicted(server):
 
 def test_abort_and_disconnect_in_the_middle_lose_nobody_elses_kv(stock, server):
     server.flush()
-    survivors = [threading.Thread(target=lambda i=i: results.__setitem__(i, server.generate(PROMPTS[i], kv_evict={
-        "budget": 2048}))) for i in range(3)]  # fmt: skip
+    survivors = [
+        threading.Thread(
+            target=lambda i=i: results.__setitem__(i, server.generate(PROMPTS[i], kv_evict={"budget": 2048}))
+        )
+        for i in range(3)
+    ]
     results = {}
     for thread in survivors:
         thread.start()

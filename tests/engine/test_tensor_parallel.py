@@ -12,12 +12,22 @@ from problems import PROMPTS, prompt, walk
 @pytest.fixture(scope="module")
 def server(start):
     settings = config(
-        budget={"tokens": 48}, rounds={"interval": 16}, rasr={"half_life": 7}, retain={"prompt": "private"},
+        budget={"tokens": 48},
+        rounds={"interval": 16},
+        rasr={"half_life": 7},
+        retain={"prompt": "private"},
         debug={"fingerprints": True, "shadow": True},
-    )  # fmt: skip
+    )
     server = start(
-        "--tp", "2", "--max-total-tokens", "2048", "--kv-evict", "lethe", "--kv-evict-config", settings,
-    ).wait()  # fmt: skip
+        "--tp",
+        "2",
+        "--max-total-tokens",
+        "2048",
+        "--kv-evict",
+        "lethe",
+        "--kv-evict-config",
+        settings,
+    ).wait()
     yield server
     server.check_healthy()
     server.stop()

@@ -51,9 +51,16 @@ def expected_lists(req_to_token, table, rows, seq_lens, layer):
     layers = (table.shape[1] - 4) // 2
     lines = table[rows]
     lists = token_lists(
-        req_to_token, rows, seq_lens, lines[:, 0], lines[:, 1], lines[:, 4 : 4 + layers], lines[:, 4 + layers :],
-        BLOCKS, WIDTH,
-    )  # fmt: skip
+        req_to_token,
+        rows,
+        seq_lens,
+        lines[:, 0],
+        lines[:, 1],
+        lines[:, 4 : 4 + layers],
+        lines[:, 4 + layers :],
+        BLOCKS,
+        WIDTH,
+    )
     return [lists.cells[layer, b, : int(n)] for b, n in enumerate(lists.length[layer])]
 
 

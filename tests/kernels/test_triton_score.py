@@ -38,9 +38,20 @@ class Case:
     """One layer of a decode step; cells that are on no list hold NaN keys, so reading them shows."""
 
     def __init__(
-        self, device, rule="sum", group=2, kv_heads=2, head_dim=64, dtypes=DTYPES[2], lengths=(40, 17), own_from=(5, 0),
-        k_scale=1.0, lse_base="e", integer=torch.int32, seed=0,
-    ):  # fmt: skip
+        self,
+        device,
+        rule="sum",
+        group=2,
+        kv_heads=2,
+        head_dim=64,
+        dtypes=DTYPES[2],
+        lengths=(40, 17),
+        own_from=(5, 0),
+        k_scale=1.0,
+        lse_base="e",
+        integer=torch.int32,
+        seed=0,
+    ):
         torch.manual_seed(seed)
         self.device, self.rule, self.lse_base, self.k_scale = device, RULES[rule], lse_base, k_scale
         batch, heads = len(lengths), group * kv_heads
@@ -77,9 +88,14 @@ class Case:
         scores = self.scores.clone()
         memories = None if self.memories is None else self.memories.clone()
         accumulate(
-            self.rule, scores, memories, torch.where(own, self.cells, 0), self.heads.mean(1), self.decay.unsqueeze(1),
+            self.rule,
+            scores,
+            memories,
+            torch.where(own, self.cells, 0),
+            self.heads.mean(1),
+            self.decay.unsqueeze(1),
             self.step.unsqueeze(1),
-        )  # fmt: skip
+        )
         return scores, memories
 
     def run(self, function=score.score, device=None, **kwargs):
@@ -182,9 +198,13 @@ def test_a_query_may_be_a_view_of_the_projection(device):
     out = case.scores.clone().to(device)
     names = ("keys", "lse", "indptr", "indices", "first", "decay", "step")
     score.score(
-        case.rule, view, **{n: getattr(case, n).to(device) for n in names}, scores=out, memories=None,
+        case.rule,
+        view,
+        **{n: getattr(case, n).to(device) for n in names},
+        scores=out,
+        memories=None,
         scaling=case.scaling,
-    )  # fmt: skip
+    )
     assert torch.equal(out.cpu(), scores)
 
 

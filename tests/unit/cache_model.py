@@ -20,10 +20,14 @@ class MiniPool:
         blocks = pages * page + page
         cells = num_layers * blocks
         self.cells = Cells(
-            key=torch.full((cells, 1, 4), -1.0), value=torch.full((cells, 1, 4), -1.0), score=torch.zeros(cells),
-            position=torch.zeros(cells, dtype=torch.int32), memory=torch.zeros(cells),
-            num_layers=num_layers, blocks=blocks,
-        )  # fmt: skip
+            key=torch.full((cells, 1, 4), -1.0),
+            value=torch.full((cells, 1, 4), -1.0),
+            score=torch.zeros(cells),
+            position=torch.zeros(cells, dtype=torch.int32),
+            memory=torch.zeros(cells),
+            num_layers=num_layers,
+            blocks=blocks,
+        )
         self.req_to_token = torch.zeros((rows, context), dtype=torch.int32)
         self.free = list(range(1, pages + 1))
         self.total = pages
@@ -86,9 +90,16 @@ class MiniPool:
         kept = self.ledger.kept_of(table)
         width = int((table[:, 0] + kept.amax(1) + seq - table[:, 1]).max())
         return token_lists(
-            self.req_to_token, index, seq, table[:, 0], table[:, 1], kept, self.ledger.offsets_of(table),
-            self.cells.blocks, width,
-        )  # fmt: skip
+            self.req_to_token,
+            index,
+            seq,
+            table[:, 0],
+            table[:, 1],
+            kept,
+            self.ledger.offsets_of(table),
+            self.cells.blocks,
+            width,
+        )
 
     def check_conservation(self, owned_pages=0):
         """Free pages plus live row entries are all pages, none twice."""

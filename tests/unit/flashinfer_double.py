@@ -93,9 +93,16 @@ class BatchDecodeWithPagedKVCacheWrapper:
     CHUNK = 4
 
     def __init__(
-        self, float_workspace_buffer, kv_layout="NHD", use_cuda_graph=False, use_tensor_cores=False,
-        paged_kv_indptr_buffer=None, paged_kv_indices_buffer=None, paged_kv_last_page_len_buffer=None, backend="auto",
-    ):  # fmt: skip
+        self,
+        float_workspace_buffer,
+        kv_layout="NHD",
+        use_cuda_graph=False,
+        use_tensor_cores=False,
+        paged_kv_indptr_buffer=None,
+        paged_kv_indices_buffer=None,
+        paged_kv_last_page_len_buffer=None,
+        backend="auto",
+    ):
         assert kv_layout == "NHD" and backend == "fa2", "other backends copy the tables at plan time"
         self.is_cuda_graph_enabled, self.use_tensor_cores = use_cuda_graph, use_tensor_cores
         self._float_workspace_buffer = float_workspace_buffer
@@ -117,9 +124,21 @@ class BatchDecodeWithPagedKVCacheWrapper:
         self._pin_memory_int_workspace_buffer = torch.empty_like(int_workspace_buffer)
 
     def plan(
-        self, indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size, *, data_type,
-        q_data_type, non_blocking=True, fixed_split_size=None, disable_split_kv=False,
-    ):  # fmt: skip
+        self,
+        indptr,
+        indices,
+        last_page_len,
+        num_qo_heads,
+        num_kv_heads,
+        head_dim,
+        page_size,
+        *,
+        data_type,
+        q_data_type,
+        non_blocking=True,
+        fixed_split_size=None,
+        disable_split_kv=False,
+    ):
         if self.is_cuda_graph_enabled:
             assert len(indices) <= len(self._paged_kv_indices_buf)
             self._paged_kv_indptr_buf.copy_(indptr)
@@ -168,16 +187,32 @@ class BatchDecodeWithPagedKVCacheWrapper:
 
     def addresses(self):
         buffers = (
-            self._paged_kv_indptr_buf, self._paged_kv_indices_buf, self._paged_kv_last_page_len_buf,
-            self._int_workspace_buffer, self._float_workspace_buffer,
-        )  # fmt: skip
+            self._paged_kv_indptr_buf,
+            self._paged_kv_indices_buf,
+            self._paged_kv_last_page_len_buf,
+            self._int_workspace_buffer,
+            self._float_workspace_buffer,
+        )
         return [buffer.data_ptr() for buffer in buffers]
 
 
 def fast_decode_plan(
-    self, indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size, *, data_type, q_data_type,
-    non_blocking=True, fixed_split_size=None, disable_split_kv=False, global_override_indptr_cpu=None,
-):  # fmt: skip
+    self,
+    indptr,
+    indices,
+    last_page_len,
+    num_qo_heads,
+    num_kv_heads,
+    head_dim,
+    page_size,
+    *,
+    data_type,
+    q_data_type,
+    non_blocking=True,
+    fixed_split_size=None,
+    disable_split_kv=False,
+    global_override_indptr_cpu=None,
+):
     assert global_override_indptr_cpu is not None, "without it the plan waits for the device"
     assert len(indices) <= len(self._paged_kv_indices_buf)
     self._write_plan(global_override_indptr_cpu, len(last_page_len), fixed_split_size, disable_split_kv)
@@ -210,14 +245,20 @@ Mode = build(FORWARD, "ForwardMode", {"IntEnum": IntEnum, "auto": auto})
 
 def stock_flashinfer(scope):
     scope |= {
-        "ForwardMode": Mode, "partial": partial, "fast_decode_plan": fast_decode_plan, "torch": torch,
+        "ForwardMode": Mode,
+        "partial": partial,
+        "fast_decode_plan": fast_decode_plan,
+        "torch": torch,
         "envs": SimpleNamespace(SGLANG_OPT_FLASHINFER_VERIFY_HOST_PLAN=SimpleNamespace(get=lambda: False)),
-    }  # fmt: skip
+    }
     scope["DecodeMetadata"] = lambda wrappers, swa_out_cache_loc=None: SimpleNamespace(decode_wrappers=wrappers)
     methods = (
-        "init_forward_metadata_out_graph", "init_forward_metadata", "_prepare_cuda_graph_metadata",
-        "get_cuda_graph_seq_len_fill_value", "_kv_write_scales",
-    )  # fmt: skip
+        "init_forward_metadata_out_graph",
+        "init_forward_metadata",
+        "_prepare_cuda_graph_metadata",
+        "get_cuda_graph_seq_len_fill_value",
+        "_kv_write_scales",
+    )
     backend = build(FLASHINFER, "FlashInferAttnBackend", scope, methods)
 
     def init(self, runner):
@@ -245,11 +286,35 @@ def stock_flashinfer(scope):
 
 
 def decode_attention_fwd(
-    q, k_buffer, v_buffer, o, kv_indptr, kv_indices, attn_logits, attn_lse, num_kv_splits, max_kv_splits, sm_scale,
-    k_scale, v_scale, logit_cap=0.0, sinks=None, xai_temperature_len=-1, has_mla=False, use_pdl=False, page_size=1,
-    score_mod=None, aux_tensors=None, enable_lean=None, lean_Mp=None, lean_Lp=None, lean_Op=None, lean_locks=None,
-    uneven_batch=None, MIN_BLOCK_KV=4,
-):  # fmt: skip
+    q,
+    k_buffer,
+    v_buffer,
+    o,
+    kv_indptr,
+    kv_indices,
+    attn_logits,
+    attn_lse,
+    num_kv_splits,
+    max_kv_splits,
+    sm_scale,
+    k_scale,
+    v_scale,
+    logit_cap=0.0,
+    sinks=None,
+    xai_temperature_len=-1,
+    has_mla=False,
+    use_pdl=False,
+    page_size=1,
+    score_mod=None,
+    aux_tensors=None,
+    enable_lean=None,
+    lean_Mp=None,
+    lean_Lp=None,
+    lean_Op=None,
+    lean_locks=None,
+    uneven_batch=None,
+    MIN_BLOCK_KV=4,
+):
     """SGLang's Triton decode: a list is cut into ``num_kv_splits`` parts, whose log-sum-exps are natural.
 
     Parts that are not in use are not written: whatever lay there stays.
@@ -283,11 +348,19 @@ def stock_triton(scope):
     scope["maybe_create_verify_mask"] = lambda **_: None
     build(TRITON, "ForwardMetadata", scope)
     methods = (
-        "init_forward_metadata_out_graph", "_init_forward_metadata_out_graph", "_fill_cuda_graph_swa_out_cache_loc",
-        "_apply_cuda_graph_metadata", "_build_cuda_graph_forward_metadata", "_update_decode_kv_buffers",
-        "_fill_kv_indptr_and_indices", "init_forward_metadata", "init_cuda_graph_state", "get_num_kv_splits",
-        "get_cuda_graph_seq_len_fill_value", "_set_kv_buffer",
-    )  # fmt: skip
+        "init_forward_metadata_out_graph",
+        "_init_forward_metadata_out_graph",
+        "_fill_cuda_graph_swa_out_cache_loc",
+        "_apply_cuda_graph_metadata",
+        "_build_cuda_graph_forward_metadata",
+        "_update_decode_kv_buffers",
+        "_fill_kv_indptr_and_indices",
+        "init_forward_metadata",
+        "init_cuda_graph_state",
+        "get_num_kv_splits",
+        "get_cuda_graph_seq_len_fill_value",
+        "_set_kv_buffer",
+    )
     backend = build(TRITON, "TritonAttnBackend", scope, methods)
 
     def init(self, runner):
@@ -386,10 +459,15 @@ class World(MiniPool):
         shape = (count, KV_HEADS, DIM)
         cache = self.as_stored(torch.full(shape, GARBAGE))
         self.cells = Cells(
-            key=cache, value=cache.clone(), score=torch.full((count,), GARBAGE),
-            position=torch.zeros(count, dtype=torch.int32), memory=torch.full((count,), GARBAGE), num_layers=LAYERS,
-            blocks=self.cells.blocks, dtype=stored,
-        )  # fmt: skip
+            key=cache,
+            value=cache.clone(),
+            score=torch.full((count,), GARBAGE),
+            position=torch.zeros(count, dtype=torch.int32),
+            memory=torch.full((count,), GARBAGE),
+            num_layers=LAYERS,
+            blocks=self.cells.blocks,
+            dtype=stored,
+        )
         self.ledger = Ledger(len(self.req_to_token), LAYERS, page, 6, 8, "cpu", window=window)
 
     def as_stored(self, x):
@@ -446,19 +524,38 @@ class World(MiniPool):
 def forward_batch(rows, seq, slots, **more):
     seq_lens = torch.tensor(seq)
     fields = {
-        "forward_mode": Mode.DECODE, "batch_size": len(rows), "req_pool_indices": torch.tensor(rows),
-        "seq_lens": seq_lens, "seq_lens_cpu": seq_lens.clone(), "seq_lens_sum": sum(seq), "positions": seq_lens - 1,
-        "out_cache_loc": torch.tensor(slots), "encoder_lens": None, "spec_info": None, "kv_loc_plan": None,
-    }  # fmt: skip
+        "forward_mode": Mode.DECODE,
+        "batch_size": len(rows),
+        "req_pool_indices": torch.tensor(rows),
+        "seq_lens": seq_lens,
+        "seq_lens_cpu": seq_lens.clone(),
+        "seq_lens_sum": sum(seq),
+        "positions": seq_lens - 1,
+        "out_cache_loc": torch.tensor(slots),
+        "encoder_lens": None,
+        "spec_info": None,
+        "kv_loc_plan": None,
+    }
     return SimpleNamespace(**(fields | more))
 
 
 def make_layer(number, **more):
     fields = {
-        "layer_id": number, "scaling": 0.4, "tp_q_head_num": HEADS, "tp_k_head_num": KV_HEADS, "head_dim": DIM,
-        "qk_head_dim": DIM, "v_head_dim": DIM, "logit_cap": 0.0, "k_scale": None, "v_scale": None,
-        "k_scale_float": None, "v_scale_float": None, "xai_temperature_len": -1, "is_cross_attention": False,
-    }  # fmt: skip
+        "layer_id": number,
+        "scaling": 0.4,
+        "tp_q_head_num": HEADS,
+        "tp_k_head_num": KV_HEADS,
+        "head_dim": DIM,
+        "qk_head_dim": DIM,
+        "v_head_dim": DIM,
+        "logit_cap": 0.0,
+        "k_scale": None,
+        "v_scale": None,
+        "k_scale_float": None,
+        "v_scale_float": None,
+        "xai_temperature_len": -1,
+        "is_cross_attention": False,
+    }
     return SimpleNamespace(**(fields | more))
 
 
@@ -471,7 +568,7 @@ def step_inputs(rows, seq):
     return [
         (stack("q", layer, HEADS).view(len(rows), -1), stack("dk", layer, KV_HEADS), stack("dv", layer, KV_HEADS))
         for layer in range(LAYERS)
-    ]  # fmt: skip
+    ]
 
 
 def same_states(mine, ref):
@@ -482,9 +579,7 @@ def same_states(mine, ref):
 
 
 def forward(backend, batch, inputs, layers):
-    return [
-        backend.forward_decode(q, k, v, layer, batch) for layer, (q, k, v) in zip(layers, inputs, strict=True)
-    ]  # fmt: skip
+    return [backend.forward_decode(q, k, v, layer, batch) for layer, (q, k, v) in zip(layers, inputs, strict=True)]
 
 
 class Unreadable:
@@ -507,9 +602,12 @@ class GraphRunner:
         self.layers = [make_layer(n) for n in range(LAYERS)]
         zeros = torch.zeros(max(sizes), dtype=torch.int64)
         self.static = {
-            "req_pool_indices": zeros.clone(), "seq_lens": zeros + fill, "seq_lens_cpu": zeros + fill,
-            "positions": zeros.clone(), "out_cache_loc": zeros.clone(),
-        }  # fmt: skip
+            "req_pool_indices": zeros.clone(),
+            "seq_lens": zeros + fill,
+            "seq_lens_cpu": zeros + fill,
+            "positions": zeros.clone(),
+            "out_cache_loc": zeros.clone(),
+        }
         self.inputs = step_inputs([0] * max(sizes), [1] * max(sizes))
         for size in sizes:
             batch = self.view(size, encoder_lens=None, seq_lens_sum=size * fill)

@@ -17,9 +17,16 @@ from lethe_sglang.allocation.profile import (
 )
 
 MODEL = ModelFingerprint(
-    name="toy", architecture="ToyForCausalLM", config_hash="c0ffee", weights="sampled:1234", layers=4, heads=2,
-    kv_heads=1, head_dim=64, dtype="float32",
-)  # fmt: skip
+    name="toy",
+    architecture="ToyForCausalLM",
+    config_hash="c0ffee",
+    weights="sampled:1234",
+    layers=4,
+    heads=2,
+    kv_heads=1,
+    head_dim=64,
+    dtype="float32",
+)
 SETTINGS = Settings(max_new_tokens=256, temperature=0.0, seed=1, sinks=4, idle_steps=16)
 
 
@@ -49,6 +56,9 @@ def record(rid: str, value: float, queries: int = 10, layers: int = 4) -> dict:
     """A prompt's record in which every per-query statistic of layer l has the mean ``value + l``."""
     sums = [[(value + layer) * queries for _ in PER_QUERY] for layer in range(layers)]
     return {
-        "rid": rid, "prompt_tokens": 20, "queries": queries, "by_length": {"16": {"queries": queries, "sums": sums}},
+        "rid": rid,
+        "prompt_tokens": 20,
+        "queries": queries,
+        "by_length": {"16": {"queries": queries, "sums": sums}},
         "per_prompt": [[value + layer for _ in PER_PROMPT] for layer in range(layers)],
-    }  # fmt: skip
+    }

@@ -70,3 +70,9 @@ def test_the_readme_shows_the_support_matrix_of_the_guard():
     from lethe_sglang.engine.guard import support_matrix
 
     assert support_matrix() in (ROOT / "README.md").read_text(), "paste the output of: lethe show --support"
+
+
+def test_the_formatter_is_never_switched_off():
+    marks = [f"# fmt: {word}" for word in ("skip", "off")]
+    files = [p for folder in ("lethe_sglang", "lethe_cpu", "tests", "scripts") for p in (ROOT / folder).rglob("*.py")]
+    assert not [str(p) for p in files if any(mark in p.read_text() for mark in marks)]

@@ -28,10 +28,16 @@ def served(request, monkeypatch):
 
     def make(runner, world, rows):
         held["runtime"] = SimpleNamespace(
-            pool=runner.token_to_kv_pool, ledger=world.ledger, policy=SimpleNamespace(accumulation=SUM),
-            budgets_of_arms=(BUDGETS,), config=SimpleNamespace(budget=SimpleNamespace(allocation="uniform")),
-            step_rows=[], on_switch=[], shadow=None, measurer=None,
-        )  # fmt: skip
+            pool=runner.token_to_kv_pool,
+            ledger=world.ledger,
+            policy=SimpleNamespace(accumulation=SUM),
+            budgets_of_arms=(BUDGETS,),
+            config=SimpleNamespace(budget=SimpleNamespace(allocation="uniform")),
+            step_rows=[],
+            on_switch=[],
+            shadow=None,
+            measurer=None,
+        )
         monkeypatch.setattr(runtime_module, "_runtime", held["runtime"])
         return lifecycle.BACKENDS[name](runner)
 

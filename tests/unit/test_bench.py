@@ -44,14 +44,24 @@ LOG = """\
 
 def measurement(arm, repeat, throughput=10.0, running=3.0, device="cpu", others=0.01):
     times = {
-        "output_throughput": throughput, "median_tpot_ms": 50.0, "p99_tpot_ms": 60.0, "median_ttft_ms": 100.0,
-        "p99_ttft_ms": 0.0, "duration": 20.0,
-    }  # fmt: skip
+        "output_throughput": throughput,
+        "median_tpot_ms": 50.0,
+        "p99_tpot_ms": 60.0,
+        "median_ttft_ms": 100.0,
+        "p99_ttft_ms": 0.0,
+        "duration": 20.0,
+    }
     lethe = None if arm == "stock" else {"rounds": 7, "round_seconds": 1.0, "tokens_evicted_per_layer": [100, 300]}
     return Measurement(
-        arm=arm, repeat=repeat, times=times, held=Held(100, running, 4, 300.0, 400, 1, 2), lethe=lethe,
-        server={"device": device, "page_size": 1}, ready_seconds=40.0, others_cpu=others,
-    )  # fmt: skip
+        arm=arm,
+        repeat=repeat,
+        times=times,
+        held=Held(100, running, 4, 300.0, 400, 1, 2),
+        lethe=lethe,
+        server={"device": device, "page_size": 1},
+        ready_seconds=40.0,
+        others_cpu=others,
+    )
 
 
 def parsed(*options):
@@ -65,9 +75,14 @@ def parsed(*options):
 
 def test_a_log_says_what_was_held_at_every_decode_step():
     assert parse_log(LOG) == Held(
-        decode_steps=3, running_mean=2, running_peak=3, tokens_mean=150, tokens_peak=300, retractions=1,
+        decode_steps=3,
+        running_mean=2,
+        running_peak=3,
+        tokens_mean=150,
+        tokens_peak=300,
+        retractions=1,
         retracted_requests=2,
-    )  # fmt: skip
+    )
 
 
 def test_a_log_without_a_decode_step_is_an_error():
@@ -234,9 +249,20 @@ def test_without_the_lethe_arm_a_budget_that_is_never_reached_is_fine():
 
 def test_the_options_become_a_plan():
     plan = cli.plan_of(
-        parsed("--config", "cpu-demo", "--budget", "40", "--interval", "8", "--arms", "lethe, stock",
-               "--server-args=--tp 2", "--page-size", "8")
-    )  # fmt: skip
+        parsed(
+            "--config",
+            "cpu-demo",
+            "--budget",
+            "40",
+            "--interval",
+            "8",
+            "--arms",
+            "lethe, stock",
+            "--server-args=--tp 2",
+            "--page-size",
+            "8",
+        )
+    )
     assert plan.config.budget.tokens == 40 and plan.config.rounds.interval == 8
     assert plan.config.requests == resolve(None, "cpu-demo").requests
     assert (plan.arms, plan.server_args, plan.page_size) == (("lethe", "stock"), ("--tp", "2"), 8)
@@ -251,7 +277,7 @@ def test_the_options_become_a_plan():
         (["--budget", "48", "--server-args=--page-size=8"], "'--page-size' is set by lethe bench for every arm; use"),
         (["--budget", "48", "--server-args", "--tp '2"], "quote each argument"),
     ],
-)  # fmt: skip
+)
 def test_errors_call_the_options_by_their_names_here(options, message, capsys):
     assert program.main(["bench", "--model-path", MODEL, *options]) == 2
     error = capsys.readouterr().err

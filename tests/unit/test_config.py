@@ -359,9 +359,14 @@ class TestOverrides:
 
 def test_arms_are_laid_over_the_configuration_and_checked_with_it():
     config = from_mapping(
-        {"budget": {"tokens": 64}, "debug": {"record_requests": True, "arms": [
-            {"policy": "h2o"}, {"budget": {"tokens": 32}, "rounds": {"interval": 8}}]}}
-    )  # fmt: skip
+        {
+            "budget": {"tokens": 64},
+            "debug": {
+                "record_requests": True,
+                "arms": [{"policy": "h2o"}, {"budget": {"tokens": 32}, "rounds": {"interval": 8}}],
+            },
+        }
+    )
     first, second = config.every_arm[1:]
     assert (first.policy, first.budget.tokens) == ("h2o", 64)
     assert (second.policy, second.budget.tokens, second.rounds.interval) == ("lethe", 32, 8)

@@ -21,15 +21,24 @@ from lethe_sglang.evaluation.tasks import FAMILIES
 
 GSM8K = {"question": "Ann has 3 times 400 + 34 eggs?", "answer": "3*400=<<3*400=1200>>1200\n1200+34=1234\n#### 1,234"}
 MATH500 = {
-    "problem": "What is $1/2$?", "solution": "It is $\\boxed{\\frac{1}{2}}$.", "answer": "\\frac{1}{2}",
-    "subject": "Algebra", "level": 1, "unique_id": "test/algebra/1.json",
-}  # fmt: skip
+    "problem": "What is $1/2$?",
+    "solution": "It is $\\boxed{\\frac{1}{2}}$.",
+    "answer": "\\frac{1}{2}",
+    "subject": "Algebra",
+    "level": 1,
+    "unique_id": "test/algebra/1.json",
+}
 AIME24 = {"ID": "2024-I-1", "Problem": "Find it.", "Solution": "...", "Answer": 33}
 AIME25 = {"problem": "Find it.", "answer": "033", "id": "0"}
 GPQA = {
-    "Question": "Which?", "Correct Answer": "the right one\n", "Incorrect Answer 1": "w1", "Incorrect Answer 2": "w2",
-    "Incorrect Answer 3": "w3", "Record ID": "rec1", "Subdomain": "Physics",
-}  # fmt: skip
+    "Question": "Which?",
+    "Correct Answer": "the right one\n",
+    "Incorrect Answer 1": "w1",
+    "Incorrect Answer 2": "w2",
+    "Incorrect Answer 3": "w3",
+    "Record ID": "rec1",
+    "Subdomain": "Physics",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -59,13 +68,18 @@ def gpqa(path, *lines):
     [
         ("gsm8k", GSM8K, "gsm8k/0", "so \\boxed{1234} eggs", "so \\boxed{1235}"),
         ("math500", MATH500, "math500/test/algebra/1.json", "\\boxed{0.5}", "\\boxed{2}"),
-        ("math500", {k: v for k, v in MATH500.items() if k != "answer"}, "math500/test/algebra/1.json",
-         "\\boxed{\\dfrac12}", "\\boxed{\\frac13}"),
+        (
+            "math500",
+            {k: v for k, v in MATH500.items() if k != "answer"},
+            "math500/test/algebra/1.json",
+            "\\boxed{\\dfrac12}",
+            "\\boxed{\\frac13}",
+        ),
         ("aime", AIME24, "aime/2024-I-1", "\\boxed{033}", "33"),
         ("aime", AIME25, "aime/0", "\\boxed{33}", "\\boxed{330}"),
         ("aime", {"question": "Find it.", "answer": "7"}, "aime/0", "\\boxed{7}", ""),
     ],
-)  # fmt: skip
+)
 def test_a_benchmark_is_read_in_its_published_format_and_marks_replies(tmp_path, name, line, id, right, wrong):
     (item,) = dataset_items(name, json_lines(tmp_path / "file.jsonl", line))
     assert (item.id, item.task) == (id, name)
@@ -154,30 +168,61 @@ def test_a_box_in_the_thinking_section_does_not_count_once_that_is_closed():
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        (r"\frac12", "0.5"), (r"\dfrac{1}{2}", "1/2"), (r"-\frac{1}{2}", "-0.50"), (r"11\frac{1}{2}", "11.5"),
-        ("1,234", "1234"), (r"1{,}234", "1234.0"), ("033", "33"), (r"5\text{ cm}", "5"), (r"12\text{ cm}^2", "12"),
-        (r"90^\circ", "90"), (r"50\%", "50"), (r"\$18.90", "18.9"), ("x = 5", "5"), (r"\text{Evelyn}", "Evelyn"),
-        (r"\left(3, \dfrac{\pi}{2}\right)", r"(3,\frac{\pi}{2})"), ("(1,2)", "(1.0, 2)"), (r"3\sqrt2", r"3\sqrt{2}"),
+        (r"\frac12", "0.5"),
+        (r"\dfrac{1}{2}", "1/2"),
+        (r"-\frac{1}{2}", "-0.50"),
+        (r"11\frac{1}{2}", "11.5"),
+        ("1,234", "1234"),
+        (r"1{,}234", "1234.0"),
+        ("033", "33"),
+        (r"5\text{ cm}", "5"),
+        (r"12\text{ cm}^2", "12"),
+        (r"90^\circ", "90"),
+        (r"50\%", "50"),
+        (r"\$18.90", "18.9"),
+        ("x = 5", "5"),
+        (r"\text{Evelyn}", "Evelyn"),
+        (r"\left(3, \dfrac{\pi}{2}\right)", r"(3,\frac{\pi}{2})"),
+        ("(1,2)", "(1.0, 2)"),
+        (r"3\sqrt2", r"3\sqrt{2}"),
     ],
-)  # fmt: skip
+)
 def test_one_answer_written_in_two_ways_is_the_same(one, other):
     assert same_math(one, other) and same_math(other, one)
 
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [("2", "3"), ("", ""), ("(1,2]", "[1,2]"), ("(1,2)", "(2,1)"), (r"\frac{1}{3}", "0.33"), ("1/0", "1"), ("x", "y"),
-     ("-5", "5"), ("(1,2)", "(1,2,3)"), (r"\sqrt{2}", "2")],
-)  # fmt: skip
+    [
+        ("2", "3"),
+        ("", ""),
+        ("(1,2]", "[1,2]"),
+        ("(1,2)", "(2,1)"),
+        (r"\frac{1}{3}", "0.33"),
+        ("1/0", "1"),
+        ("x", "y"),
+        ("-5", "5"),
+        ("(1,2)", "(1,2,3)"),
+        (r"\sqrt{2}", "2"),
+    ],
+)
 def test_different_answers_are_not_the_same(one, other):
     assert not same_math(one, other) and not same_math(other, one)
 
 
 @pytest.mark.parametrize(
     ("text", "right"),
-    [(r"\boxed{B}", True), (r"\boxed{(B)}", True), (r"\boxed{\textbf{B}}", True), (r"\boxed{B) the cell}", True),
-     (r"\boxed{Both}", False), (r"\boxed{b}", False), ("B", False), (r"\boxed{A}", False)],
-)  # fmt: skip
+    [
+        (r"\boxed{B}", True),
+        (r"\boxed{(B)}", True),
+        (r"\boxed{\textbf{B}}", True),
+        (r"\boxed{B) the cell}", True),
+        (r"\boxed{Both}", False),
+        (r"\boxed{b}", False),
+        ("B", False),
+        (r"\boxed{A}", False),
+    ],
+)
 def test_a_letter_is_read_from_the_box(text, right):
     assert grade_letter("B", text) is right
 

@@ -121,7 +121,7 @@ def test_only_the_traced_arms_record_what_they_kept():
         ({"concurrency": 0}, "concurrency: got 0, expected an integer from 1 to 512$"),
         ({"nam": "x"}, r"nam: unknown key; did you mean name\?"),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_is_one_line_that_names_the_key_and_a_legal_value(changes, message):
     with pytest.raises(ConfigError, match=message) as caught:
         experiment(**changes)
@@ -156,7 +156,7 @@ def test_a_file_that_holds_no_experiment_is_refused(tmp_path, text, message):
         {"arms": [{"name": "lethe-slow@48", "config": {"budget": {"tokens": 48}, "rasr": {"half_life": 90}}}]},
         {"trace": 2},
     ],
-)  # fmt: skip
+)
 def test_an_experiment_may_grow(changes):
     assert differences(experiment(), experiment(**changes)) == []
 
@@ -166,20 +166,24 @@ def test_an_experiment_may_grow(changes):
     [
         ({"tasks": DATA["tasks"][:1]}, "tasks: walk is gone"),
         ({"tasks": [{"family": "chain", "problems": 3}, DATA["tasks"][1]]}, "chain has fewer problems .* use --limit"),
-        ({"tasks": [{"family": "chain", "problems": 4, "tokens": [200, 300]}, DATA["tasks"][1]]},
-         r"tokens of chain was \[200, 560\], is \[200, 300\]"),
+        (
+            {"tasks": [{"family": "chain", "problems": 4, "tokens": [200, 300]}, DATA["tasks"][1]]},
+            r"tokens of chain was \[200, 560\], is \[200, 300\]",
+        ),
         ({"sampling": {"max_new_tokens": 100}}, "max_new_tokens of chain was 2x, is 100"),
         ({"sampling": {"temperature": 0.6}}, "sampling: was .*0.0.* is .*0.6"),
         ({"grid": {**DATA["grid"], "policies": ["lethe"]}}, "arms: random@96 is gone; .* use --only"),
-        ({"grid": {**DATA["grid"], "budgets": [{"tokens": 96, "interval": 23}, DATA["grid"]["budgets"][1]]}},
-         "arms: lethe@96 is configured differently"),
+        (
+            {"grid": {**DATA["grid"], "budgets": [{"tokens": 96, "interval": 23}, DATA["grid"]["budgets"][1]]}},
+            "arms: lethe@96 is configured differently",
+        ),
         ({"full": False}, "arms: full is gone"),
         ({"base": {}}, "base: was .*, is {}"),
         ({"split": "tune"}, 'split: was "test", is "tune"'),
         ({"model_path": "models/other"}, 'model_path: was "models/reasoner", is "models/other"'),
         ({"server": {"page_size": 8}}, "server: was"),
     ],
-)  # fmt: skip
+)
 def test_a_change_that_would_mix_results_is_named(changes, message):
     found = differences(experiment(), experiment(**changes))
     assert re.search(message, "; ".join(found))

@@ -40,12 +40,29 @@ def line(number, ok, arm, sample=0, **changes):
     held = 50.0 if arm == "full" else 20.0
     evicted = [] if arm == "full" or number == 7 else [30, 10]
     return {
-        "id": f"{task}/{number % 4}", "sample": sample, "task": task, "question": "q", "answer": "a", "output": "o",
-        "ok": ok, "tokens": 101, "prompt_tokens": 9, "finish": "length" if number == 0 else "stop", "limit": 900,
-        "seconds": 1.0, "rid": f"{arm}{number}{sample}", "segment": 1 + (number > 3), "at": 10.0,
-        "memory": {"rounds": 2 if evicted else 0, "evicted_per_layer": evicted, "steps": 100, "own_held_mean": held,
-                   "own_stock_mean": 50.0},
-    } | changes  # fmt: skip
+        "id": f"{task}/{number % 4}",
+        "sample": sample,
+        "task": task,
+        "question": "q",
+        "answer": "a",
+        "output": "o",
+        "ok": ok,
+        "tokens": 101,
+        "prompt_tokens": 9,
+        "finish": "length" if number == 0 else "stop",
+        "limit": 900,
+        "seconds": 1.0,
+        "rid": f"{arm}{number}{sample}",
+        "segment": 1 + (number > 3),
+        "at": 10.0,
+        "memory": {
+            "rounds": 2 if evicted else 0,
+            "evicted_per_layer": evicted,
+            "steps": 100,
+            "own_held_mean": held,
+            "own_stock_mean": 50.0,
+        },
+    } | changes
 
 
 def directory(tmp_path, right=RIGHT, device="cpu", **changes):
@@ -59,9 +76,13 @@ def directory(tmp_path, right=RIGHT, device="cpu", **changes):
 
 def row(page, arm, section="All tasks"):
     table = page.partition(f"## {section}\n")[2].partition("\n## ")[0]
-    head, found = ([cell.strip() for cell in text.strip("|").split("|")] for text in
-                   (next(x for x in table.splitlines() if x.startswith("| arm")),
-                    next(x for x in table.splitlines() if x.startswith(f"| {arm} "))))  # fmt: skip
+    head, found = (
+        [cell.strip() for cell in text.strip("|").split("|")]
+        for text in (
+            next(x for x in table.splitlines() if x.startswith("| arm")),
+            next(x for x in table.splitlines() if x.startswith(f"| {arm} ")),
+        )
+    )
     return dict(zip(head, found, strict=True))
 
 
@@ -244,8 +265,13 @@ def test_tokens_kept_per_layer_are_means_over_rounds_of_all_traces():
 
 def traced(tmp_path):
     store = Store(directory(tmp_path))
-    store.append(store.traces, [{"arm": arm, "id": "chain/0", "rid": "r", "prompt_tokens": 9, "tokens": 50,
-                                 "rounds": ROUNDS} for arm in ("lethe@48", "random@48", "lethe@24")])  # fmt: skip
+    store.append(
+        store.traces,
+        [
+            {"arm": arm, "id": "chain/0", "rid": "r", "prompt_tokens": 9, "tokens": 50, "rounds": ROUNDS}
+            for arm in ("lethe@48", "random@48", "lethe@24")
+        ],
+    )
     return Results.read(tmp_path)
 
 
@@ -298,8 +324,10 @@ def test_an_arm_without_replies_at_the_same_budget_has_no_peer(tmp_path):
 
 def harness(monkeypatch, evaluate):
     monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(simple_evaluate=evaluate))
-    answers = {"/server_info": {"internal_states": [{"lethe": {"policy": "h2o", "budget_tokens": 64, "interval": 8}}]},
-               "/v1/models": {"data": [{"id": "served"}]}}  # fmt: skip
+    answers = {
+        "/server_info": {"internal_states": [{"lethe": {"policy": "h2o", "budget_tokens": 64, "interval": 8}}]},
+        "/v1/models": {"data": [{"id": "served"}]},
+    }
     monkeypatch.setattr(lm_eval_adapter, "_ask", lambda url, path: answers[path])
 
 

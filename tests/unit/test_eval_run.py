@@ -113,8 +113,16 @@ class Fake(Server):
             text, finish = text[:limit], {"type": "length"}
         steps, rid = len(text) - 1, body["rid"]
         if self.config is not None and not self.odd.get("forget"):
-            record = {"rid": rid, "rounds": 3, "evicted_per_layer": [10, 20], "steps": steps, "own_held_mean": 40.0,
-                      "own_stock_mean": steps / 2, "blocks_held_peak": 60, "blocks_stock_peak": steps}  # fmt: skip
+            record = {
+                "rid": rid,
+                "rounds": 3,
+                "evicted_per_layer": [10, 20],
+                "steps": steps,
+                "own_held_mean": 40.0,
+                "own_stock_mean": steps / 2,
+                "blocks_held_peak": 60,
+                "blocks_stock_peak": steps,
+            }
             self.finished.extend([record] * self.odd.get("records", 1))
             if self.current.debug.record_kept:
                 entry = {"rid": rid, "round": 0, "prefix": 10, "tail": 40, "kept": [[10, 12], [11]]}
@@ -163,8 +171,16 @@ def run(directory, only=(), servers=1, **changes):
     store = Store(directory)
     with store.locked():
         store.begin(experiment, "lethe eval run small.yaml")
-        Run(experiment=experiment, store=store, prompts=FakePrompts(), items=items, only=only, port=a_port(),
-            servers=servers, say=lambda line: None).all()  # fmt: skip
+        Run(
+            experiment=experiment,
+            store=store,
+            prompts=FakePrompts(),
+            items=items,
+            only=only,
+            port=a_port(),
+            servers=servers,
+            say=lambda line: None,
+        ).all()
     return store
 
 
@@ -438,9 +454,16 @@ def test_a_request_that_was_retracted_has_one_record(tmp_path):
 
 @pytest.mark.parametrize(
     ("answer", "switched"),
-    [([True], True), ([{"updated": True}], True), ({"updated": True}, True), ([True, False], False), ([], False),
-     ([{"updated": False}], False), ({"updated": False}, False)],
-)  # fmt: skip
+    [
+        ([True], True),
+        ([{"updated": True}], True),
+        ({"updated": True}, True),
+        ([True, False], False),
+        ([], False),
+        ([{"updated": False}], False),
+        ({"updated": False}, False),
+    ],
+)
 def test_the_answer_to_a_switch_is_understood_in_all_its_forms(answer, switched):
     config = from_mapping({"budget": {"tokens": 48}})
     state = {"policy": "lethe", "budget_tokens": 48, "interval": 128}
@@ -532,10 +555,13 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, capsys, monkeypatch):
         ({}, ["--only", "leth@48"], r"--only leth@48: no such arm \(did you mean lethe@48\?\); legal: full, lethe@48,"),
         ({}, ["--model-path", "/nowhere"], "model_path /nowhere: no model there; give a directory with a config.json"),
         ({"grid": {**DATA["grid"], "policies": ["leth"]}}, [], r"arm leth@48: unknown policy 'leth' \(did you mean"),
-        ({"tasks": [{"dataset": "aime", "path": "a.jsonl", "max_new_tokens": 9}]}, ["--data-dir", "/nowhere"],
-         "aime: /nowhere/a.jsonl: No such file or directory; give the path of a local file"),
+        (
+            {"tasks": [{"dataset": "aime", "path": "a.jsonl", "max_new_tokens": 9}]},
+            ["--data-dir", "/nowhere"],
+            "aime: /nowhere/a.jsonl: No such file or directory; give the path of a local file",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_is_found_before_a_server_starts(tmp_path, capsys, changes, options, message):
     file = files(tmp_path) if "tasks" in changes else files(tmp_path, **changes)
     if "tasks" in changes:

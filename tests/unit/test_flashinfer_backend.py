@@ -32,7 +32,7 @@ from flashinfer_double import (
     portable,
     same_states,
     step_inputs,
-)  # fmt: skip
+)
 
 from lethe_sglang.allocation.budgets import scale
 from lethe_sglang.attention.length_classes import LengthClasses
@@ -68,11 +68,13 @@ def test_outputs_and_scores_equal_the_portable_backend(graph, single, page):
 @pytest.mark.parametrize(
     "rule",
     [
-        SUM._replace(every=3), SUM._replace(window=5), SUM._replace(rule="max"),
+        SUM._replace(every=3),
+        SUM._replace(window=5),
+        SUM._replace(rule="max"),
         Accumulation(rule="recurrence", threshold=0.03),
     ],
     ids=["every", "window", "max", "recurrence"],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 def test_every_rule_scores_as_the_portable_backend(rule, graph):
     options = {"window": rule.window}
@@ -292,9 +294,16 @@ def test_prefill_starts_states_and_observed_prompts_are_scored():
         world.ledger.observed[7] = 4
         slots = torch.cat([world.req_to_token[6, 5:20], world.req_to_token[7, 8:20]]).long()
         batch = forward_batch(
-            [6, 7], [20, 20], [], forward_mode=Mode.EXTEND, out_cache_loc=slots, positions=torch.arange(27),
-            extend_prefix_lens_cpu=[5, 8], extend_seq_lens_cpu=[15, 12], req_pool_indices_cpu=torch.tensor([6, 7]),
-        )  # fmt: skip
+            [6, 7],
+            [20, 20],
+            [],
+            forward_mode=Mode.EXTEND,
+            out_cache_loc=slots,
+            positions=torch.arange(27),
+            extend_prefix_lens_cpu=[5, 8],
+            extend_seq_lens_cpu=[15, 12],
+            req_pool_indices_cpu=torch.tensor([6, 7]),
+        )
         begin = server.backend.scored.begin if server is servers[0] else server.backend.init_forward_metadata
         begin(batch)
         assert bool((world.cells.score.view(LAYERS, -1)[:, slots] == 0).all())
@@ -352,10 +361,13 @@ def test_the_doubles_take_what_the_installed_flashinfer_takes():
     wrapper = BatchDecodeWithPagedKVCacheWrapper
     name = wrapper.__name__
     pairs = [
-        (wrapper.__init__, f"{name}.__init__"), (wrapper.plan, f"{name}._plan_impl"),
-        (wrapper.forward, f"{name}.forward"), (wrapper.forward_return_lse, f"{name}.forward_return_lse"),
-        (wrapper.reset_workspace_buffer, f"{name}.reset_workspace_buffer"), (fast_decode_plan, "fast_decode_plan"),
-    ]  # fmt: skip
+        (wrapper.__init__, f"{name}.__init__"),
+        (wrapper.plan, f"{name}._plan_impl"),
+        (wrapper.forward, f"{name}.forward"),
+        (wrapper.forward_return_lse, f"{name}.forward_return_lse"),
+        (wrapper.reset_workspace_buffer, f"{name}.reset_workspace_buffer"),
+        (fast_decode_plan, "fast_decode_plan"),
+    ]
     for double, real in pairs:
         assert set(takes(double)) <= set(parameters("flashinfer", "decode.py", real)), real
 

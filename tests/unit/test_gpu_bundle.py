@@ -92,5 +92,8 @@ def test_only_what_the_target_needs_is_pinned(monkeypatch):
 
     monkeypatch.setattr(bundle.metadata, "distribution", distribution)
     assert [pin.requirement for pin in bundle.closure(["root"], ["torch"])] == [
-        "more==1", "other==1", "root==1", "small-one==1"
-    ]  # fmt: skip
+        "more==1",
+        "other==1",
+        "root==1",
+        "small-one==1",
+    ]

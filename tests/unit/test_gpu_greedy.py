@@ -24,8 +24,16 @@ from lethe_sglang.evaluation.bench_plan import Plan
 from lethe_sglang.evaluation.tasks import tokens_of
 
 ROOT = Path(__file__).parents[2]
-ABOUT = {"part": "greedy", "model": None, "command": "bash scripts/gpu_suite.sh greedy", "date": "2000-01-01",
-         "gpus": ["TEST-GPU"], "machine": {}, "versions": {"torch": "0.0"}, "commit": "test"}  # fmt: skip
+ABOUT = {
+    "part": "greedy",
+    "model": None,
+    "command": "bash scripts/gpu_suite.sh greedy",
+    "date": "2000-01-01",
+    "gpus": ["TEST-GPU"],
+    "machine": {},
+    "versions": {"torch": "0.0"},
+    "commit": "test",
+}
 ARMS = (*STOCK, *STOCK.values())
 
 
@@ -35,8 +43,11 @@ ARMS = (*STOCK, *STOCK.values())
 def test_each_server_differs_from_its_reference_by_one_flag(capsys):
     assert main(["greedy", "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    flags = {"--enable-deterministic-inference": "deterministic", "--disable-cuda-graph": "no-graphs",
-             "--disable-overlap-schedule": "no-overlap"}  # fmt: skip
+    flags = {
+        "--enable-deterministic-inference": "deterministic",
+        "--disable-cuda-graph": "no-graphs",
+        "--disable-overlap-schedule": "no-overlap",
+    }
     seen = set()
     for line in lines:
         (_, mode, arm, variant, *_), command = line.split(": ", 1)[0].split(), line.split(": ", 1)[1].split()
@@ -86,8 +97,16 @@ def test_prompts_are_the_models_and_replies_are_marked():
 def answers(differing=0, count=100):
     """A pass whose last replies differ from those of a pass without ``differing``."""
     digests = [f"{i:012x}" for i in range(count - differing)] + [f"{i:012d}x" for i in range(differing)]
-    return {"status": "measured", "replies": " ".join(digests), "tokens": 100 * count, "right": 7, "rounds": 3,
-            "running_peak": 5, "retracted_requests": 0, "seconds": 1.0}  # fmt: skip
+    return {
+        "status": "measured",
+        "replies": " ".join(digests),
+        "tokens": 100 * count,
+        "right": 7,
+        "rounds": 3,
+        "running_peak": 5,
+        "retracted_requests": 0,
+        "seconds": 1.0,
+    }
 
 
 def passes(mode, arm, **differing):
@@ -114,11 +133,15 @@ def test_replies_are_compared_one_by_one():
     records = passes("ordinary", "lethe-triton", no_graphs_40=3, default_100=2, no_overlap_1=100)
     found = {c.pair.label: (c.differ, c.of) for c in compare(records, "ordinary", "lethe-triton")}
     assert found == {
-        "with and without graphs, at 1": (0, 100), "with and without graphs, at 40": (3, 100),
-        "with and without graphs, at 100": (2, 100), "with and without overlap, at 1": (100, 100),
-        "with and without overlap, at 40": (0, 100), "with and without overlap, at 100": (2, 100),
-        "at 1 and at 40": (0, 100), "at 1 and at 100": (2, 100),
-    }  # fmt: skip
+        "with and without graphs, at 1": (0, 100),
+        "with and without graphs, at 40": (3, 100),
+        "with and without graphs, at 100": (2, 100),
+        "with and without overlap, at 1": (100, 100),
+        "with and without overlap, at 40": (0, 100),
+        "with and without overlap, at 100": (2, 100),
+        "at 1 and at 40": (0, 100),
+        "at 1 and at 100": (2, 100),
+    }
     assert compare(records, "deterministic", "lethe-triton") == compare(records, "ordinary", "lethe-flashinfer") == []
 
 
@@ -160,9 +183,13 @@ def test_the_goal_without_that_mode_is_no_more_differences_than_stocks_of_a_kind
     records |= passes("ordinary", "stock-flashinfer", no_graphs_100=4)  # another pair, the same kind
     few = records | passes("ordinary", "stock-triton", no_graphs_1=3, no_overlap_1=9)
     assert dict(replies_more_than_stock({"greedy": few})) == {
-        "lethe-flashinfer, graphs": 0, "lethe-flashinfer, overlap": 0, "lethe-flashinfer, concurrency": 0,
-        "lethe-triton, graphs": 1, "lethe-triton, overlap": -9, "lethe-triton, concurrency": 0,
-    }  # fmt: skip
+        "lethe-flashinfer, graphs": 0,
+        "lethe-flashinfer, overlap": 0,
+        "lethe-flashinfer, concurrency": 0,
+        "lethe-triton, graphs": 1,
+        "lethe-triton, overlap": -9,
+        "lethe-triton, concurrency": 0,
+    }
     assert goal.mark({"greedy": few}) == "missed: worst 1 more than stock (lethe-triton, graphs); 5 of 6 points meet it"
     enough = records | passes("ordinary", "stock-triton", no_graphs_1=4)
     assert goal.mark({"greedy": enough}).startswith("met: worst 0 more than stock")

@@ -22,8 +22,14 @@ from gpu_suite.results import Results, SuiteError
 
 ROOT = Path(__file__).parents[2]
 TINY = Shape("LlamaForCausalLM", 3, 4, 2, 32, 64, 100, 256, 1e4, head_dim=8)
-ABOUT = {"command": "bash scripts/gpu_suite.sh micro", "date": "2000-01-01T00:00:00+00:00", "gpus": ["TEST-GPU"],
-         "machine": {}, "versions": {"torch": "0.0"}, "commit": "test"}  # fmt: skip
+ABOUT = {
+    "command": "bash scripts/gpu_suite.sh micro",
+    "date": "2000-01-01T00:00:00+00:00",
+    "gpus": ["TEST-GPU"],
+    "machine": {},
+    "versions": {"torch": "0.0"},
+    "commit": "test",
+}
 
 
 def listed(capsys, *arguments):
@@ -191,8 +197,9 @@ def test_a_refusal_is_a_record_and_not_a_crash(monkeypatch, tmp_path):
     from lethe_sglang.evaluation.servers import ServerError
 
     monkeypatch.setattr("lethe_sglang.engine.guard.REFUSALS", ())
-    config = argparse.Namespace(device="cuda", attention_backend="nobackend", prefill_attention_backend=None,
-                                decode_attention_backend=None)  # fmt: skip
+    config = argparse.Namespace(
+        device="cuda", attention_backend="nobackend", prefill_attention_backend=None, decode_attention_backend=None
+    )
     with pytest.raises(ConfigError) as refusal:
         check_options(config)
 
@@ -281,24 +288,44 @@ def test_a_goal_is_met_missed_or_not_yet_run(marked, start):
 
 
 def timed(us, of_copy=0.9):
-    return {"status": "measured", "median_us": us, "p10_us": us, "p90_us": us, "floor_bytes": 1000, "of_copy": of_copy,
-            "of_peak_copy": 0.5}  # fmt: skip
+    return {
+        "status": "measured",
+        "median_us": us,
+        "p10_us": us,
+        "p90_us": us,
+        "floor_bytes": 1000,
+        "of_copy": of_copy,
+        "of_peak_copy": 0.5,
+    }
 
 
 def served(tokens_per_second, tokens_held, step=10.0):
-    return {"status": "measured", "times": {"output_throughput": tokens_per_second, "median_tpot_ms": step},
-            "held": {"tokens_mean": tokens_held, "running_mean": 10, "retracted_requests": 0}}  # fmt: skip
+    return {
+        "status": "measured",
+        "times": {"output_throughput": tokens_per_second, "median_tpot_ms": step},
+        "held": {"tokens_mean": tokens_held, "running_mean": 10, "retracted_requests": 0},
+    }
 
 
 def test_the_report_marks_every_goal_from_the_json(tmp_path):
     key = "batch=64 kept=1024 prefix=0"
-    micro = {f"score {key}": timed(50.0), f"attention {key}": timed(100.0), f"indices {key}": timed(20.0),
-             f"repack {key}": timed(9.0, of_copy=0.6), f"round {key}": timed(1500.0),
-             "score batch=256 kept=4096 prefix=32768": {"status": "skipped", "message": "needs 1 GiB"}}  # fmt: skip
-    server = {"full-16k stock #1": served(100.0, 1000), "full-16k stock #2": served(120.0, 1000),
-              "full-16k stock #3": served(900.0, 1000), "full-16k lethe-triton #1": served(300.0, 50),
-              "full-16k lethe-flashinfer #1": {"status": "refused", "message": "refused: test reason"},
-              "ample-4k stock #1": served(100.0, 1), "ample-4k lethe-triton #1": served(98.0, 1)}  # fmt: skip
+    micro = {
+        f"score {key}": timed(50.0),
+        f"attention {key}": timed(100.0),
+        f"indices {key}": timed(20.0),
+        f"repack {key}": timed(9.0, of_copy=0.6),
+        f"round {key}": timed(1500.0),
+        "score batch=256 kept=4096 prefix=32768": {"status": "skipped", "message": "needs 1 GiB"},
+    }
+    server = {
+        "full-16k stock #1": served(100.0, 1000),
+        "full-16k stock #2": served(120.0, 1000),
+        "full-16k stock #3": served(900.0, 1000),
+        "full-16k lethe-triton #1": served(300.0, 50),
+        "full-16k lethe-flashinfer #1": {"status": "refused", "message": "refused: test reason"},
+        "ample-4k stock #1": served(100.0, 1),
+        "ample-4k lethe-triton #1": served(98.0, 1),
+    }
     server = {f"qwen2.5-7b {key}": record for key, record in server.items()}
     for name, part, records in (("micro-qwen2.5-7b", "micro", micro), ("server-qwen2.5-7b", "server", server)):
         body = {"part": part, "model": "qwen2.5-7b", **ABOUT, "planned": [*records, "more"], "finished": False}

@@ -45,17 +45,32 @@ def steps(*per_step, end=()):
 
 @pytest.mark.parametrize(
     "name",
-    ["cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy", "cuStreamSynchronize_ptsz",
-     "cuMemcpyDtoH_v2", "cudaFree"],
-)  # fmt: skip
+    [
+        "cudaStreamSynchronize",
+        "cudaDeviceSynchronize",
+        "cudaEventSynchronize",
+        "cudaMemcpy",
+        "cuStreamSynchronize_ptsz",
+        "cuMemcpyDtoH_v2",
+        "cudaFree",
+    ],
+)
 def test_what_makes_the_host_wait(name):
     assert is_wait(name)
 
 
 @pytest.mark.parametrize(
-    "name", ["cudaMemcpyAsync", "cuMemcpyDtoHAsync_v2", "cudaEventRecord", "cudaStreamWaitEvent", "cudaGraphLaunch",
-             "cudaFreeAsync", "cudaEventQuery"],
-)  # fmt: skip
+    "name",
+    [
+        "cudaMemcpyAsync",
+        "cuMemcpyDtoHAsync_v2",
+        "cudaEventRecord",
+        "cudaStreamWaitEvent",
+        "cudaGraphLaunch",
+        "cudaFreeAsync",
+        "cudaEventQuery",
+    ],
+)
 def test_what_does_not(name):
     assert not is_wait(name)
 
@@ -69,14 +84,25 @@ def test_waits_are_counted_from_the_first_span_to_the_last():
 
 
 def test_only_calls_of_the_runtime_and_the_driver_count():
-    events = [*steps([], []), call(5, "cudaStreamSynchronize", category="python_function"),
-              call(6, "cuStreamSynchronize", category="cuda_driver")]  # fmt: skip
+    events = [
+        *steps([], []),
+        call(5, "cudaStreamSynchronize", category="python_function"),
+        call(6, "cuStreamSynchronize", category="cuda_driver"),
+    ]
     assert count_waits(events, 16).waits == {"cuStreamSynchronize": 1}
 
 
 def test_copies_to_the_host_are_those_that_the_steps_asked_for():
-    events = [*steps([], []), call(5, "cudaMemcpyAsync", 7), copy(7), copy(8), call(300, "cudaMemcpyAsync", 9), copy(9),
-              call(6, "cudaMemcpyAsync", 4), copy(4, "Memcpy HtoD (Pinned -> Device)")]  # fmt: skip
+    events = [
+        *steps([], []),
+        call(5, "cudaMemcpyAsync", 7),
+        copy(7),
+        copy(8),
+        call(300, "cudaMemcpyAsync", 9),
+        copy(9),
+        call(6, "cudaMemcpyAsync", 4),
+        copy(4, "Memcpy HtoD (Pinned -> Device)"),
+    ]
     assert count_waits(events, 16).copies == {"Memcpy DtoH (Device -> Pinned)": 1}
 
 
@@ -253,8 +279,15 @@ def test_the_profiler_is_asked_for_the_file_that_is_read(tmp_path):
 
 
 def record(waits, steps=64, **more):
-    return {"status": "measured", "steps": steps, "graph_launches": steps, "rounds": 64, "most": 2, "waits": waits,
-            "copies": {}} | more  # fmt: skip
+    return {
+        "status": "measured",
+        "steps": steps,
+        "graph_launches": steps,
+        "rounds": 64,
+        "most": 2,
+        "waits": waits,
+        "copies": {},
+    } | more
 
 
 def test_lethe_is_judged_against_stock_on_flashinfer_and_failures_by_nothing():
@@ -282,8 +315,10 @@ def test_one_wait_or_copy_too_many_misses_its_goal_and_none_meets_it():
 
 
 def test_the_table_has_a_row_a_server():
-    records = {"m stock-flashinfer": record({"cudaEventSynchronize": 64}), "m lethe-triton": {
-        "status": "failed", "message": "the server is gone | really"}}  # fmt: skip
+    records = {
+        "m stock-flashinfer": record({"cudaEventSynchronize": 64}),
+        "m lethe-triton": {"status": "failed", "message": "the server is gone | really"},
+    }
     lines = trace.Trace().table(records)
     assert len(lines) == 4 and "| 64 | 64 | 64 | cudaEventSynchronize 1 | 2 | none |" in lines[2]
     assert "failed: the server is gone / really" in lines[3]

@@ -20,9 +20,26 @@ from lethe_sglang.policies import build_policy, policy_names
 
 HERE, TORCH = str(Path(lethe_sglang.__file__).parent), str(Path(torch.__file__).parent)
 WAITS = {
-    "item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "__len__", "nonzero", "argwhere",
-    "masked_select", "unique", "unique_consecutive", "equal", "allclose", "is_nonzero", "bincount", "__contains__",
-}  # fmt: skip
+    "item",
+    "tolist",
+    "cpu",
+    "numpy",
+    "__bool__",
+    "__int__",
+    "__float__",
+    "__index__",
+    "__len__",
+    "nonzero",
+    "argwhere",
+    "masked_select",
+    "unique",
+    "unique_consecutive",
+    "equal",
+    "allclose",
+    "is_nonzero",
+    "bincount",
+    "__contains__",
+}
 HOST_ONLY = {("flashinfer.py", "update"), ("length_classes.py", "lengths")}
 """Functions that read lengths and plans, which are host tensors."""
 
@@ -116,10 +133,18 @@ def test_no_policy_waits_for_the_device(name):
 @pytest.mark.parametrize(
     "wait",
     [
-        "t.item()", "t.tolist()", "bool(t)", "int(t)", "t.cpu()", "t.to('cpu')", "t.nonzero()", "torch.where(t > 0)",
-        "t.view(1)[t.view(1) > 0]", "t.view(1).repeat_interleave(t.view(1))",
+        "t.item()",
+        "t.tolist()",
+        "bool(t)",
+        "int(t)",
+        "t.cpu()",
+        "t.to('cpu')",
+        "t.nonzero()",
+        "torch.where(t > 0)",
+        "t.view(1)[t.view(1) > 0]",
+        "t.view(1).repeat_interleave(t.view(1))",
     ],
-)  # fmt: skip
+)
 def test_the_guard_sees_a_wait(wait, monkeypatch):
     """Each kind of wait, put into a policy's rank, is found."""
     from lethe_sglang.policies.random import RandomPolicy

@@ -10,8 +10,14 @@ from lethe_sglang.allocation.profile import save
 from lethe_sglang.cli import main as cli
 from lethe_sglang.config import ConfigError, from_mapping
 
-CONFIG = {"architectures": ["X"], "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-          "hidden_size": 4096, "torch_dtype": "bfloat16"}  # fmt: skip
+CONFIG = {
+    "architectures": ["X"],
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "hidden_size": 4096,
+    "torch_dtype": "bfloat16",
+}
 
 
 @pytest.fixture
@@ -22,9 +28,17 @@ def model(tmp_path):
 
 def deployment(**changes) -> Deployment:
     values = {
-        "layers": 32, "kv_heads": 8, "head_dim": 128, "element_bytes": 2, "state_bytes": 4, "pool_bytes": 48 * GIB,
-        "config": from_mapping({"budget": {"tokens": 1024}}), "context": 16000, "prompt": 500, "page_size": 16,
-    }  # fmt: skip
+        "layers": 32,
+        "kv_heads": 8,
+        "head_dim": 128,
+        "element_bytes": 2,
+        "state_bytes": 4,
+        "pool_bytes": 48 * GIB,
+        "config": from_mapping({"budget": {"tokens": 1024}}),
+        "context": 16000,
+        "prompt": 500,
+        "page_size": 16,
+    }
     return Deployment(**{**values, **changes})
 
 
@@ -58,8 +72,21 @@ def test_a_request_below_its_bound_costs_its_length():
 
 def test_the_command_prints_the_table(model, tmp_path, capsys):
     save(profile(), tmp_path / "p.yaml")
-    base = ["plan", "--model-path", model, "--context", "16000", "--prompt", "500", "--gpu-mem", "80",
-            "--page-size", "16", "--weights-gib", "15"]  # fmt: skip
+    base = [
+        "plan",
+        "--model-path",
+        model,
+        "--context",
+        "16000",
+        "--prompt",
+        "500",
+        "--gpu-mem",
+        "80",
+        "--page-size",
+        "16",
+        "--weights-gib",
+        "15",
+    ]
     assert cli.main([*base, "--budget", "1024", "--concurrency", "64"]) == 0
     printed = capsys.readouterr().out
     row = next(line for line in printed.splitlines() if line.startswith("requests that fit"))

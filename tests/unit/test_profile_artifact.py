@@ -205,7 +205,9 @@ class TestRules:
 class TestFlag:
     def test_the_flag_beats_the_file_and_asks_for_concentration(self):
         assert resolve("lethe", None, None, "mine.yaml").budget.model_dump(include={"allocation", "profile"}) == {
-            "allocation": "concentration", "profile": "mine.yaml"}  # fmt: skip
+            "allocation": "concentration",
+            "profile": "mine.yaml",
+        }
         config = resolve("lethe", '{"budget": {"allocation": "zipvl", "profile": "other.yaml"}}', 64, "auto")
         assert (config.budget.allocation, config.budget.profile, config.budget.tokens) == ("zipvl", "auto", 64)
         assert not resolve("lethe", '{"budget": {"allocation": "zipvl"}}', None, "none").budget.reads_profile

@@ -161,9 +161,12 @@ def test_budgets_of_a_file_of_auto_and_of_none(tmp_path):
 
 def test_arms_choose_their_allocation_and_share_one_measuring(tmp_path):
     save(profile(hoyer=(0.1, 0.2, 0.3, 0.9)), tmp_path / "other.yaml")
-    arms = [{"budget": {"allocation": "profiled"}}, {"budget": {"allocation": "profiled", "alpha": -1.0}},
-            {"budget": {"allocation": "profiled", "profile": str(tmp_path / "other.yaml")}},
-            {"budget": {"allocation": "pyramid"}}]  # fmt: skip
+    arms = [
+        {"budget": {"allocation": "profiled"}},
+        {"budget": {"allocation": "profiled", "alpha": -1.0}},
+        {"budget": {"allocation": "profiled", "profile": str(tmp_path / "other.yaml")}},
+        {"budget": {"allocation": "pyramid"}},
+    ]
     whole = from_mapping({"budget": {"tokens": 100}, "debug": {"arms": arms}})
     make = Fake()
     uniform, profiled, inverted, other, pyramid = profile_pass.settle(whole, MODEL, make, tmp_path / "cache")
@@ -202,9 +205,16 @@ def test_a_profile_of_another_number_format_is_used_with_a_warning(tmp_path, cap
 # -- the measuring process --------------------------------------------------------------------------------------------
 
 SERVER_ARGS = SimpleNamespace(
-    model_path="some model", nnodes=1, dtype="float16", quantization=None, tp_size=2, trust_remote_code=True,
-    device="cpu", json_model_override_args="{}", model_loader_extra_config={"a": 1},
-)  # fmt: skip
+    model_path="some model",
+    nnodes=1,
+    dtype="float16",
+    quantization=None,
+    tp_size=2,
+    trust_remote_code=True,
+    device="cpu",
+    json_model_override_args="{}",
+    model_loader_extra_config={"a": 1},
+)
 
 
 def test_the_pass_runs_the_servers_model_as_the_server_does(tmp_path):
@@ -215,8 +225,19 @@ def test_the_pass_runs_the_servers_model_as_the_server_does(tmp_path):
     given = dict(zip(words[4:10:2], words[5:10:2], strict=True))
     assert given["--model-path"] == "some model" and given["--out"] == str(tmp_path / "p.yaml")
     passed = command._server_args(words[-1].removeprefix("--server-args="))
-    assert passed == ("--model-loader-extra-config", '{"a": 1}', "--trust-remote-code", "--json-model-override-args",
-                      "{}", "--dtype", "float16", "--device", "cpu", "--tp-size", "2")  # fmt: skip
+    assert passed == (
+        "--model-loader-extra-config",
+        '{"a": 1}',
+        "--trust-remote-code",
+        "--json-model-override-args",
+        "{}",
+        "--dtype",
+        "float16",
+        "--device",
+        "cpu",
+        "--tp-size",
+        "2",
+    )
 
 
 def test_failures_and_several_nodes_say_what_to_do_instead(tmp_path, monkeypatch):

@@ -25,15 +25,22 @@ class TestPrompts:
 
     def test_jsonl_takes_texts_messages_and_conversations(self, tmp_path):
         items = [
-            "bare", {"prompt": "a"}, {"question": "b", "answer": "x"}, {"text": "c"},
+            "bare",
+            {"prompt": "a"},
+            {"question": "b", "answer": "x"},
+            {"text": "c"},
             {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]},
             {"conversations": [{"from": "human", "value": "h"}, {"from": "gpt", "value": "g"}]},
-        ]  # fmt: skip
+        ]
         (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, items)) + "\n\n")
         assert read(tmp_path / "p.jsonl") == [
-            (("user", "bare"),), (("user", "a"),), (("user", "b"),), (("user", "c"),),
-            (("system", "s"), ("user", "u")), (("user", "h"),),
-        ]  # fmt: skip
+            (("user", "bare"),),
+            (("user", "a"),),
+            (("user", "b"),),
+            (("user", "c"),),
+            (("system", "s"), ("user", "u")),
+            (("user", "h"),),
+        ]
 
     def test_sharegpt_is_a_list_of_conversations_up_to_the_last_question(self, tmp_path):
         turns = [("human", "q1"), ("gpt", "a1"), ("human", "q2"), ("gpt", "a2")]
@@ -179,9 +186,17 @@ class TestStatistics:
                 part["sums"] = [[x / 10 for x in layer] for layer in part["sums"]]
         config = from_mapping({"budget": {"tokens": 100, "alpha": 3.0, "allocation": "list", "layers": [100] * 4}})
         found = None if changed is None else Sensitivity(kept=50, prompts=2, changed=changed, lost=changed)
-        made = assemble(config, MODEL, records, "p.jsonl", "beef", SETTINGS,
-                        Cost(measuring_seconds=1, total_seconds=2, statistics_bytes=3), {"sglang": "x"},
-                        found)  # fmt: skip
+        made = assemble(
+            config,
+            MODEL,
+            records,
+            "p.jsonl",
+            "beef",
+            SETTINGS,
+            Cost(measuring_seconds=1, total_seconds=2, statistics_bytes=3),
+            {"sglang": "x"},
+            found,
+        )
         weights = [c**3 for c in made.mean("concentration")] if changed is None else [(c + 0.1) ** 3 for c in changed]
         assert made.budgets.allocation == ("concentration" if changed is None else "sensitivity")
         assert made.budgets.layers == tuple(30 + k for k in layer_budgets(4, 70, weights, 5, 0.25, 4.0, 4))
@@ -209,8 +224,13 @@ class TestCommandLine:
         assert error.startswith(f"lethe profile: error: {expected}") and error.count("\n") == 1
 
     def test_numbers_out_of_range_are_refused(self, capsys):
-        for option, value in (("--num-prompts", "0"), ("--max-new-tokens", "1"), ("--temperature", "-1"),
-                              ("--time-limit", "0"), ("--time-limit", "nan")):  # fmt: skip
+        for option, value in (
+            ("--num-prompts", "0"),
+            ("--max-new-tokens", "1"),
+            ("--temperature", "-1"),
+            ("--time-limit", "0"),
+            ("--time-limit", "nan"),
+        ):
             with pytest.raises(SystemExit):
                 cli.main(["profile", "--model-path", "m", option, value])
             assert f"{option}: got" in capsys.readouterr().err
@@ -228,8 +248,12 @@ class TestCommandLine:
         words = task.engine_args()
         config = json.loads(words[words.index("--kv-evict-config") + 1])
         assert config == {"retain": {"sinks": 4}, "debug": {"measure": True}}
-        for pair in (["--tp", "2"], ["--random-seed", "7"], ["--max-running-requests", "3"],
-                     ["--attention-backend", "torch_native"]):  # fmt: skip
+        for pair in (
+            ["--tp", "2"],
+            ["--random-seed", "7"],
+            ["--max-running-requests", "3"],
+            ["--attention-backend", "torch_native"],
+        ):
             assert pair == words[words.index(pair[0]) :][:2]
         assert "--disable-overlap-schedule" in words
         own = Pass(model_path="m", config=EvictionConfig(), server_args=("--attention-backend", "x")).engine_args()

@@ -14,10 +14,14 @@ from lethe_sglang.profiling.sensitivity import agreement, configuration, measure
 @pytest.mark.parametrize(
     ("whole", "pruned", "expected"),
     [
-        ([1, 2, 3, 4], [1, 2, 3, 4], 1.0), ([1, 2, 3, 4], [9, 2, 3, 4], 0.0), ([1, 2, 3, 4], [1, 2, 9, 4], 0.5),
-        ([1, 2, 3, 4], [1, 2], 0.5), ([1, 2], [1, 2, 3, 4], 0.5), ([], [], 1.0),
+        ([1, 2, 3, 4], [1, 2, 3, 4], 1.0),
+        ([1, 2, 3, 4], [9, 2, 3, 4], 0.0),
+        ([1, 2, 3, 4], [1, 2, 9, 4], 0.5),
+        ([1, 2, 3, 4], [1, 2], 0.5),
+        ([1, 2], [1, 2, 3, 4], 0.5),
+        ([], [], 1.0),
     ],
-)  # fmt: skip
+)
 def test_answers_agree_up_to_the_first_token_that_differs(whole, pruned, expected):
     assert agreement(whole, pruned) == expected
 
@@ -32,9 +36,12 @@ class TestConfiguration:
 
     def test_rounds_retention_and_scores_are_the_servers(self):
         given = {
-            "budget": {"tokens": 200, "allocation": "uniform"}, "rounds": {"interval": 9}, "rasr": {"half_life": 5.0},
-            "retain": {"sinks": 2, "own_sinks": 3, "recent_ratio": 0.7}, "requests": {"allow_off": False},
-        }  # fmt: skip
+            "budget": {"tokens": 200, "allocation": "uniform"},
+            "rounds": {"interval": 9},
+            "rasr": {"half_life": 5.0},
+            "retain": {"sinks": 2, "own_sinks": 3, "recent_ratio": 0.7},
+            "requests": {"allow_off": False},
+        }
         config = configuration(from_mapping(given), 4, 1000)
         assert (config.rounds.interval, config.rasr.half_life) == (9, 5.0)
         assert (config.retain.sinks, config.retain.own_sinks, config.recent) == (2, 3, 50)

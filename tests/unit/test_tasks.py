@@ -75,9 +75,13 @@ def solve_mixed(question):
 
 
 SOLVERS = {
-    "walk": solve_walk, "recall": solve_recall, "addition": solve_addition, "script": solve_script,
-    "chain": solve_chain, "mixed": solve_mixed,
-}  # fmt: skip
+    "walk": solve_walk,
+    "recall": solve_recall,
+    "addition": solve_addition,
+    "script": solve_script,
+    "chain": solve_chain,
+    "mixed": solve_mixed,
+}
 
 
 def test_every_family_has_a_solver_and_one_is_held_out_of_training():

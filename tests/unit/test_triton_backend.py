@@ -27,7 +27,7 @@ from flashinfer_double import (
     ours,
     parameters,
     portable,
-)  # fmt: skip
+)
 
 from lethe_sglang.policies.base import Accumulation
 from lethe_sglang.policies.lethe import LethePolicy
@@ -69,11 +69,13 @@ def test_outputs_and_scores_equal_the_portable_backend(graph, page):
 @pytest.mark.parametrize(
     "rule",
     [
-        SUM._replace(every=3), SUM._replace(window=5), SUM._replace(rule="max"),
+        SUM._replace(every=3),
+        SUM._replace(window=5),
+        SUM._replace(rule="max"),
         Accumulation(rule="recurrence", threshold=0.03),
     ],
     ids=["every", "window", "max", "recurrence"],
-)  # fmt: skip
+)
 @GRAPH
 def test_every_rule_scores_as_the_portable_backend(rule, graph):
     options = {"window": rule.window}

@@ -27,9 +27,20 @@ FAMILIES: dict[str, Family] = {f.name: f for f in (Chain(), Walk(), Addition(), 
 TRAINED: tuple[str, ...] = tuple(name for name, family in FAMILIES.items() if not family.held_out)
 
 __all__ = [
-    "END_THINK", "FAMILIES", "INDICES", "NAMES", "PUNCTUATION", "RESULTS", "THINK", "TOKEN_PATTERN", "TRAINED",
-    "Family", "Problem", "problem", "tokens_of",
-]  # fmt: skip
+    "END_THINK",
+    "FAMILIES",
+    "INDICES",
+    "NAMES",
+    "PUNCTUATION",
+    "RESULTS",
+    "THINK",
+    "TOKEN_PATTERN",
+    "TRAINED",
+    "Family",
+    "Problem",
+    "problem",
+    "tokens_of",
+]
 
 
 def problem(family: str, split: str, index: int, tokens: tuple[int, int] = (200, 800)) -> Problem:

@@ -114,9 +114,22 @@ def _launch(
     _KERNEL.launch(
         lambda meta: (max(1, min(splits, triton.cdiv(req_to_token.shape[1], meta["BLOCK"]))), batch),
         (bucket(batch), fill_indptr),
-        req_to_token, table, rows, seq_lens, indptr, indices, batch, indices.shape[0], req_to_token.stride(0),
-        table.stride(0), layer, num_layers, blocks, fill_indptr, bucket(batch),
-    )  # fmt: skip
+        req_to_token,
+        table,
+        rows,
+        seq_lens,
+        indptr,
+        indices,
+        batch,
+        indices.shape[0],
+        req_to_token.stride(0),
+        table.stride(0),
+        layer,
+        num_layers,
+        blocks,
+        fill_indptr,
+        bucket(batch),
+    )
 
 
 def fill_lists(

@@ -182,6 +182,14 @@ def _launch(
         _KERNEL.launch(
             lambda meta: (triton.cdiv(n, meta["BLOCK_N"]), sum(triton.cdiv(w, meta["BLOCK_W"]) for w in widths)),
             (*widths, scatter, bucket(n)),
-            *words, *words[:1] * spare, *temporary, *temporary[:1] * spare, source, destination, n,
-            *widths, *[0] * spare, scatter,
-        )  # fmt: skip
+            *words,
+            *words[:1] * spare,
+            *temporary,
+            *temporary[:1] * spare,
+            source,
+            destination,
+            n,
+            *widths,
+            *[0] * spare,
+            scatter,
+        )

@@ -140,9 +140,22 @@ def _score(  # type: ignore[no-untyped-def]
         mask = j < length
         cell = tl.load(indices + begin + j, mask=mask, other=0).to(tl.int64)
         total = _attention(
-            query + b * query_stride_b, keys, lse + b * lse_stride, cell, mask, query_stride_h,
-            logit_scale, lse_scale, KV_HEADS, GROUP, HEAD_DIM, GROUP_PAD, DIM_PAD, COMPUTE, BLOCK_N,
-        )  # fmt: skip
+            query + b * query_stride_b,
+            keys,
+            lse + b * lse_stride,
+            cell,
+            mask,
+            query_stride_h,
+            logit_scale,
+            lse_scale,
+            KV_HEADS,
+            GROUP,
+            HEAD_DIM,
+            GROUP_PAD,
+            DIM_PAD,
+            COMPUTE,
+            BLOCK_N,
+        )
         a = total / (KV_HEADS * GROUP)
         old = tl.load(scores + cell, mask=mask, other=0.0)
         if RULE == 0:
@@ -213,10 +226,19 @@ def schedule(
         raise ValueError(f"table must have 4 + 2L columns, not {table.shape[1]}")
     if batch:
         _SCHEDULE.launch(
-            lambda meta: (triton.cdiv(batch, meta["BLOCK"]),), (bucket(batch),),
-            table, rows, seq_lens, first, decay, batch, table.stride(0), accumulation.every,
-            accumulation.step_decay, accumulation.window is not None,
-        )  # fmt: skip
+            lambda meta: (triton.cdiv(batch, meta["BLOCK"]),),
+            (bucket(batch),),
+            table,
+            rows,
+            seq_lens,
+            first,
+            decay,
+            batch,
+            table.stride(0),
+            accumulation.every,
+            accumulation.step_decay,
+            accumulation.window is not None,
+        )
 
 
 def score(
@@ -293,11 +315,30 @@ def score(
     _SCORE.launch(
         lambda meta: (splits, batch),
         (head_dim, group, kv_heads, bucket(batch), query.dtype, keys.dtype, rule.rule),
-        query, keys, lse, indptr, indices, first, decay, step, scores, scores if memories is None else memories,
-        query.stride(0), query.stride(1), lse.stride(0), scaling * k_scale * _LOG2_E,
-        _LOG2_E if lse_base == "e" else 1.0, rule.threshold, _RULES[rule.rule], kv_heads, group, head_dim,
-        max(16, bucket(group)), max(16, bucket(head_dim)), _compute_dtype(query.dtype, keys.dtype),
-    )  # fmt: skip
+        query,
+        keys,
+        lse,
+        indptr,
+        indices,
+        first,
+        decay,
+        step,
+        scores,
+        scores if memories is None else memories,
+        query.stride(0),
+        query.stride(1),
+        lse.stride(0),
+        scaling * k_scale * _LOG2_E,
+        _LOG2_E if lse_base == "e" else 1.0,
+        rule.threshold,
+        _RULES[rule.rule],
+        kv_heads,
+        group,
+        head_dim,
+        max(16, bucket(group)),
+        max(16, bucket(head_dim)),
+        _compute_dtype(query.dtype, keys.dtype),
+    )
 
 
 def _check(

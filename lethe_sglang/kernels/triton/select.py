@@ -101,8 +101,13 @@ def select(rank: torch.Tensor, valid: torch.Tensor, pinned: torch.Tensor, count:
     segments = count.numel()
     if segments and n:
         _KERNEL.launch(
-            lambda meta: (segments,), (bucket(n), bucket(segments)),
-            rank.contiguous(), valid.contiguous().view(torch.uint8), pinned.contiguous().view(torch.uint8),
-            count.contiguous(), chosen.view(torch.uint8), n,
-        )  # fmt: skip
+            lambda meta: (segments,),
+            (bucket(n), bucket(segments)),
+            rank.contiguous(),
+            valid.contiguous().view(torch.uint8),
+            pinned.contiguous().view(torch.uint8),
+            count.contiguous(),
+            chosen.view(torch.uint8),
+            n,
+        )
     return chosen

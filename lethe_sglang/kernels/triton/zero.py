@@ -83,8 +83,16 @@ def start_states(
     expect_contiguous(score=score, memory=memory, slots=slots, positions=positions)
     cells = num_layers * n
     _KERNEL.launch(
-        lambda meta: (triton.cdiv(cells, meta["BLOCK"]),), (bucket(cells),),
-        states[0] if score is None else score, states[0] if memory is None else memory, slots,
-        slots if positions is None else positions, n, cells, states[0].shape[0] // num_layers,
-        score is not None, memory is not None, positions is not None,
-    )  # fmt: skip
+        lambda meta: (triton.cdiv(cells, meta["BLOCK"]),),
+        (bucket(cells),),
+        states[0] if score is None else score,
+        states[0] if memory is None else memory,
+        slots,
+        slots if positions is None else positions,
+        n,
+        cells,
+        states[0].shape[0] // num_layers,
+        score is not None,
+        memory is not None,
+        positions is not None,
+    )

@@ -33,17 +33,27 @@ class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
     """One query a request over a paged cache of page size 1."""
 
     def begin_forward(
-        self, indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size, *, data_type,
-        q_data_type, non_blocking, fixed_split_size=None, disable_split_kv=False,
-    ):  # fmt: skip
+        self,
+        indptr,
+        indices,
+        last_page_len,
+        num_qo_heads,
+        num_kv_heads,
+        head_dim,
+        page_size,
+        *,
+        data_type,
+        q_data_type,
+        non_blocking,
+        fixed_split_size=None,
+        disable_split_kv=False,
+    ):
         assert indptr.dtype == indices.dtype == last_page_len.dtype == torch.int32 and page_size == 1
         assert indptr.device.type == "cpu" and bool((last_page_len == 1).all())
         self.plan = indptr.clone(), (num_qo_heads, num_kv_heads, head_dim), (q_data_type, data_type)
         self._paged_kv_indptr_buf, self._paged_kv_indices_buf = indptr.clone(), indices
 
-    def forward_return_lse(
-        self, q, paged_kv_cache, *, sm_scale, logits_soft_cap=0.0, k_scale=None, v_scale=None
-    ):  # fmt: skip
+    def forward_return_lse(self, q, paged_kv_cache, *, sm_scale, logits_soft_cap=0.0, k_scale=None, v_scale=None):
         indptr, heads, types = self.plan
         key, value = paged_kv_cache
         assert torch.equal(indptr, self._paged_kv_indptr_buf), "the lists are not as long as the plan says"
@@ -71,15 +81,23 @@ class BatchPrefillWithPagedKVCacheWrapper(_Wrapper):
     """All queries of a request over its cached keys."""
 
     def begin_forward(
-        self, qo_indptr, kv_indptr, kv_indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size,
+        self,
+        qo_indptr,
+        kv_indptr,
+        kv_indices,
+        last_page_len,
+        num_qo_heads,
+        num_kv_heads,
+        head_dim,
+        page_size,
         **options,
-    ):  # fmt: skip
+    ):
         assert page_size == 1 and options["custom_mask"] is None
         self.plan, self.indices = (qo_indptr.tolist(), kv_indptr.tolist()), kv_indices
 
     def forward_return_lse(
         self, q, kv_cache, *, causal, sm_scale, window_left=-1, logits_soft_cap=0.0, k_scale=None, v_scale=None
-    ):  # fmt: skip
+    ):
         def cached(a, b):
             cells = self.indices[a:b].long()
             return kv_cache[0][cells], kv_cache[1][cells]
