@@ -3,7 +3,8 @@
 Vocabulary (docs/vocabulary.md): SGLang's slot ``b`` is a *block* of L cells, one a layer; *cell* ``(l, b)`` has the
 flat index ``l * blocks + b``. The row of a request (its line of ``req_to_token``) is divided into
 
-    [0 .. P)         prefix: owned by the radix tree; read, never written, never freed
+    [0 .. P)         prefix: intact in every layer, never moved. The radix tree owns its head; what the tree does not
+                     own (a kept prompt after a retraction, or without a tree) is the request's until it ends
     [P .. P+m)       packed blocks: kept cells of all layers, densely
     [P+m .. T)       dead: entries are 0, blocks are free
     [T .. seq)       tail: recent tokens, intact in every layer, appended by SGLang's decode
@@ -50,8 +51,34 @@ def packed_cell(number: int, num_layers: int) -> tuple[int, int]:
     return number % num_layers, number // num_layers
 
 
+def protected(tree: int, prompt: int, page_size: int) -> tuple[int, int]:
+    """Divide a request's protected positions into whole pages and the rest.
+
+    Parameters
+    ----------
+    tree
+        Positions whose blocks the radix tree owns (tokens, whole pages).
+    prompt
+        Positions that are kept as prompt, whoever owns their blocks; 0 where a prompt may be evicted (tokens).
+    page_size
+        Tokens.
+
+    Returns
+    -------
+    tuple[int, int]
+        P, which stays intact in every layer, and the kept tokens behind it, which are packed like other cells.
+    """
+    prefix = max(tree, page_floor(prompt, page_size))
+    return prefix, max(prompt - prefix, 0)
+
+
+def pinned_cells(prefix: int, rest: int, sinks: int, own_sinks: int) -> int:
+    """First own cells that no round evicts: the prompt's rest, own sinks behind it, sinks that P does not cover."""
+    return max(sinks - prefix, rest + own_sinks)
+
+
 def request_bound(budget: int, interval: int, page_size: int) -> int:
-    """Most own blocks a decoding request ever holds (architecture.md): mean budget + interval + 2 pages."""
+    """Most blocks behind its prefix that a decoding request ever holds: mean budget + interval + 2 pages."""
     return budget + page_ceil(interval, page_size) + 2 * page_size
 
 
@@ -62,7 +89,7 @@ class RowLayout:
     Attributes
     ----------
     prefix
-        P, positions owned by the radix tree.
+        P, protected positions: never candidates of a round, whoever owns their blocks.
     packed
         m, packed blocks (a page multiple).
     tail

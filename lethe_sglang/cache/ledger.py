@@ -34,7 +34,11 @@ class RequestState:
     kept
         k_l: packed cells per layer.
     budgets
-        Largest k_l a round may leave, per layer.
+        Largest k_l a round may leave, per layer; the rest of the prompt's last page comes on top.
+    rest
+        Tokens of the kept prompt behind the prefix, which ends at a page: own cells that are always kept.
+    pinned
+        First own cells that are always kept: ``rest``, the sinks that lie behind the prefix, and the own sinks.
     due_at
         Committed length (tokens) at which the next round is due; ``NEVER`` for a request that is not evicted from.
     rounds
@@ -60,6 +64,8 @@ class RequestState:
     layout: RowLayout
     kept: tuple[int, ...]
     budgets: tuple[int, ...]
+    rest: int = 0
+    pinned: int = 0
     due_at: int = NEVER
     rounds: int = 0
     evicted: list[int] = field(default_factory=list)
@@ -87,7 +93,7 @@ class RequestState:
 class RoundPlan(NamedTuple):
     """What one round will do to one request. Host numbers only.
 
-    ``candidates[l]`` of layer l's own cells are ranked and ``kept[l]`` survive.
+    ``candidates[l]`` of layer l's own cells are ranked and ``kept[l]`` survive, the first ``pinned`` among them.
     """
 
     committed: int
@@ -100,6 +106,7 @@ class RoundPlan(NamedTuple):
     old_kept: tuple[int, ...]
     candidates: tuple[int, ...]
     kept: tuple[int, ...]
+    pinned: int
 
     @property
     def moved_pages(self) -> int:
@@ -174,15 +181,40 @@ class Ledger:
     # -- life of a row ----------------------------------------------------------------------------------------------
 
     def open(
-        self, rid: str, row: int, prefix: int, budgets: tuple[int, ...] | None, committed: int = 0
+        self,
+        rid: str,
+        row: int,
+        prefix: int,
+        budgets: tuple[int, ...] | None,
+        committed: int = 0,
+        rest: int = 0,
+        pinned: int = 0,
     ) -> RequestState:
-        """Start following a request whose prefill is done; ``budgets`` None means it is never evicted from."""
+        """Start following a request whose prefill is done.
+
+        Parameters
+        ----------
+        rid, row
+            SGLang's.
+        prefix
+            P, protected positions in whole pages (tokens).
+        budgets
+            Most k_l a round may leave, ``rest`` not counted; None means that the request is never evicted from.
+        committed
+            Tokens whose KV is written or in flight.
+        rest, pinned
+            See :class:`RequestState`.
+        """
+        if budgets is not None:
+            budgets = tuple(k + rest for k in budgets)
         state = RequestState(
             rid=rid,
             row=row,
             layout=RowLayout(prefix=prefix, packed=0, tail=prefix),
             kept=(0,) * self.num_layers,
             budgets=budgets or (),
+            rest=rest,
+            pinned=pinned,
             evicted=[0] * self.num_layers,
             thresholds=list(budgets or ()),
         )
@@ -242,6 +274,7 @@ class Ledger:
             old_kept=state.kept,
             candidates=candidates,
             kept=kept,
+            pinned=state.pinned,
         )
 
     def commit(self, state: RequestState, plan: RoundPlan) -> None:

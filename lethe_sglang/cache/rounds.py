@@ -75,7 +75,7 @@ class RoundResult(NamedTuple):
     rank
         float32 ``[L, B, n]``: the policy's ranks; ``-inf`` beyond a layer's candidates.
     pinned
-        bool ``[L, B, n]``: sinks.
+        bool ``[L, B, n]``: what is kept whatever its rank.
     kept_position
         int32 ``[sum k]``: logical positions kept (request-major, then layer), or None if positions are not tracked.
     kept_cells
@@ -94,8 +94,6 @@ def run_round(
     cells: Cells,
     req_to_token: torch.Tensor,
     policy: Policy,
-    sinks: int,
-    own_sinks: int = 0,
     reduce_scores: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> RoundResult:
     """Carry out the planned rounds.
@@ -110,10 +108,6 @@ def run_round(
         int32 ``[R, C]``; entries of packed, dead and tail positions are rewritten.
     policy
         Ranks the candidates.
-    sinks
-        The first ``sinks`` positions of a sequence are never evicted (those beyond the shared prefix are own cells).
-    own_sinks
-        Neither are the first ``own_sinks`` positions behind the shared prefix.
     reduce_scores
         Averages scores over tensor-parallel ranks in a fixed order.
 
@@ -150,7 +144,7 @@ def run_round(
     )
     j = torch.arange(width, device=device).view(1, 1, -1)
     valid = j < own.length.unsqueeze(2)
-    pinned = (j < (sinks - prefix).clamp(min=own_sinks).view(1, -1, 1)).expand_as(valid)
+    pinned = (j < column([p.pinned for p in plans]).view(1, -1, 1)).expand_as(valid)
 
     position = None
     if cells.position is not None:

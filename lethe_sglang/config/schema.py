@@ -179,8 +179,8 @@ class RetainConfig(Section):
     own_sinks: int = Field(
         default=0,
         ge=0,
-        description="The first positions behind the shared prefix, always kept: with prompt shared, the first tokens "
-        "that the model generated (and before them what the prompt leaves of a page). Tokens, >= 0; 0 is the paper.",
+        description="The first positions behind what is never evicted, always kept too: with prompt keep, the first "
+        "tokens that the model generated. Tokens, >= 0; 0 is the paper.",
     )
     recent_ratio: float = Field(
         default=0.3,
@@ -188,10 +188,11 @@ class RetainConfig(Section):
         lt=1,
         description="Recent window R as a fraction of the mean budget, rounded up to a token. 0 < recent_ratio < 1.",
     )
-    prompt: Literal["shared", "private"] = Field(
-        default="shared",
-        description="shared: the prompt enters the prefix cache and is never evicted; private: only the part that was "
-        "found in the prefix cache is kept, the rest is evicted like generated tokens.",
+    prompt: Literal["keep", "evict"] = Field(
+        default="keep",
+        description="keep: no token of the prompt is ever evicted, whether the prefix cache holds it or not; evict: "
+        "only the part that was found in the prefix cache is kept, the rest is evicted like generated tokens and "
+        "never enters the prefix cache.",
     )
 
 

@@ -1,8 +1,9 @@
-"""Admission that knows the bound: a decoding request never holds more than its budget, an interval and two pages.
+"""Admission that knows the bound: the kept prompt, the budget, an interval and two pages.
 
 SGLang charges a candidate ``extend + max_new_tokens`` and a running request what it may still generate. With eviction
-the first is at most ``extend + bound`` (a private prompt is intact first, so it is charged ``max(bound, extend)``), and
-the second is what the request still lacks of its bound. Without this correction freed memory admits nobody.
+the first is at most ``extend + bound`` (what does not enter the radix tree is the request's own and intact first, so it
+is charged ``max(bound, extend)``), and the second is what the request still lacks of its bound. A kept prompt that the
+tree does not own is part of that bound. Without this correction freed memory admits nobody.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 from sglang.srt.managers import schedule_policy
 from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
 
+from lethe_sglang.cache.layout import page_floor
 from lethe_sglang.engine.runtime import Runtime, current
 
 
@@ -35,18 +37,25 @@ class LethePrefillAdder(PrefillAdder):  # type: ignore[misc]
             return growth
         # Between its prefill and the processing of that result, a prompt that will be shared still looks private.
         seen = req.kv.req_pool_idx in self.lethe.ledger.requests
-        held = self.lethe.own_blocks(req) if seen or is_private(req, self.tree_cache) else 0
+        if seen or is_private(req, self.tree_cache):
+            lacking = self.lethe.bound(req, int(req.kv.cache_protected_len)) - self.lethe.own_blocks(req)
+        else:
+            lacking = self.lethe.bound(req, self._shared_prompt(req))
         page: int = self.page_size
-        return min(growth, max(self.lethe.bound(req) - held, page))
+        return min(growth, max(lacking, page))
+
+    def _shared_prompt(self, req: Any) -> int:
+        """Positions that the radix tree owns of a request once it has taken the prompt in (tokens)."""
+        return page_floor(len(req.origin_input_ids), self.page_size)
 
     def _growth_after_prefill(self, req: Any) -> int:
         """Most tokens a candidate adds to its footprint after its whole extend is charged."""
-        bound = self.lethe.bound(req)
         if not is_private(req, self.tree_cache):
-            return bound
-        own: int = len(req.full_untruncated_fill_ids) - req.kv.cache_protected_len
+            return self.lethe.bound(req, self._shared_prompt(req))
+        tree = int(req.kv.cache_protected_len)
+        own: int = len(req.full_untruncated_fill_ids) - tree
         page: int = self.page_size
-        return max(bound - own, 2 * page)
+        return max(self.lethe.bound(req, tree) - own, 2 * page)
 
     @contextmanager
     def _clipped(self, req: Any) -> Iterator[None]:
@@ -62,7 +71,7 @@ class LethePrefillAdder(PrefillAdder):  # type: ignore[misc]
             schedule_policy.CLIP_MAX_NEW_TOKENS = stock
 
     def _make_private(self, req: Any) -> None:
-        if self.lethe.config.retain.prompt == "private" and self.lethe.evicts(req):
+        if self.lethe.config.retain.prompt == "evict" and self.lethe.evicts(req):
             req.skip_radix_cache_insert = True
 
     def add_one_req(self, req: Any, has_chunked_req: bool, truncation_align_size: int | None) -> AddReqResult:

@@ -81,8 +81,10 @@ def observe_prefill(result: Any, batch: Any) -> None:
             continue
         if runtime.measurer is not None:
             runtime.measurer.names[row] = req.rid
-        if runtime.policy.accumulation is not None and runtime.evicts(req) and is_private(req, batch.tree_cache):
-            runtime.ledger.observed[row] = req.kv.cache_protected_len
+        private = runtime.policy.accumulation is not None and runtime.evicts(req) and is_private(req, batch.tree_cache)
+        prefix, rest = runtime.protected(req, int(req.kv.cache_protected_len))
+        if private and len(req.full_untruncated_fill_ids) > prefix + rest:  # a kept prompt alone needs no scores
+            runtime.ledger.observed[row] = prefix
         else:
             runtime.ledger.observed.pop(row, None)
 

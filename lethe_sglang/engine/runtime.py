@@ -14,7 +14,7 @@ import torch
 from lethe_sglang.allocation.breakpoint import breakpoint_budgets, breakpoint_counts
 from lethe_sglang.allocation.budgets import scale
 from lethe_sglang.attention.measure import Measurer
-from lethe_sglang.cache.layout import request_bound
+from lethe_sglang.cache.layout import pinned_cells, protected, request_bound
 from lethe_sglang.cache.ledger import Ledger, RequestState, RoundPlan
 from lethe_sglang.cache.pool import PackedKVPool
 from lethe_sglang.cache.rounds import RoundResult, run_round
@@ -189,9 +189,28 @@ class Runtime:
         """Whether a request is evicted from."""
         return self.override_of(req).mode == "on"
 
-    def bound(self, req: Any) -> int:
-        """Most own blocks the request holds while it decodes (its own budget, not the server's)."""
-        return request_bound(self.override_of(req).budget, self.config.rounds.interval, self.page_size)
+    def protected(self, req: Any, tree: int) -> tuple[int, int]:
+        """Divide what is never evicted of a request into P and the rest of its prompt (see ``layout.protected``).
+
+        ``tree`` is what the radix tree owns of it. The prompt is that of the request as it came in: what it has
+        generated before a retraction is prefilled with it and stays evictable.
+        """
+        prompt = len(req.origin_input_ids) if self.config.retain.prompt == "keep" else 0
+        return protected(tree, prompt, self.page_size)
+
+    def bound(self, req: Any, tree: int) -> int:
+        """Most blocks that the tree does not own and the request holds while it decodes.
+
+        Parameters
+        ----------
+        req
+            The request; its own budget counts, not the server's.
+        tree
+            Positions that the radix tree owns (tokens).
+        """
+        prefix, rest = self.protected(req, tree)
+        budget = self.override_of(req).budget + rest
+        return prefix - tree + request_bound(budget, self.config.rounds.interval, self.page_size)
 
     def budgets_of(self, req: Any) -> tuple[int, ...] | None:
         """Per-layer k_l of a request, None if it is not evicted from."""
@@ -203,7 +222,7 @@ class Runtime:
         return scale(self.budgets, self.config.scored, override.budget - self.config.recent, self.config.floor)
 
     def own_blocks(self, req: Any) -> int:
-        """Own blocks a running request holds now."""
+        """Blocks that a running request holds now and the radix tree does not own."""
         kv = req.kv
         return int(kv.kv_allocated_len - kv.cache_protected_len - self.ledger.dead_len(kv.req_pool_idx))
 
@@ -214,8 +233,15 @@ class Runtime:
         kv = req.kv
         state = self.ledger.requests.get(kv.req_pool_idx)
         if state is None:
+            prefix, rest = self.protected(req, int(kv.cache_protected_len))
             state = self.ledger.open(
-                req.rid, kv.req_pool_idx, kv.cache_protected_len, self.budgets_of(req), int(kv.kv_committed_len)
+                req.rid,
+                kv.req_pool_idx,
+                prefix,
+                self.budgets_of(req),
+                committed=int(kv.kv_committed_len),
+                rest=rest,
+                pinned=pinned_cells(prefix, rest, self.config.retain.sinks, self.config.retain.own_sinks),
             )
         state.observe(kv.kv_allocated_len, self.page_size)
         state.count_step(kv.kv_allocated_len, self.page_size)
@@ -268,8 +294,6 @@ class Runtime:
             self.pool.cells,
             self.req_to_token,
             self.policy,
-            self.config.retain.sinks,
-            self.config.retain.own_sinks,
             self._reduce if self.tp_size > 1 else None,
         )
         allocator.free_segment(result.freed, start_pos=0)
@@ -353,6 +377,7 @@ class Runtime:
                         "rid": state.rid,
                         "round": state.rounds,
                         "prefix": plan.prefix,
+                        "rest": state.rest,
                         "tail": plan.new_tail,
                         "kept": layers,
                     }

@@ -78,7 +78,7 @@ class Plan:
     @property
     def prunable_prompt(self) -> int:
         """Prompt tokens that may be evicted."""
-        return self.input_len if self.config.retain.prompt == "private" else 0
+        return self.input_len if self.config.retain.prompt == "evict" else 0
 
     @property
     def first_round(self) -> int:

@@ -10,6 +10,8 @@ from conftest import config
 from problems import PROMPTS, WALKS, prompt, walk
 
 DEBUG = {"shadow": True}
+TIGHT = {"budget": 20}
+"""Five cells a layer beside the recent window: a prompt among the candidates could not survive."""
 BASE = dict(budget={"tokens": 48}, rounds={"interval": 16}, rasr={"half_life": 7}, requests={"max_budget": 1024})
 
 
@@ -44,6 +46,12 @@ def test_retraction_storms_leak_nothing_and_gathered_cells_stay_right(start):
     assert report["requests_retracted"] > 30
     assert report["rounds"] > 20 and report["shadow"]["checks"] > 2000
     server.check_healthy()
+
+    # The problem is read until the last step: an answer is right only if retraction lost nothing of the prompt.
+    problems = [walk(seed, steps=60) for seed in range(4)]
+    outputs = server.generate_all([prompt(problem) for problem, _ in problems], 4, tokens=400, kv_evict=TIGHT)
+    assert [o["text"] for o in outputs] == [answer for _, answer in problems]
+    assert sum(o["meta"]["num_retractions"] > 0 for o in outputs) >= 2
 
     # What was generated before a retraction stays the request's own, though no round has pruned it yet.
     outputs = server.generate_all(WALKS[:2], 2, tokens=100, kv_evict={"budget": 1024})
@@ -87,9 +95,35 @@ def test_without_a_radix_tree_freed_memory_admits_more_requests(start, treeless)
     assert mean_running(treeless) >= 2 * mean_running(stock)
 
 
+def test_without_a_radix_tree_no_token_of_the_prompt_is_evicted(treeless):
+    problems = [walk(seed, steps=60) for seed in range(8)]
+    outputs = treeless.generate_all([prompt(problem) for problem, _ in problems], 8, tokens=400, kv_evict=TIGHT)
+    assert [o["text"] for o in outputs] == [answer for _, answer in problems]
+    assert treeless.lethe()["last_finished"]["rounds"] > 10
+
+
 @pytest.mark.parametrize("policy", matrix.POLICIES)
 def test_every_policy_runs_without_a_radix_tree(treeless, policy):
     matrix.run(treeless, policy)
+
+
+def test_the_prompts_last_page_is_kept_though_the_tree_does_not_take_it(start):
+    """Page 64: a prompt of under 64 tokens is no whole page."""
+    settings = config(**{**BASE, "debug": {**DEBUG, "record_kept": True}})
+    server = start(
+        "--max-total-tokens", "4096", "--page-size", "64", "--kv-evict", "lethe", "--kv-evict-config", settings
+    ).wait()
+    problems = [walk(seed, steps=60) for seed in range(8)]
+    outputs = server.generate_all([prompt(problem) for problem, _ in problems], 8, tokens=400, kv_evict=TIGHT)
+    assert [o["text"] for o in outputs] == [answer for _, answer in problems]
+    report = server.lethe()
+    assert report["rounds"] > 16
+    for entry in report["kept"]:
+        rest = set(range(entry["prefix"], entry["prefix"] + entry["rest"]))
+        assert entry["prefix"] == 0 and len(rest) > 20
+        assert all(len(kept) == len(rest) + 5 and rest <= set(kept) for kept in entry["kept"])
+    server.check_healthy()
+    server.stop()
 
 
 def test_breakpoint_allocation_respects_the_mean_and_serves(start, tmp_path):

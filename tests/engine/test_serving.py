@@ -174,6 +174,30 @@ def test_abort_and_disconnect_in_the_middle_lose_nobody_elses_kv(stock, server):
     assert [results[i]["text"] for i in range(3)] == [stock[i]["text"] for i in range(3)]
 
 
+def test_a_prompt_is_kept_through_a_retraction_that_lost_it_from_the_tree(server):
+    """As an update of the weights does: pause, retract, flush the tree, continue."""
+    problems = [walk(seed, steps=60) for seed in range(4)]
+    server.flush()
+    replies = {}
+
+    def ask(number: int) -> None:
+        replies[number] = server.generate(prompt(problems[number][0]), tokens=400, kv_evict={"budget": 20})
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(problems))]
+    for thread in threads:
+        thread.start()
+    while server.lethe()["requests_running"] < len(problems):
+        time.sleep(0.05)
+    server.post("/pause_generation", {"mode": "retract"})
+    server.post("/flush_cache")
+    server.post("/continue_generation")
+    for thread in threads:
+        thread.join(timeout=300)
+    assert [replies[i]["text"] for i in range(len(problems))] == [answer for _, answer in problems]
+    assert min(reply["meta"]["num_retractions"] for reply in replies.values()) == 1
+    assert server.lethe()["last_finished"]["rounds"] > 5
+
+
 def test_pause_and_continue_keep_the_output(server):
     expected = server.generate(WALKS[4])["text"]
     for mode in ("in_place", "retract"):

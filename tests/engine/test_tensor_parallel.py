@@ -15,7 +15,7 @@ def server(start):
         budget={"tokens": 48},
         rounds={"interval": 16},
         rasr={"half_life": 7},
-        retain={"prompt": "private"},
+        retain={"prompt": "evict"},
         debug={"fingerprints": True, "shadow": True},
     )
     server = start(

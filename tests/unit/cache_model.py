@@ -6,6 +6,7 @@ import random
 
 import torch
 
+from lethe_sglang.cache.layout import pinned_cells, protected
 from lethe_sglang.cache.ledger import Ledger, RequestState
 from lethe_sglang.cache.rounds import Cells, run_round
 from lethe_sglang.kernels.indices import token_lists
@@ -54,10 +55,12 @@ class MiniPool:
         """A fixed pseudo-random score of a token."""
         return random.Random(f"{row} {layer} {position}").random()
 
-    def admit(self, row, length, prefix, budgets):
+    def admit(self, row, length, prefix, budgets, prompt=0):
+        """Follow a request of which the tree owns ``prefix`` positions and whose first ``prompt`` are kept."""
         for position in range(length):
             self.write(row, position)
-        state = self.ledger.open(f"r{row}", row, prefix, budgets)
+        prefix, rest = protected(prefix, prompt, self.page)
+        state = self.ledger.open(f"r{row}", row, prefix, budgets, rest=rest)
         self.truth[row] = [set(range(prefix, length)) for _ in range(self.num_layers)]
         return state
 
@@ -68,8 +71,10 @@ class MiniPool:
             kept.add(position)
 
     def round(self, states: list[RequestState], policy, sinks=2, budgets=None, own_sinks=0):
+        for state in states:
+            state.pinned = pinned_cells(state.layout.prefix, state.rest, sinks, own_sinks)
         plans = [self.ledger.plan(s, self.seq[s.row], budgets[s.row] if budgets else s.budgets) for s in states]
-        result = run_round(plans, self.cells, self.req_to_token, policy, sinks, own_sinks)
+        result = run_round(plans, self.cells, self.req_to_token, policy)
         freed = (result.freed[:: self.page] // self.page).tolist()
         assert len(freed) * self.page == result.freed.numel(), "freed slots are not whole pages"
         assert not set(freed) & set(self.free) and len(set(freed)) == len(freed), "double free"

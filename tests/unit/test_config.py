@@ -155,7 +155,7 @@ class TestMessages:
             ({"rounds": {"interval": 0}}, "rounds.interval: got 0, expected an integer >= 1"),
             ({"retain": {"sinks": -1}}, "retain.sinks: got -1, expected an integer >= 0"),
             ({"retain": {"recent_ratio": 1.0}}, "retain.recent_ratio: got 1.0, expected a number > 0 and < 1"),
-            ({"retain": {"prompt": "kept"}}, 'retain.prompt: got "kept", expected one of shared, private'),
+            ({"retain": {"prompt": "shared"}}, 'retain.prompt: got "shared", expected one of keep, evict'),
             ({"rasr": {"decay": 1.5}}, "rasr.decay: got 1.5, expected a number >= 0 and <= 1 (or null)"),
             ({"breakpoint": {"sparse_ratio": 1}}, "breakpoint.sparse_ratio: got 1, expected a number > 1"),
             ({"requests": {"allow_off": 1}}, "requests.allow_off: got 1, expected true or false"),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from cache_model import MiniPool
 
 from lethe_sglang.cache.ledger import NEVER
+from lethe_sglang.config import from_mapping
+from lethe_sglang.engine.runtime import Runtime
 from lethe_sglang.policies.lethe import LethePolicy
 from lethe_sglang.policies.random import RandomPolicy
 from lethe_sglang.policies.streaming import StreamingPolicy
@@ -76,6 +80,25 @@ def test_a_request_never_holds_more_than_its_bound():
             pool.append(1)
 
 
+@pytest.mark.parametrize(("page", "tree", "prompt"), [(1, 0, 11), (4, 0, 11), (8, 0, 29), (8, 8, 29), (8, 16, 11)])
+def test_a_kept_prompt_that_the_tree_does_not_own_is_part_of_the_bound(page, tree, prompt):
+    config = from_mapping({"budget": {"tokens": 18}, "rounds": {"interval": 8}, "retain": {"sinks": 2}})
+    runtime = Runtime(config, [(12, 12, 12)], num_layers=3, page_size=page, context_length=None)
+    request = SimpleNamespace(origin_input_ids=[0] * prompt, sampling_params=SimpleNamespace(custom_params=None))
+    pool = MiniPool(page=page, num_layers=3, recent=6, interval=8)
+    state = pool.admit(1, prompt, tree, (4, 20, 12), prompt=prompt)
+    assert runtime.protected(request, tree) == (state.layout.prefix, state.rest)
+    most = 0
+    for _ in range(200):
+        if pool.seq[1] >= state.due_at:
+            pool.round([state], LethePolicy())
+        held = -(-pool.seq[1] // page) * page - tree - state.layout.dead_len
+        assert held <= runtime.bound(request, tree)
+        most = max(most, held)
+        pool.append(1)
+    assert most >= runtime.bound(request, tree) - 2 * page - 3, "the bound is not tight, so admission wastes memory"
+
+
 def test_nothing_is_due_while_all_layers_are_within_budget():
     pool = MiniPool()
     state = pool.admit(1, 20, 0, (50, 50, 50))
@@ -141,6 +164,23 @@ def test_a_rank_that_is_no_number_costs_neither_sinks_nor_candidates(extreme):
     for row, length in ((1, 40), (2, 17)):
         for positions in own_positions(pool, row):
             assert positions[:2] == [0, 1] and len(positions) == 5 + 6 and positions[-1] == length - 1
+
+
+@pytest.mark.parametrize(("page", "tree", "prompt"), [(1, 0, 11), (1, 5, 11), (4, 0, 11), (4, 8, 11), (8, 16, 11)])
+def test_no_position_of_a_kept_prompt_is_ever_a_candidate_whoever_owns_its_blocks(page, tree, prompt):
+    pool = MiniPool(page=page)
+    state = pool.admit(1, 40, tree, (2, 3, 4), prompt=prompt)
+    protected = max(tree, prompt)
+    assert state.layout.prefix == max(tree, prompt // page * page) and state.layout.prefix % page == 0
+    for _ in range(4):
+        while pool.seq[1] < state.due_at:
+            pool.append(1)
+        pool.cells.score.copy_(pool.cells.key[:, 0, 2])  # the later, the better: the prompt ranks last
+        (plan,) = pool.round([state], LethePolicy(), sinks=2)
+        for positions, budget in zip(own_positions(pool, 1), (2, 3, 4), strict=True):
+            assert positions[:protected] == list(range(protected)), "the prompt lost a token"
+            assert len([p for p in positions if protected <= p < plan.new_tail]) == budget, "it is not in the budget"
+            assert plan.new_tail - positions[protected] == budget, "the best are not kept"
 
 
 def test_streaming_keeps_sinks_and_the_latest():
