@@ -245,6 +245,7 @@ def check_request(manager: Any, obj: Any, input_ids: Any) -> None:
     request = requested(manager.server_args)
     params = getattr(obj, "sampling_params", None)
     if request is not None and isinstance(params, dict):
+        guard.check_request(params)
         parse_request(params.get("custom_params"), request.config, manager.context_len)
 
 

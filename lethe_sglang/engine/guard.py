@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lethe_sglang.config import ConfigError
@@ -158,6 +158,16 @@ REFUSALS = (
     ),
 )
 
+REQUESTS = (
+    Refusal(
+        "beam search",
+        lambda params: params.get("beam_width") not in (None, 0, 1),
+        "leave sampling_params.beam_width out",
+        "the rows of its beams share blocks, and a round would move them for one",
+    ),
+)
+"""What one request may not ask for, by its sampling parameters."""
+
 ENVIRONMENT = (
     ("SGLANG_RUST_SERVER", "per-request options are checked in the Python front end"),
     ("SGLANG_USE_HND_KVCACHE", "needs the NHD layout"),
@@ -253,6 +263,19 @@ def _graph(resolved: Any, phase: str) -> str | None:
     return backend
 
 
+def check_request(params: Mapping[str, Any]) -> None:
+    """Refuse sampling parameters of a request that do not work with eviction; the server answers HTTP 400.
+
+    Raises
+    ------
+    ConfigError
+        One line: what is refused and what to change.
+    """
+    found = [f"{r.feature} ({r.why}): {r.instead}" for r in REQUESTS if r.refused(params)]
+    if found:
+        raise ConfigError(f"a server with --kv-evict does not take {'; '.join(found)}")
+
+
 def check_debug(resolved: Any, debug: DebugConfig) -> None:
     """Refuse checks and records where they would be wrong or silently do nothing.
 
@@ -292,6 +315,7 @@ def support_matrix() -> str:
     lines = ["| feature | with --kv-evict | note |", "| --- | --- | --- |"]
     lines += [f"| {feature} | {state} | {note} |" for feature, state, note in _SUPPORTED]
     lines += [f"| {r.feature} | refused | {r.why}; {r.instead} |" for r in REFUSALS]
+    lines += [f"| {r.feature} | refused (HTTP 400) | {r.why}; {r.instead} |" for r in REQUESTS]
     lines += [f"| {name} | refused | model |" for name, _ in MODELS]
     lines += [f"| environment variable {name} | refused | {why} |" for name, why in ENVIRONMENT]
     return "\n".join(lines)

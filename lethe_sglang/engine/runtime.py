@@ -186,8 +186,8 @@ class Runtime:
         return cached
 
     def evicts(self, req: Any) -> bool:
-        """Whether a request is evicted from."""
-        return self.override_of(req).mode == "on"
+        """Whether a request is evicted from. Beams are not, by whatever door they came: their rows share blocks."""
+        return self.override_of(req).mode == "on" and req.beam_group is None
 
     def protected(self, req: Any, tree: int) -> tuple[int, int]:
         """Divide what is never evicted of a request into P and the rest of its prompt (see ``layout.protected``).
@@ -215,7 +215,7 @@ class Runtime:
     def budgets_of(self, req: Any) -> tuple[int, ...] | None:
         """Per-layer k_l of a request, None if it is not evicted from."""
         override = self.override_of(req)
-        if override.mode == "none":
+        if not self.evicts(req):
             return None
         if override.budget == self.config.budget.tokens:
             return self.budgets
