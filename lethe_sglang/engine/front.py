@@ -196,9 +196,25 @@ def check_resolution(server_args: Any, previous: Callable[[Any], None]) -> None:
         guard.check_debug(resolving_view(server_args), request.config.debug)
         model = model_config_of(server_args)
         guard.check_model(model)
+        check_defaults(resolving_view(server_args).preferred_sampling_params, request.config, model.context_len)
         profile_pass.settle(request.config, profile_pass.fingerprint_of(model, resolving_view(server_args)), make=None)
     except ConfigError as error:
         request.fail(error)
+
+
+def check_defaults(preferred: dict[str, Any] | None, config: EvictionConfig, context_length: int) -> None:
+    """Refuse sampling parameters of every request that no request may ask for.
+
+    Raises
+    ------
+    ConfigError
+        One line that names the flag and the parameter.
+    """
+    try:
+        guard.check_request(preferred or {})
+        parse_request((preferred or {}).get("custom_params"), config, context_length)
+    except ConfigError as error:
+        raise ConfigError(f"--preferred-sampling-params: {error}") from None
 
 
 def launch(original: Callable[..., Any], cls: type, server_args: Any, *args: Any, **kwargs: Any) -> Any:
@@ -245,8 +261,9 @@ def check_request(manager: Any, obj: Any, input_ids: Any) -> None:
     request = requested(manager.server_args)
     params = getattr(obj, "sampling_params", None)
     if request is not None and isinstance(params, dict):
-        guard.check_request(params)
-        parse_request(params.get("custom_params"), request.config, manager.context_len)
+        asked = {**(manager.preferred_sampling_params or {}), **params}  # as the manager will lay them over each other
+        guard.check_request(asked)
+        parse_request(asked.get("custom_params"), request.config, manager.context_len)
 
 
 # -- scheduler --------------------------------------------------------------------------------------------------------

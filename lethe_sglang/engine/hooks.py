@@ -43,6 +43,7 @@ LAUNCHER_HOOKS = (
 
 SCHEDULER_HOOKS = (
     Hook(f"{_SCHEDULER}.update_running_batch", HookType.BEFORE, "lifecycle.prune"),
+    Hook(f"{_SCHEDULER}._add_request_to_queue", HookType.BEFORE, "lifecycle.check_arrival"),
     Hook(f"{_SCHEDULER}.get_prefill_adder_class", HookType.AFTER, "lifecycle.adder_class"),
     Hook(f"{_SCHEDULER}.get_init_info", HookType.AFTER, "front.report_rank"),
     Hook(
@@ -88,6 +89,8 @@ READ_TARGETS = (
     f"{_BATCH}.ScheduleBatch.prepare_for_decode",
     f"{_BATCH}.ScheduleBatch.check_decode_mem",
     f"{_BATCH}.release_req",
+    f"{_BATCH}.Req.set_finish_with_abort",
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object",
     f"{_BATCH}.ReqKvInfo",
     "sglang.srt.mem_cache.common.release_kv_cache",
     "sglang.srt.mem_cache.common.checkpoint_kv_cache",

@@ -11,6 +11,7 @@ from sglang.srt.distributed import get_tp_group
 from sglang.srt.runtime_context import get_parallel
 
 from lethe_sglang.cache.pool import PackedKVPool, pool_class
+from lethe_sglang.config import ConfigError
 from lethe_sglang.engine.admission import LethePrefillAdder, is_private
 from lethe_sglang.engine.runtime import Runtime, current
 
@@ -70,6 +71,15 @@ def _wait_for_forward(scheduler: Any) -> None:
         return
     module = torch.get_device_module(scheduler.device)
     module.current_stream().wait_stream(scheduler.forward_stream)
+
+
+def check_arrival(scheduler: Any, req: Any, *args: Any, **kwargs: Any) -> None:
+    """BEFORE ``Scheduler._add_request_to_queue``: what slipped past the front door is an error of that request."""
+    if req.to_finish is None and not req.finished():
+        try:
+            current().check(req)
+        except ConfigError as error:
+            req.set_finish_with_abort(str(error))
 
 
 def observe_prefill(result: Any, batch: Any) -> None:

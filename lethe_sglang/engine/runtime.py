@@ -19,7 +19,7 @@ from lethe_sglang.cache.ledger import Ledger, RequestState, RoundPlan
 from lethe_sglang.cache.pool import PackedKVPool
 from lethe_sglang.cache.rounds import RoundResult, run_round
 from lethe_sglang.cache.shadow import Shadow
-from lethe_sglang.config import EvictionConfig, RequestOverride, parse_request
+from lethe_sglang.config import ConfigError, EvictionConfig, RequestOverride, parse_request
 from lethe_sglang.policies import Policy, build_policy
 
 logger = logging.getLogger("lethe_sglang")
@@ -176,14 +176,27 @@ class Runtime:
     # -- requests ---------------------------------------------------------------------------------------------------
 
     def override_of(self, req: Any) -> RequestOverride:
-        """Return what a request asks for (validated at the front door; parsed once)."""
+        """Return what a request asks for (parsed once; see :meth:`check` for one that asks for what is not legal)."""
         cached: RequestOverride | None = getattr(req, "_kv_evict", None)
         if cached is None:
-            cached = parse_request(req.sampling_params.custom_params, self.config, self.context_length)
+            try:
+                cached = parse_request(req.sampling_params.custom_params, self.config, self.context_length)
+            except ConfigError:
+                cached = RequestOverride(mode="none", budget=self.config.budget.tokens)
             if self.base.debug.measure:
                 cached = RequestOverride(mode="none", budget=cached.budget)
             req._kv_evict = cached
         return cached
+
+    def check(self, req: Any) -> None:
+        """Check what a request asks for: the front door has, but requests may come by others.
+
+        Raises
+        ------
+        ConfigError
+            One line that names the option; it is this request's error and nobody else's.
+        """
+        parse_request(req.sampling_params.custom_params, self.config, self.context_length)
 
     def evicts(self, req: Any) -> bool:
         """Whether a request is evicted from. Beams are not, by whatever door they came: their rows share blocks."""

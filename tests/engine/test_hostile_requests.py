@@ -59,3 +59,12 @@ def test_beam_search_costs_nobody_a_reply(server, kv_evict):
         assert server.lethe()["rounds"] == rounds, "a beam was evicted from"
         assert json.dumps(beams).count('"text"') and again["text"] == beams["text"]
     check_others(server)
+
+
+@pytest.mark.parametrize(
+    "asked", [{"budget": 1}, {"budget": 10**30}, {"mode": {}}, {"": [[]]}, [], 7, {"budget": True}]
+)
+def test_an_illegal_override_is_an_error_of_that_request(server, asked):
+    message = error_of(server, PROMPTS[1], max_new_tokens=8, custom_params={"kv_evict": asked})
+    assert "custom_params.kv_evict" in message
+    check_others(server)

@@ -63,6 +63,18 @@ EVICT = ("--kv-evict", "lethe", "--kv-evict-config", "cpu-demo")
         ((*EVICT, "--tokenizer-worker-num", "2"), "--tokenizer-worker-num 1"),
         ((*EVICT, "--kv-canary", "log"), "--kv-canary none"),
         ((*EVICT, "--radix-cache-backend", "x"), "--radix-cache-backend"),
+        (
+            (*EVICT, "--preferred-sampling-params", '{"custom_params": {"kv_evict": {"budget": 1}}}'),
+            "--preferred-sampling-params: custom_params.kv_evict.budget: got 1, expected an integer from",
+        ),
+        (
+            (*EVICT, "--preferred-sampling-params", '{"custom_params": [3]}'),
+            "--preferred-sampling-params: custom_params: got [3]",
+        ),
+        (
+            (*EVICT, "--preferred-sampling-params", '{"beam_width": 2}'),
+            "--preferred-sampling-params: a server with --kv-evict does not take beam search",
+        ),
     ],
 )
 def test_refused_with_the_option_to_change(sglang_front, capsys, args, named):
