@@ -229,6 +229,17 @@ def test_a_bad_override_is_a_400_that_names_the_option(server, asked, named):
     assert named in json.loads(error.value.read())["error"]["message"]
 
 
+@pytest.mark.parametrize("kv_evict", [None, "none"])
+def test_beam_search_is_a_400_and_costs_nobody_a_reply(stock, server, kv_evict):
+    with pytest.raises(urllib.error.HTTPError) as error:
+        server.generate(WALKS[0], tokens=60, kv_evict=kv_evict, beam_width=3)
+    assert error.value.code == 400
+    assert "leave sampling_params.beam_width out" in json.loads(error.value.read())["error"]["message"]
+    assert [server.generate(p, kv_evict={"budget": 2048})["text"] for p in PROMPTS[:2]] == [
+        s["text"] for s in stock[:2]
+    ]
+
+
 def test_a_smaller_budget_of_one_request_is_honoured(server):
     server.flush()
     server.generate(WALKS[0], tokens=200, kv_evict={"budget": 24})
