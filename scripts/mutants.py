@@ -41,6 +41,7 @@ ARTIFACT, MEASURE, CACHE = (
     "tests/unit/test_measure.py",
     "tests/unit/test_profile_cache.py",
 )
+ALLOCATOR, BUDGETS = "lethe_sglang/allocation/budgets.py", "tests/unit/test_budgets.py"
 PAGE8 = f"{SERVE} -k page8"
 STORM = "tests/engine/test_pressure.py -k storm"
 MUTANTS = {
@@ -113,11 +114,45 @@ MUTANTS = {
     "hoyer is not normalised": Mutant(
         "lethe_sglang/allocation/sparsity.py", "(root - 1).clamp(min=1e-6)", "root", "tests/unit/test_sparsity.py"
     ),
-    "sparse layers get more": Mutant(
-        "lethe_sglang/allocation/rules.py", "max(1 - h, SMALLEST)", "max(h, SMALLEST)", ARTIFACT
-    ),
+    "sparse layers get more": Mutant("lethe_sglang/allocation/rules.py", "[1 - h for h", "[h for h", ARTIFACT),
     "profiles of other heads pass": Mutant(
-        "lethe_sglang/allocation/profile.py", '    "kv_heads": "KV heads",\n', "", ARTIFACT
+        "lethe_sglang/allocation/fingerprint.py", '    "kv_heads": "KV heads",\n', "", ARTIFACT
+    ),
+    "the rule of a profile is not asked": Mutant(
+        "lethe_sglang/allocation/rules.py", "RULES[profile.rule]", 'RULES["concentration"]', ARTIFACT
+    ),
+    "alpha does nothing": Mutant("lethe_sglang/allocation/rules.py", "** profile.alpha", "", ARTIFACT),
+    "what --from would not read is passed over": Mutant(
+        "lethe_sglang/cli/profile.py", "    if unread:", "    if False:", ARTIFACT
+    ),
+    "--kv-evict-profile none leaves an allocation that needs one": Mutant(
+        "lethe_sglang/config/loading.py",
+        """if profile == "none" and section.get""",
+        "if False and section.get",
+        ARTIFACT,
+    ),
+    "shares have no bounds": Mutant(
+        ALLOCATOR,
+        "min(max(factor * weight, low), high) for weight in exact",
+        "factor * weight for weight in exact",
+        BUDGETS,
+    ),
+    "means of classes are rounded up": Mutant(
+        ALLOCATOR, "sum(ordered[start:end]) // (end - start)", "-(-sum(ordered[start:end]) // (end - start))", BUDGETS
+    ),
+    "equal layers are parted": Mutant(ALLOCATOR, "if ordered[i - 1 : i] != ordered[i : i + 1]", "if i", BUDGETS),
+    "layers are cut into classes anywhere": Mutant(ALLOCATOR, "min((spent + cost(start, end)", "min((spent", BUDGETS),
+    "a request's budget sinks below the floor": Mutant(
+        ALLOCATOR, "max(floor, int(factor * tokens))", "int(factor * tokens)", BUDGETS
+    ),
+    "breakpoint does not read its profile": Mutant(
+        "lethe_sglang/config/schema.py",
+        'self.allocation == "breakpoint" and self.profile',
+        "False and self.profile",
+        BUDGETS,
+    ),
+    "the fresh process is told nothing": Mutant(
+        "lethe_sglang/profiling/automatic.py", "pickle.dumps(request(server_args, path))", 'b""', CACHE
     ),
     "rows keep what they had measured": Mutant(
         "lethe_sglang/attention/measure.py", "tensor[:, row] = 0", "pass", MEASURE
@@ -126,10 +161,10 @@ MUTANTS = {
         "lethe_sglang/attention/measure.py", "torch.where(used | (valid", "torch.where((valid", MEASURE
     ),
     "nobody locks the cache": Mutant(
-        "lethe_sglang/engine/profile_cache.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_UN", CACHE
+        "lethe_sglang/profiling/cache.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_UN", CACHE
     ),
     "the lock's holder is not asked": Mutant(
-        "lethe_sglang/engine/profile_cache.py",
+        "lethe_sglang/profiling/cache.py",
         "if (found := _read(path, model)) is None:",
         "if (found := None) is None:",
         CACHE,

@@ -6,19 +6,26 @@ from collections.abc import Sequence
 
 import torch
 
+SPARSE_RATIO = 400.0
+"""tau, the paper's value."""
+
+SEGMENTS = 64
+"""D: the count of salient tokens is right to one part in 64."""
+
 
 def breakpoint_counts(
     rank: torch.Tensor,
     pinned: torch.Tensor,
     candidates: torch.Tensor,
-    sparse_ratio: float,
-    segments: int,
-    reference: str = "non_sink",
+    sparse_ratio: float = SPARSE_RATIO,
+    segments: int = SEGMENTS,
 ) -> torch.Tensor:
     """Count the salient tokens of every segment of candidates.
 
     With v the scores in descending order, cut into D equal segments, the breakpoint segment is the last one whose first
-    (largest) element satisfies ``v[start_d] >= S_max / tau``; it and everything before it is salient.
+    (largest) element satisfies ``v[start_d] >= S_max / tau``; it and everything before it is salient. ``S_max`` is
+    taken over tokens that are not sinks: a sink can hold half of the attention and would make every other token look
+    unimportant.
 
     Parameters
     ----------
@@ -29,11 +36,9 @@ def breakpoint_counts(
     candidates
         int ``[L, B]``: candidates of each (layer, request).
     sparse_ratio
-        tau > 1 (paper: 400).
+        tau > 1.
     segments
         D.
-    reference
-        ``non_sink``: S_max is taken over tokens that are not sinks; ``all``: over all.
 
     Returns
     -------
@@ -41,8 +46,7 @@ def breakpoint_counts(
         int32 ``[L, B]``: salient tokens; equal to ``candidates`` where the scores are flat (no breakpoint).
     """
     ordered = rank.sort(dim=-1, descending=True).values
-    top = rank.masked_fill(pinned, float("-inf")) if reference == "non_sink" else rank
-    threshold = top.amax(-1, keepdim=True) / sparse_ratio
+    threshold = rank.masked_fill(pinned, float("-inf")).amax(-1, keepdim=True) / sparse_ratio
     n = candidates.to(torch.int64).unsqueeze(-1)
     d = torch.arange(segments, device=rank.device)
     starts = (d * n) // segments

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from lethe_sglang.allocation.fingerprint import ModelFingerprint, Part, digest
 from lethe_sglang.config import ConfigError
+from lethe_sglang.config.loading import write_yaml
 
-FORMAT = 1
+FORMAT = 2
 """Version of the file; a reader knows exactly one."""
 
 STATISTICS = {
@@ -39,77 +39,10 @@ PER_QUERY = tuple(STATISTICS)[:8]
 PER_PROMPT = tuple(STATISTICS)[8:]
 """Statistics of the tokens of a whole answer."""
 
-_IDENTITY = {
-    "architecture": "architecture",
-    "layers": "layers",
-    "heads": "query heads",
-    "kv_heads": "KV heads",
-    "head_dim": "head width",
-    "config_hash": "hash of the model's configuration",
-    "weights": "weights",
-}
-_NUMERICS = {"dtype": "dtype", "quantization": "quantization"}
+Rule = Literal["concentration", "sensitivity", "hoyer", "pyramid", "d2o", "cake", "zipvl"]
+"""How the layers' statistics become their shares (``allocation.rules``)."""
 
 Layers = tuple[float, ...]
-
-
-class Part(BaseModel):
-    """Base of the parts of a profile: immutable, no unknown keys, finite numbers."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class ModelFingerprint(Part):
-    """Which model a profile is of.
-
-    Attributes
-    ----------
-    name
-        For people only; never compared.
-    config_hash
-        Of the model's configuration without what varies from copy to copy.
-    weights
-        ``sampled:`` and a hash of samples of the weight files, or ``revision:`` and the hub's commit. Only values of
-        one kind are compared; empty is not known.
-    layers, heads, kv_heads, head_dim
-        Attention layers; query and KV heads of the whole model, not of one rank.
-    dtype, quantization
-        How the model ran; a profile may be used under another.
-    """
-
-    name: str
-    architecture: str
-    config_hash: str
-    weights: str = ""
-    layers: int = Field(ge=1)
-    heads: int = Field(ge=1)
-    kv_heads: int = Field(ge=1)
-    head_dim: int = Field(ge=1)
-    dtype: str
-    quantization: str | None = None
-
-    def differences(self, other: ModelFingerprint) -> list[str]:
-        """Say in which respects ``other`` (the server's model) is another model."""
-        fields = {k: text for k, text in _IDENTITY.items() if k != "weights" or self._comparable(other)}
-        return self._compare(other, fields)
-
-    def numeric_differences(self, other: ModelFingerprint) -> list[str]:
-        """Say in which respects the same model runs otherwise under ``other``."""
-        return self._compare(other, _NUMERICS)
-
-    def _comparable(self, other: ModelFingerprint) -> bool:
-        kinds = {self.weights.partition(":")[0], other.weights.partition(":")[0]}
-        return len(kinds) == 1 and "" not in kinds
-
-    def _compare(self, other: ModelFingerprint, fields: dict[str, str]) -> list[str]:
-        pairs = ((text, getattr(self, name), getattr(other, name)) for name, text in fields.items())
-        return [f"{text} {ours} against {theirs}" for text, ours, theirs in pairs if ours != theirs]
-
-    @property
-    def key(self) -> str:
-        """Name of this model's profile in a cache: everything but ``name``, and the version of the file."""
-        content = self.model_dump(mode="json", exclude={"name"})
-        return digest({"format": FORMAT, **content})
 
 
 class PromptsInfo(Part):
@@ -193,18 +126,24 @@ class Sensitivity(Part):
 
 
 class Budgets(Part):
-    """What one allocation makes of the profile, to look at: servers derive theirs from the statistics."""
+    """What the rule makes of a budget of ``tokens``, to look at: servers derive theirs from the statistics."""
 
-    allocation: Literal["profiled", "concentration", "sensitivity"]
-    alpha: float
     tokens: int = Field(ge=2)
     layers: tuple[Annotated[int, Field(ge=1)], ...]
 
 
 class Profile(Part):
-    """A whole artifact."""
+    """A whole artifact.
 
-    format: Literal[1] = 1
+    Attributes
+    ----------
+    rule, alpha
+        How servers share the budget by this profile (``rules.weights``).
+    """
+
+    format: Literal[2] = 2
+    rule: Rule
+    alpha: float = Field(ge=-16, le=16)
     model: ModelFingerprint
     versions: dict[str, str]
     prompts: PromptsInfo
@@ -227,6 +166,8 @@ class Profile(Part):
                 raise ValueError(f"sensitivity.{name}: got {len(row)} values for {self.model.layers} layers")
         if not all(0 <= h <= 1 for h in self.statistics["hoyer"].mean):
             raise ValueError("statistics.hoyer: outside of 0 to 1")
+        if self.rule == "sensitivity" and self.sensitivity is None:
+            raise ValueError("rule sensitivity: the profile has none; measure it with lethe profile --sensitivity")
         if len(self.budgets.layers) != self.model.layers:
             raise ValueError(f"budgets.layers: got {len(self.budgets.layers)} values for {self.model.layers} layers")
         return self
@@ -255,11 +196,6 @@ class Profile(Part):
             )
 
 
-def digest(content: Any) -> str:
-    """Hash JSON-like content: 16 hexadecimal digits."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def save(profile: Profile, path: Path) -> None:
     """Write a profile; a reader sees the old file or the whole new one.
 
@@ -269,7 +205,7 @@ def save(profile: Profile, path: Path) -> None:
         If the directory cannot be written to.
     """
     text = "# Attention statistics of one model, made by `lethe profile`; see docs/profiling.md.\n"
-    text += yaml.dump(_rounded(profile.model_dump(mode="json")), Dumper=_Dumper, sort_keys=False, width=120)
+    text += write_yaml(_rounded(profile.model_dump(mode="json")), 120)
     write_atomically(path, text)
 
 
@@ -339,18 +275,3 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     return [_rounded(item) for item in value] if isinstance(value, list) else value
-
-
-class _Dumper(yaml.SafeDumper):
-    """The safe writer of YAML, with lists on one line and without aliases."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        """Write equal lists out."""
-        return True
-
-
-def _represent_list(dumper: _Dumper, values: list[Any]) -> yaml.Node:
-    return dumper.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=True)
-
-
-_Dumper.add_representer(list, _represent_list)

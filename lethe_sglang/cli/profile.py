@@ -1,4 +1,4 @@
-"""``lethe profile``: measure a model's layers once and write the profile that ``budget.allocation`` reads."""
+"""``lethe profile``: measure a model's layers once and write the profile that budget allocation ``profile`` reads."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import argparse
 import os
 import shlex
 import sys
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, get_args
 
+from lethe_sglang.allocation.profile import Profile, Rule, load, save
 from lethe_sglang.cli.options import integer, number
 from lethe_sglang.cli.show_profile import render
 from lethe_sglang.config import ConfigError, resolve
+from lethe_sglang.profiling.automatic import ended_by_signals
+from lethe_sglang.profiling.prompts import read
+from lethe_sglang.profiling.run import Interrupted, Pass, measure, with_rule
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -35,11 +40,47 @@ def add_parser(subparsers: Subparsers) -> None:
         "profile",
         help="measure a model's layers once, to share the budget among them",
         description="Let the model answer calibration prompts through SGLang, uncompressed, measure the attention of "
-        "every layer, and write the profile (YAML). Ctrl-C keeps what is done; the same command goes on from there.",
+        "every layer, and write the profile (YAML). Ctrl-C keeps what is done; the same command goes on from there. "
+        "With --from, write a profile that was measured before with another rule; nothing is measured.",
         allow_abbrev=False,
     )
-    add = parser.add_argument
-    add("--model-path", metavar="PATH", required=True, help="directory or Hugging Face name of the model")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model-path", metavar="PATH", help="directory or Hugging Face name of the model")
+    what.add_argument("--from", metavar="FILE", type=Path, dest="source", help="a profile to write with another rule")
+
+    both = parser.add_argument_group("the profile")
+    both.add_argument(
+        "--rule",
+        choices=get_args(Rule),
+        help="how servers share the budget by this profile (default: concentration, with --sensitivity sensitivity)",
+    )
+    both.add_argument(
+        "--alpha",
+        metavar="A",
+        type=number(-16, 16),
+        default=1.0,
+        help="exponent of the layers' shares: 0 is uniform, larger more uneven, negative turns their order round "
+        "(default: %(default)s)",
+    )
+    both.add_argument(
+        "-o",
+        "--out",
+        metavar="FILE",
+        type=Path,
+        help="where it goes (default: where a server with profile auto looks for it; needed with --from)",
+    )
+    both.add_argument(
+        "--config",
+        metavar="FILE|JSON|PRESET",
+        help="configuration whose budgets are written along, as for --kv-evict-config",
+    )
+    both.add_argument("--budget", metavar="N", type=integer(2), help="mean tokens kept per layer; beats budget.tokens")
+
+    # What is not given is left out, so that Pass alone says the defaults and --from can refuse what it would not read.
+    def add(name: str, **options: Any) -> None:
+        measuring.add_argument(name, default=argparse.SUPPRESS, **options)
+
+    measuring = parser.add_argument_group("the measuring")
     add(
         "--prompts",
         metavar="FILE",
@@ -47,18 +88,16 @@ def add_parser(subparsers: Subparsers) -> None:
         help="calibration prompts: JSONL, ShareGPT JSON or plain text, one a line (default: lethe_prompts.jsonl of the "
         "model's directory, else generated reasoning problems)",
     )
-    add("--out", metavar="FILE", type=Path, help="the profile (default: where a server with profile auto looks for it)")
-    add("--num-prompts", metavar="N", type=integer(1), default=16, help="most prompts (default: %(default)s)")
-    add("--max-new-tokens", metavar="N", type=integer(2), default=256, help="longest answer (default: %(default)s)")
-    add("--temperature", metavar="T", type=number(0), default=0.0, help="of the answers (default: 0, greedy)")
+    add("--num-prompts", metavar="N", type=integer(1), help=f"most prompts (default: {Pass.num_prompts})")
+    add("--max-new-tokens", metavar="N", type=integer(2), help=f"longest answer (default: {Pass.max_new_tokens})")
+    add("--temperature", metavar="T", type=number(0), help="of the answers (default: 0, greedy)")
     add(
         "--seed",
         metavar="N",
         type=integer(0),
-        default=1,
-        help="of sampling and of the generated prompts (default: %(default)s)",
+        help=f"of sampling and of the generated prompts (default: {Pass.seed})",
     )
-    add("--concurrency", metavar="N", type=integer(1), default=4, help="prompts at a time (default: %(default)s)")
+    add("--concurrency", metavar="N", type=integer(1), help=f"prompts at a time (default: {Pass.concurrency})")
     add(
         "--time-limit",
         metavar="S",
@@ -68,59 +107,60 @@ def add_parser(subparsers: Subparsers) -> None:
     add(
         "--sensitivity",
         action="store_true",
-        help="answer once more per layer, that layer alone pruned to half of --budget; for allocation sensitivity",
+        help="answer once more per layer, that layer alone pruned to half of --budget; for rule sensitivity",
     )
     add("--raw", action="store_true", help="put prompts as they are, without the chat template")
-    add(
-        "--config",
-        metavar="FILE|JSON|PRESET",
-        help="configuration whose budgets are written along, as for --kv-evict-config",
-    )
-    add("--budget", metavar="N", type=integer(2), help="mean tokens kept per layer; beats budget.tokens")
-    add("--server-args", metavar="ARGS", default="", help="more arguments of SGLang: --server-args='--tp 2'")
+    add("--server-args", metavar="ARGS", help="more arguments of SGLang: --server-args='--tp 2'")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print the profile's table and return the exit status.
+    """Measure or rewrite, print the profile's table and return the exit status.
 
     Raises
     ------
     ConfigError
-        If an option, the prompts or the model cannot be used.
+        If an option, the prompts, the profile or the model cannot be used.
     """
-    config = resolve(None, args.config, args.budget)
-    server_args = _server_args(args.server_args)
-    _check_paths(args.model_path, args.out)
-    from lethe_sglang.engine.profile_pass import ended_by_signals
-    from lethe_sglang.profiling.prompts import read
-    from lethe_sglang.profiling.run import Interrupted, Pass, measure
-
-    if args.prompts is not None:
-        read(args.prompts)
-    task = Pass(
-        model_path=args.model_path,
-        prompts=args.prompts,
-        out=args.out,
-        count=args.num_prompts,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        seed=args.seed,
-        concurrency=args.concurrency,
-        time_limit=args.time_limit,
-        raw=args.raw,
-        sensitivity=args.sensitivity,
-        config=config,
-        server_args=server_args,
-    )
+    names = {field.name for field in fields(Pass)} - {"config", "out"}
+    given = {name: value for name, value in vars(args).items() if name in names}
     try:
-        with ended_by_signals():
-            profile, path = measure(task)
+        if args.source is not None:
+            profile, path = _rewrite(args, given.keys() - {"model_path", "rule", "alpha"})
+        else:
+            with ended_by_signals():
+                profile, path = measure(_pass(args, given))
     except (Interrupted, KeyboardInterrupt) as stopped:
         print(f"lethe profile: interrupted{f'; {stopped}' if str(stopped) else ''}", file=sys.stderr)
         return 130
     print(render(profile))
     print(f"written to {path}")
     return 0
+
+
+def _rewrite(args: argparse.Namespace, unread: set[str]) -> tuple[Profile, Path]:
+    if unread:
+        raise ConfigError(f"--{min(unread).replace('_', '-')}: nothing is measured with --from; leave it out")
+    if args.out is None:
+        raise ConfigError("--out: needed with --from; give a file")
+    _check_out(args.out)
+    old = load(args.source, f"--from {args.source}")
+    tokens = old.budgets.tokens if args.budget is None and args.config is None else args.budget
+    profile = with_rule(old, args.rule or old.rule, args.alpha, resolve(None, args.config, tokens))
+    save(profile, args.out)
+    return profile, args.out
+
+
+def _pass(args: argparse.Namespace, given: dict[str, Any]) -> Pass:
+    config = resolve(None, args.config, args.budget)
+    server_args = _server_args(given.pop("server_args", ""))
+    if args.rule == "sensitivity" and "sensitivity" not in given:
+        raise ConfigError("--rule sensitivity: needs --sensitivity, which measures it")
+    _check_model(args.model_path)
+    if args.out is not None:
+        _check_out(args.out)
+    if "prompts" in given:
+        read(given["prompts"])
+    return Pass(**given, out=args.out, config=config, server_args=server_args)
 
 
 def _server_args(text: str) -> tuple[str, ...]:
@@ -134,14 +174,16 @@ def _server_args(text: str) -> tuple[str, ...]:
     return words
 
 
-def _check_paths(model_path: str, out: Path | None) -> None:
-    """Refuse what would fail only after the model has been loaded."""
+def _check_model(model_path: str) -> None:
+    """Refuse a directory without a model; a name is the hub's to refuse."""
     path = Path(model_path)
     local = model_path.startswith(("/", ".", "~")) or model_path.count("/") > 1 or path.is_dir()
     if local and not (path / "config.json").is_file():
         raise ConfigError(f"--model-path {model_path}: no model there; give a directory with a config.json")
-    if out is None:
-        return
+
+
+def _check_out(out: Path) -> None:
+    """Refuse what would fail only after the model has been loaded."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import yaml
+from typing import TYPE_CHECKING
 
 from lethe_sglang.config import ConfigError, EvictionConfig, presets, resolve
+from lethe_sglang.config.loading import write_yaml
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -66,12 +64,18 @@ def run(args: argparse.Namespace) -> int:
         if any(flag is not None for flag in flags):
             option = "--presets" if args.presets else "--support"
             raise ConfigError(f"{option}: takes no --kv-evict option; give one or the other")
-        print(list_presets() if args.presets else importlib.import_module("lethe_sglang.engine.guard").support_matrix())
+        print(list_presets() if args.presets else _support())
         return 0
     if args.kv_evict == "none":
         raise ConfigError("--kv-evict none: SGLang runs unpatched, so there is no configuration to show")
     print(render(resolve(*flags)))
     return 0
+
+
+def _support() -> str:
+    from lethe_sglang.engine.guard import support_matrix  # the table that refuses is the one that is shown
+
+    return support_matrix()
 
 
 def _show_profile(files: list[str], plot: str | None) -> int:
@@ -89,7 +93,7 @@ def render(config: EvictionConfig) -> str:
         f"gamma = {config.rasr.gamma:.6g} per decode step",
         f"a request may ask for {config.min_request_budget} to {config.max_request_budget} tokens",
     )
-    body = yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=_WIDE)
+    body = write_yaml(config.model_dump(mode="json"), _WIDE)
     return "".join(f"# {line}\n" for line in derived) + body.rstrip("\n")
 
 
@@ -103,14 +107,3 @@ def list_presets() -> str:
 def _first_comment(path: Path) -> str:
     first = path.read_text(encoding="utf-8").partition("\n")[0]
     return first.lstrip("# ")
-
-
-class _Dumper(yaml.SafeDumper):
-    """The safe writer of YAML, with lists on one line."""
-
-
-def _represent_list(dumper: _Dumper, values: list[Any]) -> yaml.Node:
-    return dumper.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=True)
-
-
-_Dumper.add_representer(list, _represent_list)

@@ -66,7 +66,7 @@ def render(profile: Profile, name: str = "profile") -> str:
         f"{prompts.prompt_tokens:.0f} tokens and its answer {prompts.answer_tokens:.0f} on average",
         f"measured in {cost.measuring_seconds:.0f} s ({cost.total_seconds:.0f} s with loading), "
         f"{cost.statistics_bytes / 2**20:.1f} MiB of statistics; {versions}",
-        f"budget by {budgets.allocation}"
+        f"budget by {profile.rule}{f' ** {profile.alpha:g}' if profile.alpha != 1 else ''}"
         + (f"; changed, lost: {sensitive.prompts} answers, one layer pruned to {sensitive.kept}" if sensitive else ""),
         "",
     ]

@@ -4,7 +4,6 @@ from lethe_sglang.config.errors import ConfigError
 from lethe_sglang.config.loading import from_mapping, presets, resolve
 from lethe_sglang.config.overrides import RequestOverride, parse_request
 from lethe_sglang.config.schema import (
-    BreakpointConfig,
     BudgetConfig,
     DebugConfig,
     EvictionConfig,
@@ -15,7 +14,6 @@ from lethe_sglang.config.schema import (
 )
 
 __all__ = [
-    "BreakpointConfig",
     "BudgetConfig",
     "ConfigError",
     "DebugConfig",

@@ -42,8 +42,8 @@ def resolve(
     budget
         ``--kv-evict-budget``: tokens, beats the file's ``budget.tokens``. None keeps the file's.
     profile
-        ``--kv-evict-profile``: beats the file's ``budget.profile``, and asks for ``budget.allocation: concentration``
-        where the file names no allocation. None keeps the file's.
+        ``--kv-evict-profile``: beats the file's ``budget.profile``, and asks for ``budget.allocation: profile`` where
+        the file names no allocation; none turns allocation profile into uniform. None keeps the file's.
 
     Raises
     ------
@@ -64,32 +64,37 @@ def resolve(
     if policy is not None:
         data["policy"] = policy
         flags.append(f"--kv-evict {policy}")
-    if budget is not None:
-        section = data.get("budget", {})
-        if isinstance(section, Mapping):
-            if section.get("allocation") == "list":
-                raise one_line(
-                    [
-                        f"--kv-evict-budget {budget}: not usable with budget.allocation list, where budget.layers "
-                        "fixes the tokens of every layer; change budget.layers, or set budget.allocation to weights"
-                    ]
-                )
-            data["budget"] = {**section, "tokens": budget}
-        flags.append(f"--kv-evict-budget {budget}")
-    if profile is not None:
-        section = data.get("budget", {})
-        if isinstance(section, Mapping):
-            data["budget"] = {"allocation": "concentration", **section, "profile": profile}
-        flags.append(f"--kv-evict-profile {profile}")
+    section = data.get("budget", {})
+    if isinstance(section, Mapping):
+        if budget is not None and section.get("allocation") == "list":
+            raise one_line(
+                [
+                    f"--kv-evict-budget {budget}: not usable with budget.allocation list, where budget.layers "
+                    "fixes the tokens of every layer; change budget.layers, or set budget.allocation to uniform"
+                ]
+            )
+        if budget is not None:
+            data["budget"] = section = {**section, "tokens": budget}
+        if profile is not None:
+            data["budget"] = _with_profile(section, profile)
+    flags += [] if budget is None else [f"--kv-evict-budget {budget}"]
+    flags += [] if profile is None else [f"--kv-evict-profile {profile}"]
     config = from_mapping(data, where=" ".join(flags))
     if profile not in (None, "none") and not any(arm.budget.reads_profile for arm in config.every_arm):
         raise one_line(
             [
                 f"--kv-evict-profile {profile}: not read by budget.allocation {config.budget.allocation}; "
-                "set budget.allocation to concentration, or leave the flag out"
+                "set budget.allocation to profile, or leave the flag out"
             ]
         )
     return config
+
+
+def _with_profile(section: Mapping[Any, Any], profile: str) -> dict[Any, Any]:
+    """Lay ``--kv-evict-profile`` over a budget section: none gives all layers alike, all else asks for a profile."""
+    if profile == "none" and section.get("allocation") == "profile":
+        return {**section, "allocation": "uniform", "profile": profile}
+    return {**({} if profile == "none" else {"allocation": "profile"}), **section, "profile": profile}
 
 
 def from_mapping(data: Mapping[str, Any], where: str = "") -> EvictionConfig:
@@ -175,6 +180,11 @@ def parse_yaml(text: str, label: str) -> Any:
         raise one_line([f"{label}: holds a value that cannot be read: {error}"]) from None
 
 
+def write_yaml(data: Any, width: int) -> str:
+    """Write ``data`` as YAML, every list on a line and broken after ``width`` columns."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, width=width)
+
+
 def _no_repeats(pairs: Iterable[tuple[str, Any]], label: str) -> dict[str, Any]:
     """Build a JSON object, refusing a key that appears twice: the last one would silently win."""
     result: dict[str, Any] = {}
@@ -200,3 +210,16 @@ class _Loader(yaml.SafeLoader):
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """The safe writer of YAML, with lists on one line and without aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Write equal lists out."""
+        return True
+
+
+_Dumper.add_representer(
+    list, lambda dumper, values: dumper.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=True)
+)

@@ -28,10 +28,6 @@ DEFAULT_REQUEST_FACTOR = 4
 """Largest per-request budget, in multiples of ``budget.tokens``, when ``requests.max_budget`` is not given."""
 
 
-FROM_PROFILE = ("concentration", "sensitivity", "profiled", "d2o", "cake", "zipvl")
-"""Values of ``budget.allocation`` that a profile of the model turns into budgets."""
-
-
 class BudgetConfig(Section):
     """How many tokens a layer keeps, and how the layers share them."""
 
@@ -42,47 +38,17 @@ class BudgetConfig(Section):
         "together, not counting the shared prefix. Tokens, >= 2. "
         "With allocation list it is the mean of layers, rounded down.",
     )
-    allocation: Literal[
-        "uniform",
-        "concentration",
-        "sensitivity",
-        "profiled",
-        "d2o",
-        "cake",
-        "zipvl",
-        "pyramid",
-        "weights",
-        "list",
-        "breakpoint",
-    ] = Field(
+    allocation: Literal["uniform", "profile", "list", "breakpoint"] = Field(
         default="uniform",
-        description="How the layers share the budget. uniform: all alike; from the model's profile: concentration, "
-        "more where few tokens get most of the attention, sensitivity, more where pruning changes answers, profiled, "
-        "less where attention is sparse, d2o, cake, zipvl, by the rules of these papers; pyramid: linear from first to "
-        "last layer; weights: in proportion to weights; list: as written in layers; breakpoint: measured from the "
-        "scores at every round.",
+        description="How the layers share the budget. uniform: all alike; profile: by the model's profile and the rule "
+        "written in it; list: as written in layers; breakpoint: measured from the scores at every round.",
     )
     profile: str = Field(
         default="auto",
         min_length=1,
-        description="Where an allocation takes the model's profile from, if it needs one. auto: the one in the user's "
-        "cache, made at the server's start if there is none; none: no profile, all layers alike; else a file that "
-        "lethe profile has written.",
-    )
-    alpha: float = Field(
-        default=1.0,
-        ge=-16,
-        le=16,
-        description="Exponent of the layers' weights under allocation concentration, sensitivity and profiled. 0 is "
-        "uniform, larger more uneven, "
-        "negative turns the order of the layers round. -16 to 16.",
-    )
-    weights: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
-        default=None,
-        strict=False,
-        min_length=1,
-        description="One weight per layer, first layer first; only their ratios matter. Positive and finite. Required "
-        "by allocation weights; with breakpoint it sets the first round; forbidden otherwise.",
+        description="Where allocation profile takes the model's profile from. auto: the one in the user's cache, made "
+        "at the server's start if there is none; a file that lethe profile has written, which allocation breakpoint "
+        "reads too, for its first round; none: no profile, for the other allocations.",
     )
     layers: tuple[Annotated[int, Field(ge=2)], ...] | None = Field(
         default=None,
@@ -91,31 +57,13 @@ class BudgetConfig(Section):
         description="Tokens kept in each layer after a round, recent window included, first layer first. Tokens, >= 2. "
         "Required by allocation list, forbidden otherwise.",
     )
-    min_factor: float = Field(
-        default=0.25,
-        gt=0,
-        le=1,
-        description="Smallest share of a layer, as a multiple of the mean number of scored tokens K. "
-        "Not read by uniform and list. 0 < min_factor <= 1.",
-    )
-    max_factor: float = Field(
-        default=4.0,
-        ge=1,
-        description="Largest share of a layer, as a multiple of the mean number of scored tokens K. "
-        "Not read by uniform and list. >= 1.",
-    )
-    classes: int = Field(
-        default=4,
-        ge=1,
-        le=16,
-        description="Largest number of distinct per-layer budgets (length classes; an attention plan is made per "
-        "class). Not read by list. 1 to 16.",
-    )
 
     @property
     def reads_profile(self) -> bool:
-        """Whether the layers' shares come from a profile: the allocation is such a one and ``profile`` is not none."""
-        return self.allocation in FROM_PROFILE and self.profile != "none"
+        """Whether the layers' shares, with allocation breakpoint those of the first round, come from a profile."""
+        return self.allocation == "profile" or (
+            self.allocation == "breakpoint" and self.profile not in ("auto", "none")
+        )
 
     @model_validator(mode="before")
     @classmethod
@@ -131,12 +79,10 @@ class BudgetConfig(Section):
     @model_validator(mode="after")
     def _check_allocation(self) -> BudgetConfig:
         problems = []
-        if self.allocation == "weights" and self.weights is None:
-            problems.append("budget.weights: required by budget.allocation weights; give one positive number per layer")
-        if self.allocation not in ("weights", "breakpoint") and self.weights is not None:
+        if self.allocation == "profile" and self.profile == "none":
             problems.append(
-                f"budget.weights: not used by budget.allocation {self.allocation}; "
-                "leave it out or set budget.allocation to weights or breakpoint"
+                "budget.profile: got none, but budget.allocation profile needs one; "
+                "give auto or a file, or set budget.allocation to uniform"
             )
         if self.allocation == "list" and self.layers is None:
             problems.append("budget.layers: required by budget.allocation list; give the tokens to keep in each layer")
@@ -248,27 +194,6 @@ class RasrConfig(Section):
         return DEFAULT_DECAY
 
 
-class BreakpointConfig(Section):
-    """The run-time allocation; read only with ``budget.allocation: breakpoint``."""
-
-    sparse_ratio: float = Field(
-        default=400.0,
-        gt=1,
-        description="A segment of the sorted scores is kept while its largest score is at least the largest score of "
-        "the layer divided by this. A ratio, > 1.",
-    )
-    segments: int = Field(
-        default=64,
-        ge=2,
-        description="Parts into which a layer's sorted scores are cut. A count, >= 2.",
-    )
-    reference: Literal["non_sink", "all"] = Field(
-        default="non_sink",
-        description="Tokens among which the largest score is looked for. non_sink: without the sinks, which would "
-        "dominate it; all: every token of the layer.",
-    )
-
-
 class RequestsConfig(Section):
     """What one request may change for itself, with ``custom_params.kv_evict``."""
 
@@ -343,7 +268,6 @@ class EvictionConfig(Section):
     rounds: RoundsConfig = Field(default_factory=RoundsConfig, description="When a request is pruned.")
     retain: RetainConfig = Field(default_factory=RetainConfig, description="What is never evicted.")
     rasr: RasrConfig = Field(default_factory=RasrConfig, description="The decay of the token score.")
-    breakpoint: BreakpointConfig = Field(default_factory=BreakpointConfig, description="The run-time allocation.")
     snapkv: SnapKVConfig = Field(default_factory=SnapKVConfig, description="Options of policy snapkv.")
     morphkv: MorphKVConfig = Field(default_factory=MorphKVConfig, description="Options of policy morphkv.")
     rkv: RKVConfig = Field(default_factory=RKVConfig, description="Options of policy rkv.")

@@ -16,10 +16,13 @@ from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from lethe_sglang import __version__
+from lethe_sglang.allocation.fingerprint import fingerprint_of
 from lethe_sglang.config import ConfigError, EvictionConfig, parse_request, resolve
-from lethe_sglang.engine import compat, guard, profile_pass
+from lethe_sglang.engine import compat, guard
 from lethe_sglang.engine.hooks import LAUNCHER_HOOKS, SCHEDULER_HOOKS, install
 from lethe_sglang.policies import build_policy, policy_names
+from lethe_sglang.profiling import automatic
+from lethe_sglang.profiling.settle import settle
 
 logger = logging.getLogger("lethe_sglang")
 
@@ -115,7 +118,8 @@ def add_flags(result: Any, parser: argparse.ArgumentParser) -> None:
         default=None,
         metavar="FILE|auto|none",
         help="Share the budget among the layers by the model's profile: a file of `lethe profile`; auto: measured once "
-        "at the first start and kept in the user's cache; none: all layers alike. Beats budget.profile of the config.",
+        "at the first start and kept in the user's cache; none: all layers alike. Beats budget.profile of the config, "
+        "and means budget.allocation profile where the config names none.",
     )
 
 
@@ -197,7 +201,7 @@ def check_resolution(server_args: Any, previous: Callable[[Any], None]) -> None:
         model = model_config_of(server_args)
         guard.check_model(model)
         check_defaults(resolving_view(server_args).preferred_sampling_params, request.config, model.context_len)
-        profile_pass.settle(request.config, profile_pass.fingerprint_of(model, resolving_view(server_args)), make=None)
+        settle(request.config, fingerprint_of(model, resolving_view(server_args)), make=None)
     except ConfigError as error:
         request.fail(error)
 
@@ -225,8 +229,8 @@ def launch(original: Callable[..., Any], cls: type, server_args: Any, *args: Any
     from sglang.srt.arg_groups.model_override_base import model_config_of, resolved_view
 
     try:
-        model = profile_pass.fingerprint_of(model_config_of(server_args), resolved_view(server_args))
-        budgets = profile_pass.settle(request.config, model, lambda path: profile_pass.run(server_args, path))
+        model = fingerprint_of(model_config_of(server_args), resolved_view(server_args))
+        budgets = settle(request.config, model, lambda path: automatic.run(server_args, path))
     except ConfigError as error:
         request.fail(error)
     request = replace(request, budgets=budgets)

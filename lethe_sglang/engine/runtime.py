@@ -232,7 +232,7 @@ class Runtime:
             return None
         if override.budget == self.config.budget.tokens:
             return self.budgets
-        return scale(self.budgets, self.config.scored, override.budget - self.config.recent, self.config.floor)
+        return scale(self.budgets, override.budget - self.config.recent, self.config.floor)
 
     def own_blocks(self, req: Any) -> int:
         """Blocks that a running request holds now and the radix tree does not own."""
@@ -328,16 +328,8 @@ class Runtime:
     def _breakpoints(self, result: RoundResult, plans: list[RoundPlan]) -> tuple[torch.Tensor, Any] | None:
         if self.config.budget.allocation != "breakpoint":
             return None
-        rule = self.config.breakpoint
         candidates = torch.tensor([p.candidates for p in plans], dtype=torch.int64).t()
-        counts = breakpoint_counts(
-            result.rank,
-            result.pinned,
-            candidates.to(result.rank.device, non_blocking=True),
-            rule.sparse_ratio,
-            rule.segments,
-            rule.reference,
-        )
+        counts = breakpoint_counts(result.rank, result.pinned, candidates.to(result.rank.device, non_blocking=True))
         if counts.device.type == "cpu":
             return counts, None
         host = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)

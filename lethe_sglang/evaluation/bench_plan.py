@@ -208,7 +208,7 @@ def never_due(config: EvictionConfig, length: int) -> EvictionConfig:
     """Return ``config`` with a budget that a request of ``length`` tokens never reaches."""
     data = config.model_dump(mode="json")
     tokens = 2 * length + config.rounds.interval
-    data["budget"] |= {"tokens": tokens, "allocation": "uniform", "weights": None, "layers": None}
+    data["budget"] |= {"tokens": tokens, "allocation": "uniform", "layers": None}
     data["requests"]["max_budget"] = None
     data["debug"]["pack_always"] = False
     return from_mapping(data, where="the idle arm's configuration")

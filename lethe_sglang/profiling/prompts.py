@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lethe_sglang.allocation.profile import digest
+from lethe_sglang.allocation.fingerprint import digest
 from lethe_sglang.config import ConfigError
 
 Prompt = tuple[tuple[str, str], ...]

@@ -7,25 +7,26 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from lethe_sglang import __version__
-from lethe_sglang.allocation.budgets import from_config
+from lethe_sglang.allocation.budgets import layer_budgets
+from lethe_sglang.allocation.fingerprint import ModelFingerprint, digest, fingerprint_of
 from lethe_sglang.allocation.profile import (
     Budgets,
     Cost,
-    ModelFingerprint,
     Profile,
     PromptsInfo,
+    Rule,
     Sensitivity,
     Settings,
-    digest,
     save,
 )
+from lethe_sglang.allocation.rules import weights
 from lethe_sglang.config import ConfigError, EvictionConfig
-from lethe_sglang.profiling import sensitivity
+from lethe_sglang.profiling import cache, sensitivity
 from lethe_sglang.profiling.progress import Progress
 from lethe_sglang.profiling.prompts import MODEL_FILE, Prompt, generated, hash_of, read
 from lethe_sglang.profiling.records import Partial, Record, longest, summarise
@@ -46,7 +47,7 @@ class Pass:
         A file of prompts; None takes the model's own, else generated ones.
     out
         Where the profile goes; None is its place in the user's cache.
-    count
+    num_prompts
         Most prompts to measure.
     max_new_tokens, temperature, seed
         How the model answers; ``seed`` also picks the generated prompts.
@@ -58,6 +59,8 @@ class Pass:
         Put prompts as they are, without the chat template.
     sensitivity
         Prune every layer alone as well (``sensitivity.py``).
+    rule, alpha
+        How servers share the budget by the profile; None is concentration, or sensitivity where that is measured.
     config
         Whose ``budget`` the budgets in the profile are made for, and whose ``retain.sinks`` counts.
     server_args
@@ -67,7 +70,7 @@ class Pass:
     model_path: str
     prompts: Path | None = None
     out: Path | None = None
-    count: int = 16
+    num_prompts: int = 16
     max_new_tokens: int = 256
     temperature: float = 0.0
     seed: int = 1
@@ -75,7 +78,9 @@ class Pass:
     time_limit: float | None = None
     raw: bool = False
     sensitivity: bool = False
-    config: EvictionConfig
+    rule: Rule | None = None
+    alpha: float = 1.0
+    config: EvictionConfig = field(default_factory=EvictionConfig)
     server_args: tuple[str, ...] = ()
 
     def engine_args(self) -> list[str]:
@@ -138,7 +143,7 @@ def _given(task: Pass) -> tuple[str, list[Prompt] | None]:
     """Return the prompts of a file and its name; None if they are to be generated."""
     own = Path(task.model_path) / MODEL_FILE
     path = task.prompts if task.prompts is not None else own if own.is_file() else None
-    return ("built-in", None) if path is None else (path.name, read(path)[: task.count])
+    return ("built-in", None) if path is None else (path.name, read(path)[: task.num_prompts])
 
 
 def _start(task: Pass) -> Any:
@@ -151,7 +156,7 @@ def _start(task: Pass) -> Any:
     return sgl.Engine(server_args=prepare_server_args(task.engine_args()))
 
 
-class _Measured(NamedTuple):
+class Measured(NamedTuple):
     """What is known once every prompt is measured; ``ids`` are the prompts' tokens."""
 
     model: ModelFingerprint
@@ -166,12 +171,10 @@ class _Measured(NamedTuple):
     statistics_bytes: int
 
 
-def _measure(task: Pass, engine: Any, source: str, prompts: list[Prompt] | None) -> _Measured:
+def _measure(task: Pass, engine: Any, source: str, prompts: list[Prompt] | None) -> Measured:
     from sglang.srt.arg_groups.model_override_base import model_config_of, resolved_view
 
     from lethe_sglang.attention.measure import IDLE_STEPS
-    from lethe_sglang.engine import profile_cache
-    from lethe_sglang.engine.profile_pass import fingerprint_of
 
     model = fingerprint_of(model_config_of(engine.server_args), resolved_view(engine.server_args))
     settings = Settings(
@@ -184,7 +187,7 @@ def _measure(task: Pass, engine: Any, source: str, prompts: list[Prompt] | None)
     tokenizer = engine.tokenizer_manager.tokenizer
     if prompts is None:
         prompts = _writable(tokenizer, task)
-    out = task.out if task.out is not None else profile_cache.file_of(model, profile_cache.directory())
+    out = task.out if task.out is not None else cache.file_of(model, cache.directory())
     key = digest([model.key, hash_of(prompts), task.raw, settings.model_dump(mode="json")])
     partial = Partial(out.with_name(f"{out.name}.partial"), key)
 
@@ -204,10 +207,10 @@ def _measure(task: Pass, engine: Any, source: str, prompts: list[Prompt] | None)
     progress = Progress(len(prompts), sys.stderr)
     records, size = collect(len(prompts), task.concurrency, ask, partial, progress, task.time_limit)
     seconds = time.monotonic() - begun
-    return _Measured(model, settings, records, source, hash_of(prompts), ids, out, partial, seconds, size)
+    return Measured(model, settings, records, source, hash_of(prompts), ids, out, partial, seconds, size)
 
 
-def _finish(task: Pass, measured: _Measured, started: float) -> tuple[Profile, Path]:
+def _finish(task: Pass, measured: Measured, started: float) -> tuple[Profile, Path]:
     """Prune the layers one at a time if that is asked for, and write the profile; until then nothing is given up."""
     model, out = measured.model, measured.out
     found = None
@@ -221,17 +224,7 @@ def _finish(task: Pass, measured: _Measured, started: float) -> tuple[Profile, P
         total_seconds=time.monotonic() - started,
         statistics_bytes=measured.statistics_bytes,
     )
-    profile = assemble(
-        task.config,
-        model,
-        measured.records,
-        measured.source,
-        measured.prompts_hash,
-        measured.settings,
-        cost,
-        _versions(),
-        found,
-    )
+    profile = assemble(task, measured, found, cost)
     try:
         save(profile, out)
     except OSError as error:
@@ -307,43 +300,46 @@ def _lots(numbers: list[int], size: int) -> Iterator[list[int]]:
     return (numbers[i : i + size] for i in range(0, len(numbers), size))
 
 
-def assemble(
-    config: EvictionConfig,
-    model: ModelFingerprint,
-    records: Sequence[Record],
-    source: str,
-    prompts_hash: str,
-    settings: Settings,
-    cost: Cost,
-    versions: dict[str, str],
-    found: Sensitivity | None = None,
-) -> Profile:
-    """Make a profile; its budgets are ``config``'s by concentration or, if ``found``, sensitivity, recent included."""
+def assemble(task: Pass, measured: Measured, found: Sensitivity | None, cost: Cost) -> Profile:
+    """Make the profile of a pass, with its rule and what that makes of the budget."""
+    records, layers = measured.records, measured.model.layers
     queries = sum(record["queries"] for record in records)
-    allocation: Literal["concentration", "sensitivity"] = "concentration" if found is None else "sensitivity"
-    budget = config.model_dump()["budget"] | {"allocation": allocation, "weights": None, "layers": None}
-    wanted = EvictionConfig.model_validate({"budget": budget, "retain": config.retain.model_dump()})
-    draft = Profile(
-        model=model,
-        versions=versions,
+    rule = task.rule or ("concentration" if found is None else "sensitivity")
+    profile = Profile(
+        rule="concentration",
+        alpha=1.0,
+        model=measured.model,
+        versions=_versions(),
         prompts=PromptsInfo(
-            source=source,
-            hash=prompts_hash,
+            source=measured.source,
+            hash=measured.prompts_hash,
             count=len(records),
             queries=queries,
             prompt_tokens=sum(record["prompt_tokens"] for record in records) / len(records),
             answer_tokens=queries / len(records) + 1,
         ),
-        settings=settings,
+        settings=measured.settings,
         cost=cost,
         statistics=summarise(records),
         sensitivity=found,
-        budgets=Budgets(
-            allocation=allocation, alpha=wanted.budget.alpha, tokens=wanted.budget.tokens, layers=(1,) * model.layers
-        ),
+        budgets=Budgets(tokens=task.config.budget.tokens, layers=(1,) * layers),
     )
-    layers = tuple(k + wanted.recent for k in from_config(wanted, model.layers, draft))
-    return draft.model_copy(update={"budgets": draft.budgets.model_copy(update={"layers": layers})})
+    return with_rule(profile, rule, task.alpha, task.config)
+
+
+def with_rule(profile: Profile, rule: Rule, alpha: float, config: EvictionConfig) -> Profile:
+    """Return a profile with another rule, and with what that makes of the budget of ``config``, recent included.
+
+    Raises
+    ------
+    ConfigError
+        If the rule needs what was not measured.
+    """
+    if rule == "sensitivity" and profile.sensitivity is None:
+        raise ConfigError("--rule sensitivity: the profile has none; measure it with lethe profile --sensitivity")
+    changed = profile.model_copy(update={"rule": rule, "alpha": alpha})
+    layers = tuple(k + config.recent for k in layer_budgets(config.scored, weights(changed), config.floor))
+    return changed.model_copy(update={"budgets": Budgets(tokens=config.budget.tokens, layers=layers)})
 
 
 def tokens_of(tokenizer: Any, prompt: Prompt, raw: bool) -> list[int]:
@@ -357,8 +353,8 @@ def tokens_of(tokenizer: Any, prompt: Prompt, raw: bool) -> list[int]:
 
 def _writable(tokenizer: Any, task: Pass) -> list[Prompt]:
     """Take generated prompts that the tokenizer can write: a toy vocabulary may lack capitals or spaces."""
-    candidates = itertools.islice(generated(task.seed), _TRIES * task.count)
-    found = list(itertools.islice((p for p in candidates if _round_trips(tokenizer, p[0][1])), task.count))
+    candidates = itertools.islice(generated(task.seed), _TRIES * task.num_prompts)
+    found = list(itertools.islice((p for p in candidates if _round_trips(tokenizer, p[0][1])), task.num_prompts))
     if not found:
         raise ConfigError(f"--prompts: needed, the tokenizer of {task.model_path} cannot write the built-in ones")
     return found

@@ -680,7 +680,7 @@ class Server:
         self.world.admit(2, 33, 16, BUDGETS)
         self.world.admit(3, 25, 16, BUDGETS, shared_with=2)
         self.world.admit(4, 21, 0, None)
-        self.world.admit(5, 28, 8, scale(BUDGETS, 10, 8, 3))
+        self.world.admit(5, 28, 8, scale(BUDGETS, 8, 3))
         self.world.write(6, 0)  # its first decode step: the ledger has not seen it
 
 

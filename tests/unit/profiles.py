@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from lethe_sglang.allocation.fingerprint import ModelFingerprint
 from lethe_sglang.allocation.profile import (
     PER_PROMPT,
     PER_QUERY,
     STATISTICS,
     Budgets,
     Cost,
-    ModelFingerprint,
     Profile,
     PromptsInfo,
     Sensitivity,
@@ -31,7 +31,11 @@ SETTINGS = Settings(max_new_tokens=256, temperature=0.0, seed=1, sinks=4, idle_s
 
 
 def profile(
-    model: ModelFingerprint = MODEL, changed: tuple[float, ...] | None = None, **means: tuple[float, ...]
+    model: ModelFingerprint = MODEL,
+    changed: tuple[float, ...] | None = None,
+    rule: str = "concentration",
+    alpha: float = 1.0,
+    **means: tuple[float, ...],
 ) -> Profile:
     layers = model.layers
     lost = None if changed is None else tuple(share / 2 for share in changed)
@@ -39,6 +43,8 @@ def profile(
         name: Statistic(mean=means.get(name, (0.5,) * layers), spread=(0.01,) * layers) for name in STATISTICS
     }
     return Profile(
+        rule=rule,
+        alpha=alpha,
         model=model,
         versions={"lethe-sglang": "0.1.0"},
         prompts=PromptsInfo(
@@ -48,7 +54,7 @@ def profile(
         cost=Cost(measuring_seconds=3.0, total_seconds=20.0, statistics_bytes=1000),
         statistics=statistics,
         sensitivity=None if changed is None else Sensitivity(kept=32, prompts=20, changed=changed, lost=lost),
-        budgets=Budgets(allocation="profiled", alpha=1.0, tokens=64, layers=(64,) * layers),
+        budgets=Budgets(tokens=64, layers=(64,) * layers),
     )
 
 

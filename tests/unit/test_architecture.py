@@ -18,11 +18,13 @@ MAY_IMPORT = {
     "kernels": {"config", "policies"},
     "cache": {"config", "policies", "allocation", "kernels"},
     "attention": {"config", "policies", "allocation", "kernels", "cache"},
-    "engine": {"config", "policies", "allocation", "kernels", "cache", "attention"},
+    "profiling": {"config", "allocation", "attention"},
+    "engine": {"config", "policies", "allocation", "kernels", "cache", "attention", "profiling"},
     "evaluation": {"config", "policies", "allocation", "engine"},
-    "profiling": {"config", "policies", "allocation", "kernels", "cache", "attention", "engine"},
-    "cli": {"config", "policies", "allocation", "engine", "evaluation", "profiling"},
+    "cli": {"config", "policies", "allocation", "profiling", "evaluation"},
 }
+EXCEPTIONS = {("cli/show.py", "lethe_sglang.engine.guard")}
+"""The support matrix is what the guard refuses; ``lethe show --support`` prints it."""
 SRT_ALLOWED = ("engine/", "attention/", "profiling/", "plugin.py", "cache/pool.py")
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
@@ -44,7 +46,8 @@ def test_imports_run_downwards_and_sglang_stays_in_its_rooms(path):
     for name in imports(path):
         parts = name.split(".")
         if parts[0] == "lethe_sglang" and len(parts) > 1 and room in MAY_IMPORT and parts[1] in MAY_IMPORT:
-            assert parts[1] == room or parts[1] in MAY_IMPORT[room], f"{where} imports {name}"
+            allowed = parts[1] == room or parts[1] in MAY_IMPORT[room]
+            assert allowed or (where, ".".join(parts[:3])) in EXCEPTIONS, f"{where} imports {name}"
         if name.startswith("sglang.srt"):
             assert where.startswith(SRT_ALLOWED), f"{where} imports {name}"
 

@@ -7,10 +7,10 @@ import torch
 from lethe_sglang.allocation.breakpoint import breakpoint_budgets, breakpoint_counts
 
 
-def counts(values, ratio=10.0, segments=4, sinks=0, reference="non_sink"):
+def counts(values, ratio=10.0, segments=4, sinks=0):
     rank = torch.tensor(values).view(1, 1, -1)
     pinned = (torch.arange(rank.shape[-1]) < sinks).view(1, 1, -1)
-    return int(breakpoint_counts(rank, pinned, torch.tensor([[len(values)]]), ratio, segments, reference))
+    return int(breakpoint_counts(rank, pinned, torch.tensor([[len(values)]]), ratio, segments))
 
 
 def test_keeps_whole_segments_down_to_the_last_that_starts_above_the_ratio():
@@ -29,10 +29,10 @@ def test_a_larger_ratio_keeps_more():
     assert kept == sorted(kept) and kept[0] < kept[-1]
 
 
-def test_the_sink_sets_the_scale_only_when_asked_to():
+def test_a_sink_does_not_set_the_scale():
     values = [1000.0, *[1.0] * 4, *[0.01] * 3]
     assert counts(values, sinks=1) == 6
-    assert counts(values, sinks=1, reference="all") == 2
+    assert counts(values, sinks=0) == 2
 
 
 def test_padding_is_not_counted():

@@ -31,7 +31,8 @@ def test_flags_beat_the_configuration_they_go_with(capsys):
     "source",
     [
         *presets(),
-        json.dumps({"budget": {"allocation": "weights", "weights": [0.1 + layer / 7 for layer in range(40)]}}),
+        json.dumps({"budget": {"allocation": "list", "layers": [900 + layer for layer in range(40)]}}),
+        json.dumps({"budget": {"allocation": "profile", "profile": "1e3"}, "retain": {"recent_ratio": 0.1 + 1 / 7}}),
         json.dumps({"budget": {"allocation": "list", "layers": [40, 50, 61]}, "rasr": {"decay": 1e-5}}),
         json.dumps({"policy": "yes"}),
     ],
@@ -43,11 +44,11 @@ def test_what_is_printed_loads_to_the_same_configuration(source, tmp_path, capsy
 
 
 def test_a_list_of_numbers_stays_on_its_line(capsys):
-    weights = [0.125 + layer for layer in range(80)]
-    source = json.dumps({"budget": {"allocation": "weights", "weights": weights}})
+    layers = [1000 + layer for layer in range(80)]
+    source = json.dumps({"budget": {"allocation": "list", "layers": layers}})
     assert cli.main(["show", "--kv-evict-config", source]) == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  weights:"))
-    assert yaml.safe_load(line) == {"weights": weights}
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  layers:"))
+    assert yaml.safe_load(line) == {"layers": layers}
 
 
 def test_presets_are_listed_with_what_they_are_for(capsys):

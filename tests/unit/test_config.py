@@ -97,19 +97,22 @@ class TestSchema:
     @pytest.mark.parametrize(
         ("budget", "option"),
         [
-            ({"allocation": "weights"}, "budget.weights: required"),
             ({"allocation": "list"}, "budget.layers: required"),
-            ({"weights": [1.0]}, "budget.weights: not used"),
-            ({**LIST_BUDGET, "weights": [1.0]}, "budget.weights: not used"),
             ({"layers": [1024]}, "budget.layers: not used"),
             ({"allocation": "breakpoint", "layers": [1024]}, "budget.layers: not used"),
         ],
     )
-    def test_weights_and_layers_go_with_their_allocation_only(self, budget, option):
+    def test_layers_go_with_their_allocation_only(self, budget, option):
         assert option in message({"budget": budget})
 
-    def test_breakpoint_takes_weights_for_its_first_round(self):
-        assert from_mapping({"budget": {"allocation": "breakpoint", "weights": [1, 2.5]}}).budget.weights == (1.0, 2.5)
+    def test_a_profile_is_read_by_allocation_profile_and_for_the_first_round_of_breakpoint(self):
+        def reads(**budget):
+            return from_mapping({"budget": budget}).budget.reads_profile
+
+        assert reads(allocation="profile") and reads(allocation="profile", profile="p.yaml")
+        assert reads(allocation="breakpoint", profile="p.yaml") and not reads(allocation="breakpoint")
+        assert not reads() and not reads(profile="p.yaml")
+        assert "budget.profile: got none" in message({"budget": {"allocation": "profile", "profile": "none"}})
 
     def test_the_request_limit_is_four_budgets_unless_given_and_never_below_the_budget(self):
         assert EvictionConfig().max_request_budget == 4096
@@ -142,14 +145,10 @@ class TestMessages:
             ({"budget": {"tokens": True}}, "budget.tokens: got true, expected an integer >= 2"),
             ({"budget": {"tokens": "64"}}, 'budget.tokens: got "64", expected an integer >= 2'),
             ({"budget": {"tokens": None}}, "budget.tokens: got null, expected an integer >= 2"),
-            ({"budget": {"classes": 17}}, "budget.classes: got 17, expected an integer >= 1 and <= 16"),
-            ({"budget": {"min_factor": 0}}, "budget.min_factor: got 0, expected a number > 0 and <= 1"),
-            ({"budget": {"max_factor": 0.5}}, "budget.max_factor: got 0.5, expected a number >= 1"),
-            ({"budget": {"weights": [1, -2]}}, "budget.weights[1]: got -2, expected a number > 0"),
-            ({"budget": {"weights": [math.inf]}}, "budget.weights[0]: got Infinity, expected a number > 0"),
+            ({"budget": {**LIST_BUDGET, "layers": [40, -2]}}, "budget.layers[1]: got -2, expected an integer >= 2"),
             (
-                {"budget": {"weights": []}},
-                "budget.weights: got [], expected a list of one or more numbers > 0 (or null)",
+                {"budget": {**LIST_BUDGET, "layers": []}},
+                "budget.layers: got [], expected a list of one or more integers >= 2 (or null)",
             ),
             ({"budget": None}, "budget: got null, expected a mapping with keys among tokens, allocation"),
             ({"rounds": {"interval": 0}}, "rounds.interval: got 0, expected an integer >= 1"),
@@ -157,13 +156,11 @@ class TestMessages:
             ({"retain": {"recent_ratio": 1.0}}, "retain.recent_ratio: got 1.0, expected a number > 0 and < 1"),
             ({"retain": {"prompt": "shared"}}, 'retain.prompt: got "shared", expected one of keep, evict'),
             ({"rasr": {"decay": 1.5}}, "rasr.decay: got 1.5, expected a number >= 0 and <= 1 (or null)"),
-            ({"breakpoint": {"sparse_ratio": 1}}, "breakpoint.sparse_ratio: got 1, expected a number > 1"),
             ({"requests": {"allow_off": 1}}, "requests.allow_off: got 1, expected true or false"),
             ({"policy": ""}, 'policy: got "", expected a non-empty string'),
             (
-                {"budget": {"allocation": "profile"}},
-                'budget.allocation: got "profile", expected one of uniform, concentration, sensitivity, '
-                "profiled, d2o, cake, zipvl, pyramid, weights, list, breakpoint",
+                {"budget": {"allocation": "profiled"}},
+                'budget.allocation: got "profiled", expected one of uniform, profile, list, breakpoint',
             ),
         ],
     )
@@ -171,13 +168,14 @@ class TestMessages:
         assert message(data).startswith(expected)
 
     def test_a_list_is_not_called_empty_because_of_a_wrong_item(self):
-        assert message({"budget": {"weights": [-1]}}) == "budget.weights[0]: got -1, expected a number > 0"
+        budget = {"allocation": "list", "layers": [-1], "tokens": 2}
+        assert message({"budget": budget}) == "budget.layers[0]: got -1, expected an integer >= 2"
 
     @pytest.mark.parametrize(
         ("data", "expected"),
         [
             ({"budget": {"token": 5}}, "budget.token: unknown key; did you mean budget.tokens?"),
-            ({"budget": {"Max-Factor": 2}}, "budget.Max-Factor: unknown key; did you mean budget.max_factor?"),
+            ({"retain": {"Recent-Ratio": 2}}, "retain.Recent-Ratio: unknown key; did you mean retain.recent_ratio?"),
             ({"bugdet": {}}, "bugdet: unknown key; did you mean budget?"),
             ({"budget": {"interval": 5}}, "budget.interval: unknown key; rounds.interval belongs in section rounds"),
             ({"budget": {"intervals": 5}}, "budget.intervals: unknown key; did you mean rounds.interval?"),
@@ -191,9 +189,13 @@ class TestMessages:
     def test_an_unknown_key_is_answered_with_the_key_that_was_meant(self, data, expected):
         assert message(data) == expected
 
+    @pytest.mark.parametrize("key", ["weights", "alpha", "min_factor", "max_factor", "classes"])
+    def test_what_belongs_to_the_allocator_or_the_profile_is_no_option(self, key):
+        assert message({"budget": {key: None}}).startswith(f"budget.{key}: ")
+
     def test_all_problems_are_reported_at_once(self):
-        text = message({"budget": {"tokens": 1, "clases": 2}, "retain": {"sinks": -1}})
-        assert all(option in text for option in ("budget.tokens", "budget.clases", "retain.sinks"))
+        text = message({"budget": {"tokens": 1, "profil": 2}, "retain": {"sinks": -1}})
+        assert all(option in text for option in ("budget.tokens", "budget.profil", "retain.sinks"))
         text = message({"budget": {"tokens": 6}, "requests": {"max_budget": 5}})
         assert all(option in text for option in ("budget.tokens", "requests.max_budget"))
 
@@ -215,10 +217,10 @@ class TestLoading:
     @pytest.mark.parametrize("suffix", [".yaml", ".yml", ".json", ""])
     def test_flags_beat_the_file_and_leave_the_rest_of_it(self, tmp_path, suffix):
         path = tmp_path / f"mine{suffix}"
-        path.write_text(json.dumps({"policy": "tova", "budget": {"tokens": 256, "classes": 2}}))
+        path.write_text(json.dumps({"policy": "tova", "budget": {"tokens": 256, "profile": "none"}}))
         assert resolve(None, str(path), None).policy == "tova"
         config = resolve("h2o", str(path), 512)
-        assert (config.policy, config.budget) == ("h2o", BudgetConfig(tokens=512, classes=2))
+        assert (config.policy, config.budget) == ("h2o", BudgetConfig(tokens=512, profile="none"))
 
     def test_inline_json_is_read(self):
         assert resolve(None, ' {"rounds": {"interval": 16}}').rounds.interval == 16

@@ -204,7 +204,7 @@ def test_classes_are_the_same_for_every_arm_and_every_request():
     classes = LengthClasses([(4, 4, 8, 8), (4, 4, 4, 8)], world.ledger)
     assert classes.of_layer == (0, 0, 1, 2) and classes.layers == ((0, 1), (2,), (3,))
     for mean in range(4, 40):
-        other = scale(BUDGETS, 10, mean, 3)
+        other = scale(BUDGETS, mean, 3)
         owned = [{other[layer] for layer in layers} for layers in LengthClasses((BUDGETS,), world.ledger).layers]
         assert all(len(kept) == 1 for kept in owned)
 

@@ -4,13 +4,15 @@ import json
 import math
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 import yaml
 from profiles import MODEL, profile
 
-from lethe_sglang.allocation import from_config, layer_budgets, rules
-from lethe_sglang.allocation.profile import STATISTICS, load, save, write_atomically
+from lethe_sglang.allocation import from_config, layer_budgets
+from lethe_sglang.allocation.profile import STATISTICS, Rule, load, save, write_atomically
+from lethe_sglang.allocation.rules import RULES, weights
 from lethe_sglang.cli import main as cli
 from lethe_sglang.cli.show_profile import rank_correlation
 from lethe_sglang.config import ConfigError, from_mapping, resolve
@@ -48,10 +50,10 @@ class TestArtifact:
         [
             ("", "not a profile; make one with lethe profile"),
             ("[1, 2]", "not a profile"),
-            ("format: 1\nmodel: {", "not YAML; make it again with lethe profile"),
+            ("format: 2\nmodel: {", "not YAML; make it again with lethe profile"),
             ("\x00\x01", "not YAML"),
-            ("format: 2", "format 2, this version reads format 1; make it again with lethe profile"),
-            ("format: 1", "model: Field required; make it again"),
+            ("format: 1", "format 1, this version reads format 2; make it again with lethe profile"),
+            ("format: 2", "rule: Field required; make it again"),
         ],
     )
     def test_a_file_that_is_no_profile_is_refused_in_one_line(self, tmp_path, text, expected):
@@ -76,6 +78,9 @@ class TestArtifact:
                 "sensitivity.changed: got 3 values for 4 layers",
             ),
             (lambda d: d["budgets"].update(layers=[9]), "budgets.layers: got 1 values for 4 layers"),
+            (lambda d: d.update(rule="profiled"), "rule: Input should be 'concentration', 'sensitivity', 'hoyer'"),
+            (lambda d: d.update(rule="sensitivity"), "rule sensitivity: the profile has none; measure it with lethe"),
+            (lambda d: d.update(alpha=17), "alpha: Input should be less than or equal to 16"),
             (lambda d: d.update(extra=1), "extra: Extra inputs are not permitted"),
         ],
     )
@@ -123,102 +128,168 @@ class TestFingerprint:
 
 
 class TestRules:
-    def test_profiled_is_one_minus_sparsity_to_the_alpha(self):
-        for alpha in (0.0, 0.5, 1.0, 2.0, -1.0):
-            found = rules.weights("profiled", profile(hoyer=HOYER), alpha)
-            plain = [(1 - h) ** alpha for h in HOYER]
-            assert found == pytest.approx([w / max(plain) for w in plain])
+    def test_a_file_may_name_every_rule_there_is_and_no_other(self):
+        assert get_args(Rule) == tuple(RULES)
 
-    def test_concentration_gives_more_where_few_tokens_get_most_of_the_attention(self):
-        for alpha in (1.0, 0.5, -1.0):
-            found = rules.weights("concentration", profile(concentration=(3.0, 1.0, 2.0, 5.0)), alpha)
-            plain = [v**alpha for v in (3.0, 1.0, 2.0, 5.0)]
-            assert found == pytest.approx([w / max(plain) for w in plain])
+    @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, 2.0, -1.0])
+    def test_hoyer_is_one_minus_sparsity_to_the_alpha(self, alpha):
+        found = weights(profile(rule="hoyer", alpha=alpha, hoyer=HOYER))
+        plain = [(1 - h) ** alpha for h in HOYER]
+        assert found == pytest.approx([w / max(plain) for w in plain])
+
+    @pytest.mark.parametrize("alpha", [1.0, 0.5, -1.0])
+    def test_concentration_gives_more_where_few_tokens_get_most_of_the_attention(self, alpha):
+        found = weights(profile(rule="concentration", alpha=alpha, concentration=(3.0, 1.0, 2.0, 5.0)))
+        plain = [v**alpha for v in (3.0, 1.0, 2.0, 5.0)]
+        assert found == pytest.approx([w / max(plain) for w in plain])
 
     def test_sensitivity_shares_half_of_the_budget_by_what_pruning_changes(self):
-        found = rules.weights("sensitivity", profile(changed=(0.4, 0.0, 0.1, 0.3)), 1.0)
+        found = weights(profile(rule="sensitivity", changed=(0.4, 0.0, 0.1, 0.3)))
         assert found == pytest.approx([1.0, 1 / 3, 0.5, 5 / 6])
-        assert rules.weights("sensitivity", profile(changed=(0.0,) * 4), 1.0) == (1.0,) * 4, "nothing changed at all"
-
-    def test_a_profile_without_sensitivity_says_how_to_get_one(self):
-        config = from_mapping({"budget": {"tokens": 100, "allocation": "sensitivity"}})
-        with pytest.raises(
-            ConfigError, match=r"budget.allocation sensitivity: the profile has none; make one with lethe"
-        ):
-            from_config(config, 4, profile())
+        assert weights(profile(rule="sensitivity", changed=(0.0,) * 4)) == (1.0,) * 4, "nothing changed at all"
 
     def test_d2o_gives_less_to_layers_of_concentrated_attention(self):
-        found = rules.weights("d2o", profile(concentration=(3.0, 1.0, 2.0, 5.0)), 1.0)
+        found = weights(profile(rule="d2o", concentration=(3.0, 1.0, 2.0, 5.0)))
         assert found == pytest.approx([math.exp(-x) for x in (0.5, 0.0, 0.25, 1.0)])
 
     def test_cake_multiplies_entropy_and_fluctuation(self):
-        found = rules.weights("cake", profile(entropy=(1.0, 2.0, 3.0, 4.0), fluctuation=(0.4, 0.3, 0.2, 0.1)), 1.0)
+        found = weights(profile(rule="cake", entropy=(1.0, 2.0, 3.0, 4.0), fluctuation=(0.4, 0.3, 0.2, 0.1)))
         assert found == pytest.approx([0.4 / 0.6, 1.0, 1.0, 0.4 / 0.6])
 
     def test_zipvl_counts_the_tokens_that_hold_95_percent(self):
-        found = rules.weights("zipvl", profile(coverage_95=(10.0, 40.0, 20.0, 5.0)), 1.0)
+        found = weights(profile(rule="zipvl", coverage_95=(10.0, 40.0, 20.0, 5.0)))
         assert found == pytest.approx([0.25, 1.0, 0.5, 0.125])
 
     def test_pyramid_is_linear_with_beta_20_and_mean_1(self):
-        found = rules.pyramid(5)
-        assert found == pytest.approx([1.95, 1.475, 1.0, 0.525, 0.05])
-        assert rules.pyramid(1) == [1.0]
+        def of(layers):
+            return profile(MODEL.model_copy(update={"layers": layers}), rule="pyramid")
 
-    @pytest.mark.parametrize("rule", rules.RULES)
-    def test_extreme_statistics_still_give_positive_weights(self, rule):
+        assert RULES["pyramid"](of(5)) == pytest.approx([1.95, 1.475, 1.0, 0.525, 0.05])
+        assert weights(of(5)) == pytest.approx([w / 1.95 for w in (1.95, 1.475, 1.0, 0.525, 0.05)])
+        assert RULES["pyramid"](of(1)) == [1.0]
+
+    @pytest.mark.parametrize("alpha", [3.0, -3.0])
+    @pytest.mark.parametrize("rule", RULES)
+    def test_extreme_statistics_still_give_positive_weights(self, rule, alpha):
         extreme = profile(
+            rule=rule,
+            alpha=alpha,
             hoyer=(1.0, 1.0, 0.0, 1.0),
             concentration=(0.0,) * 4,
             entropy=(0.0,) * 4,
             coverage_95=(0.0, 0.0, 1e6, 1.0),
             changed=(0.0, 0.0, 0.0, 1.0),
         )
-        found = rules.weights(rule, extreme, 3.0)
+        found = weights(extreme)
         assert len(found) == 4 and all(0 < w <= 1 and math.isfinite(w) for w in found)
 
-    @pytest.mark.parametrize("rule", [*rules.RULES, "pyramid"])
-    def test_every_rule_shares_the_budget_exactly_within_its_bounds(self, rule):
+    @pytest.mark.parametrize("rule", RULES)
+    def test_every_rule_shares_the_budget_within_its_bounds(self, rule):
         measured = profile(
-            hoyer=HOYER, concentration=HOYER, entropy=HOYER, coverage_95=(10.0, 40.0, 20.0, 5.0), changed=HOYER
+            rule=rule,
+            hoyer=HOYER,
+            concentration=HOYER,
+            entropy=HOYER,
+            coverage_95=(10.0, 40.0, 20.0, 5.0),
+            changed=HOYER,
         )
-        config = from_mapping({"budget": {"tokens": 100, "allocation": rule, "classes": 3, "max_factor": 1.5}})
+        config = from_mapping({"budget": {"tokens": 100, "allocation": "profile"}})
         budgets = from_config(config, 4, measured)
-        assert sum(budgets) == 4 * config.scored and len(set(budgets)) <= 3
-        assert min(budgets) >= 0.25 * config.scored and max(budgets) <= 1.5 * config.scored
+        assert 4 * (config.scored - 1) < sum(budgets) <= 4 * config.scored
+        assert min(budgets) >= 0.25 * config.scored and max(budgets) <= 4 * config.scored
         assert len(set(budgets)) > 1, "the rule made no difference"
 
     def test_a_sparse_layer_gets_a_small_budget(self):
-        config = from_mapping({"budget": {"tokens": 100, "allocation": "profiled", "alpha": 2.0}})
-        budgets = from_config(config, 4, profile(hoyer=HOYER))
-        assert budgets == layer_budgets(4, 70, [(1 - h) ** 2 for h in HOYER], 5, 0.25, 4.0, 4)
+        config = from_mapping({"budget": {"tokens": 100, "allocation": "profile"}})
+        budgets = from_config(config, 4, profile(rule="hoyer", alpha=2.0, hoyer=HOYER))
+        assert budgets == layer_budgets(70, [(1 - h) ** 2 for h in HOYER], 5)
         assert sorted(range(4), key=budgets.__getitem__) == [0, 3, 2, 1]
 
-    def test_profile_none_is_uniform_and_no_profile_is_an_error(self):
-        budget = {"tokens": 100, "allocation": "cake"}
-        assert from_config(from_mapping({"budget": {**budget, "profile": "none"}}), 4) == (70,) * 4
-        with pytest.raises(ConfigError, match=r"budget.allocation cake: needs a profile; set budget.profile"):
+    def test_no_profile_and_profile_none_are_errors(self):
+        budget = {"tokens": 100, "allocation": "profile"}
+        with pytest.raises(ConfigError, match=r"budget.profile: got none, but budget.allocation profile needs one"):
+            from_mapping({"budget": {**budget, "profile": "none"}})
+        with pytest.raises(ConfigError, match=r"budget.allocation profile: needs a profile; set budget.profile"):
             from_config(from_mapping({"budget": budget}), 4)
         with pytest.raises(ConfigError, match=r"budget.profile: has 4 layers, but the model has 6"):
             from_config(from_mapping({"budget": budget}), 6, profile())
 
 
+class TestRewriting:
+    """``lethe profile --from``: another rule for what was measured before."""
+
+    def rewrite(self, tmp_path, *arguments, measured=None):
+        save(measured or profile(hoyer=HOYER, concentration=(1.0, 2.0, 3.0, 4.0)), tmp_path / "old.yaml")
+        return cli.main(["profile", "--from", str(tmp_path / "old.yaml"), *arguments])
+
+    def test_only_the_rule_and_its_budgets_change(self, tmp_path, capsys):
+        assert self.rewrite(tmp_path, "--rule", "hoyer", "--alpha", "-1", "-o", str(tmp_path / "new" / "n.yaml")) == 0
+        old, new = load(tmp_path / "old.yaml"), load(tmp_path / "new" / "n.yaml")
+        assert (new.rule, new.alpha, new.budgets.tokens) == ("hoyer", -1.0, 64)
+        assert new.budgets.layers == tuple(20 + k for k in layer_budgets(44, [1 / (1 - h) for h in HOYER], 5))
+        same = {"rule": old.rule, "alpha": old.alpha, "budgets": old.budgets}
+        assert new.model_copy(update=same) == old
+        printed = capsys.readouterr().out
+        assert "budget by hoyer ** -1" in printed and "written to" in printed
+
+    def test_the_rule_stays_unless_given_and_the_budget_may_be_another(self, tmp_path):
+        arguments = ("--budget", "200", "--config", '{"retain": {"recent_ratio": 0.5}}', "-o", str(tmp_path / "n.yaml"))
+        assert self.rewrite(tmp_path, *arguments, measured=profile(rule="zipvl")) == 0
+        new = load(tmp_path / "n.yaml")
+        assert (new.rule, new.alpha, new.budgets.tokens, new.budgets.layers) == ("zipvl", 1.0, 200, (200,) * 4)
+
+    @pytest.mark.parametrize(
+        ("arguments", "expected"),
+        [
+            (["-o", "n.yaml", "--num-prompts", "3"], "--num-prompts: nothing is measured with --from; leave it out"),
+            (["-o", "n.yaml", "--sensitivity"], "--sensitivity: nothing is measured with --from; leave it out"),
+            ([], "--out: needed with --from"),
+            (["-o", "n.yaml", "--rule", "sensitivity"], "--rule sensitivity: the profile has none; measure it"),
+            (["-o", "/dev/null/n.yaml"], "--out /dev/null/n.yaml: File exists; give a file"),
+        ],
+    )
+    def test_what_makes_no_sense_is_one_line(self, tmp_path, monkeypatch, capsys, arguments, expected):
+        monkeypatch.chdir(tmp_path)
+        assert self.rewrite(tmp_path, *arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"lethe profile: error: {expected}") and error.count("\n") == 1
+        assert not (tmp_path / "n.yaml").exists()
+
+    def test_a_file_that_is_no_profile_is_named(self, tmp_path, capsys):
+        out = str(tmp_path / "n.yaml")
+        assert cli.main(["profile", "--from", str(tmp_path / "nowhere.yaml"), "-o", out]) == 2
+        assert "nowhere.yaml: cannot be read: No such file or directory" in capsys.readouterr().err
+
+
 class TestFlag:
-    def test_the_flag_beats_the_file_and_asks_for_concentration(self):
+    def test_the_flag_beats_the_file_and_asks_for_a_profile(self):
         assert resolve("lethe", None, None, "mine.yaml").budget.model_dump(include={"allocation", "profile"}) == {
-            "allocation": "concentration",
+            "allocation": "profile",
             "profile": "mine.yaml",
         }
-        config = resolve("lethe", '{"budget": {"allocation": "zipvl", "profile": "other.yaml"}}', 64, "auto")
-        assert (config.budget.allocation, config.budget.profile, config.budget.tokens) == ("zipvl", "auto", 64)
-        assert not resolve("lethe", '{"budget": {"allocation": "zipvl"}}', None, "none").budget.reads_profile
+        config = resolve("lethe", '{"budget": {"allocation": "profile", "profile": "other.yaml"}}', 64, "auto")
+        assert (config.budget.allocation, config.budget.profile, config.budget.tokens) == ("profile", "auto", 64)
+
+    def test_the_flag_none_gives_all_layers_alike(self):
+        for source in (None, '{"budget": {"allocation": "profile", "profile": "other.yaml"}}'):
+            budget = resolve("lethe", source, None, "none").budget
+            assert (budget.allocation, budget.profile, budget.reads_profile) == ("uniform", "none", False)
+        budget = resolve("lethe", '{"budget": {"allocation": "list", "layers": [40, 50]}}', None, "none").budget
+        assert budget.layers == (40, 50)
+
+    def test_breakpoint_reads_a_file_but_measures_nothing_by_itself(self):
+        source = '{"budget": {"allocation": "breakpoint"}}'
+        assert resolve("lethe", source, None, "p.yaml").budget.reads_profile
+        with pytest.raises(ConfigError, match=r"--kv-evict-profile auto: not read by budget.allocation breakpoint"):
+            resolve("lethe", source, None, "auto")
 
     def test_a_flag_that_nothing_reads_is_refused_unless_an_arm_does(self):
         uniform = {"budget": {"allocation": "uniform"}}
         with pytest.raises(ConfigError, match=r"--kv-evict-profile p.yaml: not read by budget.allocation uniform"):
             resolve("lethe", json.dumps(uniform), None, "p.yaml")
-        arms = [{"budget": {"allocation": "profiled"}}, {"budget": {"allocation": "pyramid"}}]
+        arms = [{"budget": {"allocation": "profile"}}, {"budget": {"allocation": "breakpoint"}}, {}]
         config = resolve("lethe", json.dumps({**uniform, "debug": {"arms": arms}}), None, "p.yaml")
-        assert [arm.budget.reads_profile for arm in config.every_arm] == [False, True, False]
+        assert [arm.budget.reads_profile for arm in config.every_arm] == [False, True, True, False]
         assert config.every_arm[1].budget.profile == "p.yaml"
 
 

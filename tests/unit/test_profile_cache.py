@@ -1,22 +1,28 @@
 """Profiles that servers keep: first start, second start, corrupted, two at once, read-only; with a fake measuring."""
 
+import io
 import logging
+import pickle
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from profiles import MODEL, profile
 
+from lethe_sglang.allocation.fingerprint import sample_weights
 from lethe_sglang.allocation.profile import load, save
 from lethe_sglang.config import ConfigError, from_mapping
-from lethe_sglang.engine import profile_cache, profile_pass
-from lethe_sglang.engine.profile_cache import directory, file_of, obtain
+from lethe_sglang.profiling import automatic, cache
+from lethe_sglang.profiling.cache import directory, file_of, obtain
+from lethe_sglang.profiling.run import Pass
+from lethe_sglang.profiling.settle import settle
 
 HOYER = (0.9, 0.5, 0.7, 0.8)
-MADE = profile(hoyer=HOYER)
+MADE = profile(rule="hoyer", hoyer=HOYER)
 
 
 class Fake:
@@ -53,7 +59,7 @@ def test_another_model_has_a_profile_of_its_own(tmp_path):
     assert len(make.paths) == 1 and obtain(MODEL, never, tmp_path) == MADE
 
 
-@pytest.mark.parametrize("content", ["", "{", "format: 1", "format: 9", "\x00garbage"])
+@pytest.mark.parametrize("content", ["", "{", "format: 1", "format: 2", "format: 9", "\x00garbage"])
 def test_a_corrupted_profile_is_made_again_with_a_warning(tmp_path, caplog, content):
     path = file_of(MODEL, tmp_path)
     path.write_text(content)
@@ -98,9 +104,9 @@ def test_where_nothing_can_be_kept_the_profile_is_used_all_the_same(tmp_path, mo
     if how == "no directory":
         (tmp_path / "cache").write_text("a file where a directory should be")
     elif how == "not writable":
-        monkeypatch.setattr(profile_cache, "_writable", lambda folder: False)
+        monkeypatch.setattr(cache, "_writable", lambda folder: False)
     elif how == "no locks":
-        monkeypatch.setattr(profile_cache.fcntl, "flock", lambda *a: (_ for _ in ()).throw(OSError(37, "No locks")))
+        monkeypatch.setattr(cache.fcntl, "flock", lambda *a: (_ for _ in ()).throw(OSError(37, "No locks")))
     else:
         folder = None
         monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
@@ -113,14 +119,14 @@ def test_where_nothing_can_be_kept_the_profile_is_used_all_the_same(tmp_path, mo
 
 def test_a_read_only_directory_with_a_profile_in_it_is_read(tmp_path, monkeypatch):
     obtain(MODEL, Fake(), tmp_path)
-    monkeypatch.setattr(profile_cache, "_writable", lambda folder: False)
-    monkeypatch.setattr(profile_cache.fcntl, "flock", lambda *a: pytest.fail("locked"))
+    monkeypatch.setattr(cache, "_writable", lambda folder: False)
+    monkeypatch.setattr(cache.fcntl, "flock", lambda *a: pytest.fail("locked"))
     assert obtain(MODEL, never, tmp_path) == MADE
 
 
 def test_a_directory_that_lets_nobody_write_is_noticed_by_trying(tmp_path, monkeypatch):
-    assert profile_cache._writable(tmp_path)
-    assert not profile_cache._writable(tmp_path / "nowhere")
+    assert cache._writable(tmp_path)
+    assert not cache._writable(tmp_path / "nowhere")
 
 
 def test_a_measuring_that_writes_nonsense_or_another_model_is_an_error(tmp_path):
@@ -148,57 +154,53 @@ def config(**budget):
     return from_mapping({"budget": {"tokens": 100, **budget}})
 
 
-def test_budgets_of_a_file_of_auto_and_of_none(tmp_path):
+def test_budgets_of_a_file_of_auto_and_of_uniform(tmp_path):
     save(MADE, tmp_path / "p.yaml")
-    profiled = profile_pass.settle(config(allocation="profiled", profile=str(tmp_path / "p.yaml")), MODEL, None)
-    assert sum(profiled[0]) == 280 and len(set(profiled[0])) == 4
+    shared = settle(config(allocation="profile", profile=str(tmp_path / "p.yaml")), MODEL, None)
+    assert 276 < sum(shared[0]) <= 280 and len(set(shared[0])) == 4
     make = Fake()
-    assert profile_pass.settle(config(allocation="profiled"), MODEL, make, tmp_path / "cache") == profiled
-    assert profile_pass.settle(config(allocation="profiled"), MODEL, never, tmp_path / "cache") == profiled
-    assert profile_pass.settle(config(allocation="profiled", profile="none"), MODEL, never) == ((70,) * 4,)
-    assert profile_pass.settle(config(), MODEL, never) == ((70,) * 4,), "uniform measures nothing"
+    assert settle(config(allocation="profile"), MODEL, make, tmp_path / "cache") == shared
+    assert settle(config(allocation="profile"), MODEL, never, tmp_path / "cache") == shared
+    assert settle(config(), MODEL, never) == ((70,) * 4,), "uniform measures nothing"
+    assert settle(config(allocation="breakpoint"), MODEL, never) == ((70,) * 4,), "breakpoint measures nothing"
+    first = settle(config(allocation="breakpoint", profile=str(tmp_path / "p.yaml")), MODEL, never)
+    assert first == shared, "the first round of breakpoint"
 
 
 def test_arms_choose_their_allocation_and_share_one_measuring(tmp_path):
-    save(profile(hoyer=(0.1, 0.2, 0.3, 0.9)), tmp_path / "other.yaml")
-    arms = [
-        {"budget": {"allocation": "profiled"}},
-        {"budget": {"allocation": "profiled", "alpha": -1.0}},
-        {"budget": {"allocation": "profiled", "profile": str(tmp_path / "other.yaml")}},
-        {"budget": {"allocation": "pyramid"}},
-    ]
+    save(profile(rule="hoyer", hoyer=(0.1, 0.2, 0.3, 0.9)), tmp_path / "other.yaml")
+    save(profile(rule="hoyer", alpha=-1.0, hoyer=HOYER), tmp_path / "inverted.yaml")
+    save(profile(rule="pyramid"), tmp_path / "pyramid.yaml")
+    files = ({"profile": str(tmp_path / f"{name}.yaml")} for name in ("inverted", "other", "pyramid"))
+    arms = [{"budget": {"allocation": "profile", **more}} for more in ({}, {}, *files)]
     whole = from_mapping({"budget": {"tokens": 100}, "debug": {"arms": arms}})
     make = Fake()
-    uniform, profiled, inverted, other, pyramid = profile_pass.settle(whole, MODEL, make, tmp_path / "cache")
+    uniform, kept, again, inverted, other, pyramid = settle(whole, MODEL, make, tmp_path / "cache")
     assert len(make.paths) == 1
-    assert uniform == (70,) * 4
-    assert profiled[1] == max(profiled) and inverted[1] == min(inverted)
+    assert uniform == (70,) * 4 and kept == again
+    assert kept[1] == max(kept) and inverted[1] == min(inverted)
     assert other[3] == min(other) and list(pyramid) == sorted(pyramid, reverse=True)
 
 
-def test_no_pass_is_run_for_an_allocation_that_it_does_not_serve(tmp_path):
-    make, cache = Fake(), tmp_path / "cache"
-    with pytest.raises(ConfigError, match=r"budget.allocation sensitivity: the profile has none; make one with lethe"):
-        profile_pass.settle(config(allocation="sensitivity"), MODEL, make, cache)
-    assert make.paths == []
-    save(profile(changed=(0.4, 0.0, 0.1, 0.1)), file_of(MODEL, cache))
-    (budgets,) = profile_pass.settle(config(allocation="sensitivity"), MODEL, never, cache)
+def test_a_kept_profile_says_by_which_rule_the_budget_is_shared(tmp_path):
+    save(profile(rule="sensitivity", changed=(0.4, 0.0, 0.1, 0.1)), file_of(MODEL, tmp_path))
+    (budgets,) = settle(config(allocation="profile"), MODEL, never, tmp_path)
     assert budgets[0] == max(budgets) and budgets[1] == min(budgets)
 
 
 def test_before_the_start_files_are_checked_and_nothing_is_measured(tmp_path):
-    assert profile_pass.settle(config(allocation="profiled"), MODEL, None) == ()
+    assert settle(config(allocation="profile"), MODEL, None) == ()
     with pytest.raises(ConfigError, match=r"budget.profile .*nowhere.yaml: cannot be read"):
-        profile_pass.settle(config(allocation="zipvl", profile=str(tmp_path / "nowhere.yaml")), MODEL, None)
+        settle(config(allocation="profile", profile=str(tmp_path / "nowhere.yaml")), MODEL, None)
     save(profile(MODEL.model_copy(update={"kv_heads": 8})), tmp_path / "p.yaml")
     with pytest.raises(ConfigError, match=r"profile of another model \(toy\): KV heads 8 against 1"):
-        profile_pass.settle(config(allocation="cake", profile=str(tmp_path / "p.yaml")), MODEL, None)
+        settle(config(allocation="breakpoint", profile=str(tmp_path / "p.yaml")), MODEL, None)
 
 
 def test_a_profile_of_another_number_format_is_used_with_a_warning(tmp_path, caplog):
     save(MADE, tmp_path / "p.yaml")
     served = MODEL.model_copy(update={"dtype": "float16"})
-    assert profile_pass.settle(config(allocation="profiled", profile=str(tmp_path / "p.yaml")), served, None)
+    assert settle(config(allocation="profile", profile=str(tmp_path / "p.yaml")), served, None)
     assert "dtype float32 against float16" in caplog.text
 
 
@@ -218,14 +220,10 @@ SERVER_ARGS = SimpleNamespace(
 
 
 def test_the_pass_runs_the_servers_model_as_the_server_does(tmp_path):
-    from lethe_sglang.cli import profile as command
-
-    words = profile_pass.command(SERVER_ARGS, tmp_path / "p.yaml")
-    assert words[:4] == [sys.executable, "-m", "lethe_sglang.cli.main", "profile"]
-    given = dict(zip(words[4:10:2], words[5:10:2], strict=True))
-    assert given["--model-path"] == "some model" and given["--out"] == str(tmp_path / "p.yaml")
-    passed = command._server_args(words[-1].removeprefix("--server-args="))
-    assert passed == (
+    task = automatic.request(SERVER_ARGS, tmp_path / "p.yaml")
+    assert (task.model_path, task.out, task.time_limit) == ("some model", tmp_path / "p.yaml", 240)
+    assert replace(task, model_path="m", out=None, time_limit=None, server_args=()) == Pass(model_path="m")
+    assert task.server_args == (
         "--model-loader-extra-config",
         '{"a": 1}',
         "--trust-remote-code",
@@ -240,20 +238,45 @@ def test_the_pass_runs_the_servers_model_as_the_server_does(tmp_path):
     )
 
 
+def test_the_process_of_the_pass_measures_what_it_is_asked_to_and_reports_in_one_line(tmp_path, monkeypatch, capsys):
+    task, asked = automatic.request(SERVER_ARGS, tmp_path / "p.yaml"), []
+    monkeypatch.setattr(automatic.sys, "stdin", SimpleNamespace(buffer=io.BytesIO(pickle.dumps(task))))
+    monkeypatch.setattr(automatic, "measure", asked.append)
+    assert automatic.main() == 0 and asked == [task]
+
+    def fail(task):
+        raise ConfigError("no memory")
+
+    monkeypatch.setattr(automatic.sys, "stdin", SimpleNamespace(buffer=io.BytesIO(pickle.dumps(task))))
+    monkeypatch.setattr(automatic, "measure", fail)
+    assert automatic.main() == 2
+    assert capsys.readouterr().err == "lethe profile: error: no memory\n"
+
+
+def test_the_pass_is_handed_to_a_fresh_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(automatic, "run_to_end", lambda *given: started.append(given) or 0)
+    started = []
+    automatic.run(SERVER_ARGS, tmp_path / "p.yaml")
+    ((words, seconds, given),) = started
+    assert words == [sys.executable, "-m", "lethe_sglang.profiling.automatic"] and seconds == 1800
+    assert pickle.loads(given) == automatic.request(SERVER_ARGS, tmp_path / "p.yaml")
+
+
 def test_failures_and_several_nodes_say_what_to_do_instead(tmp_path, monkeypatch):
     for status, expected in ((3, "lethe profile failed \\(status 3"), (None, "took more than 1800 s")):
-        monkeypatch.setattr(profile_pass, "run_to_end", lambda words, seconds, status=status: status)
+        monkeypatch.setattr(automatic, "run_to_end", lambda words, seconds, given, status=status: status)
         with pytest.raises(ConfigError, match=f"budget.profile auto: .*{expected}.*--kv-evict-profile none"):
-            profile_pass.run(SERVER_ARGS, tmp_path / "p.yaml")
-    monkeypatch.setattr(profile_pass, "run_to_end", lambda words, seconds: pytest.fail("started"))
+            automatic.run(SERVER_ARGS, tmp_path / "p.yaml")
+    monkeypatch.setattr(automatic, "run_to_end", lambda words, seconds, given: pytest.fail("started"))
     with pytest.raises(ConfigError, match="does not measure over several nodes"):
-        profile_pass.run(SimpleNamespace(**{**vars(SERVER_ARGS), "nnodes": 2}), tmp_path / "p.yaml")
+        automatic.run(SimpleNamespace(**{**vars(SERVER_ARGS), "nnodes": 2}), tmp_path / "p.yaml")
 
 
 def test_a_process_is_run_to_its_end_or_its_time_and_leaves_nothing(tmp_path):
-    assert profile_pass.run_to_end(["sh", "-c", "exit 7"], 30) == 7
+    assert automatic.run_to_end(["sh", "-c", "exit 7"], 30) == 7
+    assert automatic.run_to_end(["sh", "-c", 'test "$(cat)" = given'], 30, b"given") == 0
     started, mark = time.monotonic(), tmp_path / "mark"
-    assert profile_pass.run_to_end(["sh", "-c", f"(sleep 1.5; touch {mark}) & sleep 60"], 0.3) is None
+    assert automatic.run_to_end(["sh", "-c", f"(sleep 1.5; touch {mark}) & sleep 60"], 0.3) is None
     assert time.monotonic() - started < 20
     time.sleep(1.6)
     assert not mark.exists(), "a child lived on"
@@ -264,7 +287,7 @@ def test_fine_tunes_of_one_model_have_different_weights(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(b"h" * 5000 + middle * 200_000 + b"t" * 5000)
         (tmp_path / name / "README.md").write_text(name)
-    first, second = (profile_pass.sample_weights(tmp_path / name) for name in "ab")
+    first, second = (sample_weights(tmp_path / name) for name in "ab")
     assert first.startswith("sampled:") and first != second
-    assert profile_pass.sample_weights(tmp_path / "a") == first
-    assert profile_pass.sample_weights(tmp_path) == ""
+    assert sample_weights(tmp_path / "a") == first
+    assert sample_weights(tmp_path) == ""

@@ -15,7 +15,7 @@ from lethe_sglang.config import ConfigError, EvictionConfig, from_mapping
 from lethe_sglang.profiling.progress import Progress
 from lethe_sglang.profiling.prompts import generated, hash_of, read
 from lethe_sglang.profiling.records import Partial, longest, summarise
-from lethe_sglang.profiling.run import Interrupted, Pass, assemble, collect, tokens_of
+from lethe_sglang.profiling.run import Interrupted, Measured, Pass, assemble, collect, tokens_of
 
 
 class TestPrompts:
@@ -179,27 +179,39 @@ class TestStatistics:
         assert list(found.by_length) == [16, 32]
 
     @pytest.mark.parametrize("changed", [None, (0.2, 0.0, 0.1, 0.1)])
-    def test_the_budgets_of_a_profile_are_those_of_its_configuration(self, changed):
+    @pytest.mark.parametrize("rule", [None, "hoyer"])
+    def test_the_budgets_of_a_profile_are_those_of_its_rule_and_configuration(self, changed, rule, tmp_path):
         records = [record("0", 0.1), record("1", 0.3)]
         for one in records:  # sparsities of 0.05 to 0.35
             for part in one["by_length"].values():
                 part["sums"] = [[x / 10 for x in layer] for layer in part["sums"]]
-        config = from_mapping({"budget": {"tokens": 100, "alpha": 3.0, "allocation": "list", "layers": [100] * 4}})
+        config = from_mapping({"budget": {"tokens": 100, "allocation": "list", "layers": [100] * 4}})
         found = None if changed is None else Sensitivity(kept=50, prompts=2, changed=changed, lost=changed)
+        measured = Measured(
+            model=MODEL,
+            settings=SETTINGS,
+            records=records,
+            source="p.jsonl",
+            prompts_hash="beef",
+            ids=[[1], [2]],
+            out=tmp_path / "p.yaml",
+            partial=Partial(tmp_path / "p.yaml.partial", "key"),
+            seconds=1.0,
+            statistics_bytes=3,
+        )
         made = assemble(
-            config,
-            MODEL,
-            records,
-            "p.jsonl",
-            "beef",
-            SETTINGS,
-            Cost(measuring_seconds=1, total_seconds=2, statistics_bytes=3),
-            {"sglang": "x"},
+            Pass(model_path="m", rule=rule, alpha=3.0, config=config),
+            measured,
             found,
+            Cost(measuring_seconds=1, total_seconds=2, statistics_bytes=3),
         )
         weights = [c**3 for c in made.mean("concentration")] if changed is None else [(c + 0.1) ** 3 for c in changed]
-        assert made.budgets.allocation == ("concentration" if changed is None else "sensitivity")
-        assert made.budgets.layers == tuple(30 + k for k in layer_budgets(4, 70, weights, 5, 0.25, 4.0, 4))
+        if rule == "hoyer":
+            weights = [(1 - h) ** 3 for h in made.mean("hoyer")]
+        assert made.rule == (rule or ("concentration" if changed is None else "sensitivity")) and made.alpha == 3.0
+        assert made.sensitivity == found
+        assert made.budgets.tokens == 100
+        assert made.budgets.layers == tuple(30 + k for k in layer_budgets(70, weights, 5))
         assert (made.prompts.count, made.prompts.queries, made.prompts.answer_tokens) == (2, 20, 11)
 
 
@@ -215,6 +227,7 @@ class TestCommandLine:
             (["--model-path", "m", "--server-args='"], '--server-args "\'": No closing quotation'),
             (["--model-path", "m", "--budget", "5"], "--kv-evict-budget 5: budget.tokens"),
             (["--model-path", "m", "--out", "/dev/null/p.yaml"], "--out /dev/null/p.yaml: File exists; give a file"),
+            (["--model-path", "m", "--rule", "sensitivity"], "--rule sensitivity: needs --sensitivity"),
             (["--model-path", "m", "--prompts", "nowhere.jsonl"], "--prompts nowhere.jsonl: cannot be read"),
         ],
     )
@@ -230,6 +243,7 @@ class TestCommandLine:
             ("--temperature", "-1"),
             ("--time-limit", "0"),
             ("--time-limit", "nan"),
+            ("--alpha", "17"),
         ):
             with pytest.raises(SystemExit):
                 cli.main(["profile", "--model-path", "m", option, value])
@@ -239,9 +253,20 @@ class TestCommandLine:
         def stopped(task):
             raise Interrupted(3, 16, tmp_path / "p.yaml.partial")
 
-        monkeypatch.setattr("lethe_sglang.profiling.run.measure", stopped)
+        monkeypatch.setattr("lethe_sglang.cli.profile.measure", stopped)
         assert cli.main(["profile", "--model-path", "m"]) == 130
         assert "interrupted; 3 of 16 prompts are kept in" in capsys.readouterr().err
+
+    def test_what_is_not_given_takes_the_defaults_of_the_pass(self, monkeypatch, tmp_path):
+        asked = []
+        monkeypatch.setattr("lethe_sglang.cli.profile.measure", lambda task: asked.append(task) or exit(7))
+        out, more = tmp_path / "p.yaml", ["--rule", "hoyer", "--alpha", "2", "--raw", "--server-args=--tp 2"]
+        for arguments in ([], ["-o", str(out), "--num-prompts", "3", *more]):
+            with pytest.raises(SystemExit):
+                cli.main(["profile", "--model-path", "m", *arguments])
+        assert asked[0] == Pass(model_path="m")
+        given = {"rule": "hoyer", "alpha": 2.0, "raw": True, "server_args": ("--tp", "2")}
+        assert asked[1] == Pass(model_path="m", out=out, num_prompts=3, **given)
 
     def test_the_engine_measures_uncompressed_and_takes_the_servers_arguments(self):
         task = Pass(model_path="m", seed=7, concurrency=3, config=EvictionConfig(), server_args=("--tp", "2"))

@@ -6,16 +6,16 @@ that cannot be read is made again. Where the directory cannot be written to, the
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import logging
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-from lethe_sglang.allocation.profile import ModelFingerprint, Profile, load
+from lethe_sglang.allocation.fingerprint import ModelFingerprint
+from lethe_sglang.allocation.profile import FORMAT, Profile, load
 from lethe_sglang.config import ConfigError
 
 logger = logging.getLogger("lethe_sglang")
@@ -39,7 +39,7 @@ def directory() -> Path:
 def file_of(model: ModelFingerprint, folder: Path) -> Path:
     """Return where a model's profile lies."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", model.name).strip("-.") or "model"
-    return folder / f"{name[:60]}-{model.key}.yaml"
+    return folder / f"{name[:60]}-{model.key}-{FORMAT}.yaml"
 
 
 def obtain(model: ModelFingerprint, make: Callable[[Path], None], folder: Path | None = None) -> Profile:
@@ -116,12 +116,8 @@ def _not_kept(model: ModelFingerprint, make: Callable[[Path], None], error: OSEr
 
 def _writable(folder: Path) -> bool:
     """Try, since permission bits say little about root, network and read-only file systems."""
-    with contextlib.suppress(OSError), _scratch(folder):
-        return True
-    return False
-
-
-@contextlib.contextmanager
-def _scratch(folder: Path) -> Iterator[None]:
-    with tempfile.TemporaryFile(dir=folder):
-        yield
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,62 @@
+"""Which budgets the layers get at a server's start, and where the profile that they follow comes from."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from lethe_sglang.allocation.budgets import from_config
+from lethe_sglang.allocation.fingerprint import ModelFingerprint
+from lethe_sglang.allocation.profile import Profile, load
+from lethe_sglang.config import EvictionConfig
+from lethe_sglang.profiling import cache
+
+logger = logging.getLogger("lethe_sglang")
+
+Make = Callable[[Path], None]
+"""Measures the server's model and writes the profile to a path."""
+
+
+def settle(
+    config: EvictionConfig, model: ModelFingerprint, make: Make | None, folder: Path | None = None
+) -> tuple[tuple[int, ...], ...]:
+    """Return k_l of every layer for the configuration and each of its arms.
+
+    Parameters
+    ----------
+    config
+        The server's configuration.
+    model
+        The server's model.
+    make
+        Makes the profile that ``budget.profile: auto`` needs; None checks the rest and leaves those arms out.
+    folder
+        The profiles' cache; None is the user's.
+
+    Raises
+    ------
+    ConfigError
+        If a profile cannot be read or made, is of another model, or budgets do not fit the model.
+    """
+    budgets, profiles = [], dict[str, Profile]()
+    for arm in config.every_arm:
+        source = arm.budget.profile
+        if arm.budget.reads_profile and source not in profiles:
+            if source == "auto" and make is None:
+                continue
+            profiles[source] = _profile(source, model, make, folder)
+        budgets.append(from_config(arm, model.layers, profiles.get(source)))
+    return tuple(budgets)
+
+
+def _profile(source: str, model: ModelFingerprint, make: Make | None, folder: Path | None) -> Profile:
+    if source == "auto":
+        assert make is not None
+        return cache.obtain(model, make, folder)
+    where = f"budget.profile {source}"
+    profile = load(Path(source), where)
+    profile.check(model, where)
+    if differing := profile.model.numeric_differences(model):
+        logger.warning("KV eviction: %s was measured with %s; it is used all the same", where, ", ".join(differing))
+    return profile
