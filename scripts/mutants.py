@@ -140,7 +140,6 @@ MUTANTS = {
     "means of classes are rounded up": Mutant(
         ALLOCATOR, "sum(ordered[start:end]) // (end - start)", "-(-sum(ordered[start:end]) // (end - start))", BUDGETS
     ),
-    "equal layers are parted": Mutant(ALLOCATOR, "if ordered[i - 1 : i] != ordered[i : i + 1]", "if i", BUDGETS),
     "layers are cut into classes anywhere": Mutant(ALLOCATOR, "min((spent + cost(start, end)", "min((spent", BUDGETS),
     "a request's budget sinks below the floor": Mutant(
         ALLOCATOR, "max(floor, int(factor * tokens))", "int(factor * tokens)", BUDGETS

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from lethe_sglang.allocation.fingerprint import ModelFingerprint, Part, digest
+from lethe_sglang.allocation.fingerprint import ModelFingerprint, Part
 from lethe_sglang.config import ConfigError
 from lethe_sglang.config.loading import write_yaml
 
@@ -157,29 +158,24 @@ class Profile(Part):
     def _check_layers(self) -> Profile:
         if missing := [name for name in STATISTICS if name not in self.statistics]:
             raise ValueError(f"statistics.{missing[0]}: missing")
+        rows: list[tuple[str, Sequence[float]]] = [("budgets.layers", self.budgets.layers)]
         for name, statistic in self.statistics.items():
-            for row in (statistic.mean, statistic.spread, *statistic.by_length.values()):
-                if len(row) != self.model.layers:
-                    raise ValueError(f"statistics.{name}: got {len(row)} values for {self.model.layers} layers")
-        for name in ("changed", "lost") if self.sensitivity is not None else ():
-            if len(row := getattr(self.sensitivity, name)) != self.model.layers:
-                raise ValueError(f"sensitivity.{name}: got {len(row)} values for {self.model.layers} layers")
-        if not all(0 <= h <= 1 for h in self.statistics["hoyer"].mean):
+            found = (statistic.mean, statistic.spread, *statistic.by_length.values())
+            rows += [(f"statistics.{name}", row) for row in found]
+        if self.sensitivity is not None:
+            rows += [("sensitivity.changed", self.sensitivity.changed), ("sensitivity.lost", self.sensitivity.lost)]
+        for name, row in rows:
+            if len(row) != self.model.layers:
+                raise ValueError(f"{name}: got {len(row)} values for {self.model.layers} layers")
+        if not all(0 <= h <= 1 for h in self.mean("hoyer")):
             raise ValueError("statistics.hoyer: outside of 0 to 1")
         if self.rule == "sensitivity" and self.sensitivity is None:
             raise ValueError("rule sensitivity: the profile has none; measure it with lethe profile --sensitivity")
-        if len(self.budgets.layers) != self.model.layers:
-            raise ValueError(f"budgets.layers: got {len(self.budgets.layers)} values for {self.model.layers} layers")
         return self
 
     def mean(self, statistic: str) -> Layers:
         """Return a statistic's mean of every layer."""
         return self.statistics[statistic].mean
-
-    @property
-    def digest(self) -> str:
-        """Hash of the whole content."""
-        return digest(self.model_dump(mode="json"))
 
     def check(self, model: ModelFingerprint, where: str) -> None:
         """Refuse another model.

@@ -20,14 +20,14 @@ class Partial:
 
     Parameters
     ----------
-    path
-        The file, next to the profile that the pass writes.
+    profile
+        Where the pass writes its profile; the file lies next to it.
     key
         Identifies model, prompts and settings; a file of another pass is not read.
     """
 
-    def __init__(self, path: Path, key: str) -> None:
-        self.path, self.key = path, key
+    def __init__(self, profile: Path, key: str) -> None:
+        self.profile, self.path, self.key = profile, profile.with_name(f"{profile.name}.partial"), key
 
     def load(self) -> dict[str, Record]:
         """Return the finished prompts by number; a line that was cut off in the middle is dropped."""

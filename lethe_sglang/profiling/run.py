@@ -8,8 +8,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from lethe_sglang import __version__
 from lethe_sglang.allocation.budgets import layer_budgets
@@ -20,7 +21,6 @@ from lethe_sglang.allocation.profile import (
     Profile,
     PromptsInfo,
     Rule,
-    Sensitivity,
     Settings,
     save,
 )
@@ -129,14 +129,28 @@ def measure(task: Pass) -> tuple[Profile, Path]:
         On Ctrl-C, once the engine runs.
     """
     started = time.monotonic()
-    source, prompts = _given(task)
+    given = _given(task)
     print(f"lethe profile: starting SGLang with {task.model_path}", file=sys.stderr, flush=True)
     engine = _start(task)
     try:
-        measured = _measure(task, engine, source, prompts)
+        profile, ids, partial = _measure(task, engine, *given)
     finally:
         engine.shutdown()
-    return _finish(task, measured, started)
+    rule: Rule = "sensitivity" if task.sensitivity else "concentration"
+    if task.sensitivity:
+        try:
+            found = sensitivity.run(task, ids, profile.model.layers)
+        except KeyboardInterrupt:
+            raise Interrupted(profile.prompts.count, len(ids), partial.path) from None
+        profile = profile.model_copy(update={"sensitivity": found})
+    cost = profile.cost.model_copy(update={"total_seconds": time.monotonic() - started})
+    profile = with_rule(profile.model_copy(update={"cost": cost}), task.rule or rule, task.alpha, task.config)
+    try:
+        save(profile, partial.profile)
+    except OSError as error:
+        raise ConfigError(f"--out {partial.profile}: cannot be written: {error.strerror}; give another file") from None
+    partial.remove()
+    return profile, partial.profile
 
 
 def _given(task: Pass) -> tuple[str, list[Prompt] | None]:
@@ -156,22 +170,10 @@ def _start(task: Pass) -> Any:
     return sgl.Engine(server_args=prepare_server_args(task.engine_args()))
 
 
-class Measured(NamedTuple):
-    """What is known once every prompt is measured; ``ids`` are the prompts' tokens."""
-
-    model: ModelFingerprint
-    settings: Settings
-    records: list[Record]
-    source: str
-    prompts_hash: str
-    ids: list[list[int]]
-    out: Path
-    partial: Partial
-    seconds: float
-    statistics_bytes: int
-
-
-def _measure(task: Pass, engine: Any, source: str, prompts: list[Prompt] | None) -> Measured:
+def _measure(
+    task: Pass, engine: Any, source: str, prompts: list[Prompt] | None
+) -> tuple[Profile, list[list[int]], Partial]:
+    """Return the profile without rule and sensitivity, the prompts' token ids, and where finished prompts are kept."""
     from sglang.srt.arg_groups.model_override_base import model_config_of, resolved_view
 
     from lethe_sglang.attention.measure import IDLE_STEPS
@@ -189,8 +191,7 @@ def _measure(task: Pass, engine: Any, source: str, prompts: list[Prompt] | None)
         prompts = _writable(tokenizer, task)
     out = task.out if task.out is not None else cache.file_of(model, cache.directory())
     key = digest([model.key, hash_of(prompts), task.raw, settings.model_dump(mode="json")])
-    partial = Partial(out.with_name(f"{out.name}.partial"), key)
-
+    partial = Partial(out, key)
     ids = [tokens_of(tokenizer, prompt, task.raw) for prompt in prompts]
 
     def ask(numbers: Sequence[int]) -> tuple[list[Record], int]:
@@ -203,34 +204,11 @@ def _measure(task: Pass, engine: Any, source: str, prompts: list[Prompt] | None)
         found = [{**r, "rid": asked[r["rid"]]} for r in report["measured"] if r["rid"] in asked]
         return longest(found), int(report["statistics_bytes"])
 
-    begun = time.monotonic()
-    progress = Progress(len(prompts), sys.stderr)
+    begun, progress = time.monotonic(), Progress(len(prompts), sys.stderr)
     records, size = collect(len(prompts), task.concurrency, ask, partial, progress, task.time_limit)
     seconds = time.monotonic() - begun
-    return Measured(model, settings, records, source, hash_of(prompts), ids, out, partial, seconds, size)
-
-
-def _finish(task: Pass, measured: Measured, started: float) -> tuple[Profile, Path]:
-    """Prune the layers one at a time if that is asked for, and write the profile; until then nothing is given up."""
-    model, out = measured.model, measured.out
-    found = None
-    if task.sensitivity:
-        try:
-            found = sensitivity.run(task, measured.ids, model.layers)
-        except KeyboardInterrupt:
-            raise Interrupted(len(measured.records), len(measured.ids), measured.partial.path) from None
-    cost = Cost(
-        measuring_seconds=measured.seconds,
-        total_seconds=time.monotonic() - started,
-        statistics_bytes=measured.statistics_bytes,
-    )
-    profile = assemble(task, measured, found, cost)
-    try:
-        save(profile, out)
-    except OSError as error:
-        raise ConfigError(f"--out {out}: cannot be written: {error.strerror}; give another file") from None
-    measured.partial.remove()
-    return profile, out
+    cost = Cost(measuring_seconds=seconds, total_seconds=seconds, statistics_bytes=size)
+    return assemble(model, settings, source, hash_of(prompts), records, cost), ids, partial
 
 
 def collect(
@@ -300,31 +278,29 @@ def _lots(numbers: list[int], size: int) -> Iterator[list[int]]:
     return (numbers[i : i + size] for i in range(0, len(numbers), size))
 
 
-def assemble(task: Pass, measured: Measured, found: Sensitivity | None, cost: Cost) -> Profile:
-    """Make the profile of a pass, with its rule and what that makes of the budget."""
-    records, layers = measured.records, measured.model.layers
-    queries = sum(record["queries"] for record in records)
-    rule = task.rule or ("concentration" if found is None else "sensitivity")
-    profile = Profile(
+def assemble(
+    model: ModelFingerprint, settings: Settings, source: str, prompts_hash: str, records: Sequence[Record], cost: Cost
+) -> Profile:
+    """Make a profile of what was measured, with the default rule and a budget of nothing."""
+    count, queries = len(records), sum(record["queries"] for record in records)
+    return Profile(
         rule="concentration",
         alpha=1.0,
-        model=measured.model,
-        versions=_versions(),
+        model=model,
+        versions={"lethe-sglang": __version__, **{name: metadata.version(name) for name in ("sglang", "torch")}},
         prompts=PromptsInfo(
-            source=measured.source,
-            hash=measured.prompts_hash,
-            count=len(records),
+            source=source,
+            hash=prompts_hash,
+            count=count,
             queries=queries,
-            prompt_tokens=sum(record["prompt_tokens"] for record in records) / len(records),
-            answer_tokens=queries / len(records) + 1,
+            prompt_tokens=sum(record["prompt_tokens"] for record in records) / count,
+            answer_tokens=queries / count + 1,
         ),
-        settings=measured.settings,
+        settings=settings,
         cost=cost,
         statistics=summarise(records),
-        sensitivity=found,
-        budgets=Budgets(tokens=task.config.budget.tokens, layers=(1,) * layers),
+        budgets=Budgets(tokens=2, layers=(1,) * model.layers),
     )
-    return with_rule(profile, rule, task.alpha, task.config)
 
 
 def with_rule(profile: Profile, rule: Rule, alpha: float, config: EvictionConfig) -> Profile:
@@ -363,9 +339,3 @@ def _writable(tokenizer: Any, task: Pass) -> list[Prompt]:
 def _round_trips(tokenizer: Any, text: str) -> bool:
     back = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False))
     return "".join(back.split()) == "".join(text.split())
-
-
-def _versions() -> dict[str, str]:
-    from importlib import metadata
-
-    return {"lethe-sglang": __version__, **{name: metadata.version(name) for name in ("sglang", "torch")}}

@@ -130,7 +130,7 @@ def test_breakpoint_allocation_respects_the_mean_and_serves(start, tmp_path):
     settings = tmp_path / "breakpoint.yaml"
     settings.write_text(
         "budget: {tokens: 48, allocation: breakpoint}\nrounds: {interval: 16}\nrasr: {half_life: 7}\n"
-        "breakpoint: {sparse_ratio: 20, segments: 16}\ndebug: {shadow: true, record_kept: true}\n"
+        "debug: {shadow: true, record_kept: true}\n"
     )
     server_yaml = tmp_path / "server.yaml"
     server_yaml.write_text(f"kv-evict: lethe\nkv-evict-config: {settings}\nmax-total-tokens: 1200\n")

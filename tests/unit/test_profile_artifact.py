@@ -25,7 +25,6 @@ class TestArtifact:
         made = profile(hoyer=HOYER, coverage_95=(10.0, 40.0, 20.0, 12.5))
         save(made, tmp_path / "new" / "p.yaml")
         assert load(tmp_path / "new" / "p.yaml") == made
-        assert load(tmp_path / "new" / "p.yaml").digest == made.digest
         assert [p.name for p in (tmp_path / "new").iterdir()] == ["p.yaml"], "a draft stayed behind"
 
     def test_a_failed_write_leaves_the_old_file_and_no_draft(self, tmp_path, monkeypatch):

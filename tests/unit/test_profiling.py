@@ -4,18 +4,20 @@ import io
 import itertools
 import json
 import statistics
+from types import SimpleNamespace
 
 import pytest
-from profiles import MODEL, SETTINGS, record
+from profiles import MODEL, SETTINGS, profile, record
 
 from lethe_sglang.allocation import layer_budgets
-from lethe_sglang.allocation.profile import PER_PROMPT, PER_QUERY, STATISTICS, Cost, Sensitivity
+from lethe_sglang.allocation.profile import PER_PROMPT, PER_QUERY, STATISTICS, Cost, Sensitivity, load
 from lethe_sglang.cli import main as cli
 from lethe_sglang.config import ConfigError, EvictionConfig, from_mapping
+from lethe_sglang.profiling import run
 from lethe_sglang.profiling.progress import Progress
 from lethe_sglang.profiling.prompts import generated, hash_of, read
 from lethe_sglang.profiling.records import Partial, longest, summarise
-from lethe_sglang.profiling.run import Interrupted, Measured, Pass, assemble, collect, tokens_of
+from lethe_sglang.profiling.run import Interrupted, Pass, assemble, collect, tokens_of, with_rule
 
 
 class TestPrompts:
@@ -97,7 +99,7 @@ class TestPrompts:
 class TestInterruptedPass:
     def run(self, tmp_path, ask, total=7, concurrency=2, key="k", time_limit=None):
         self.shown = io.StringIO()
-        partial = Partial(tmp_path / "p.yaml.partial", key)
+        partial = Partial(tmp_path / "p.yaml", key)
         return collect(total, concurrency, ask, partial, Progress(total, self.shown), time_limit)[0]
 
     def asking(self, stop_after=None, seconds=0.0):
@@ -180,39 +182,61 @@ class TestStatistics:
 
     @pytest.mark.parametrize("changed", [None, (0.2, 0.0, 0.1, 0.1)])
     @pytest.mark.parametrize("rule", [None, "hoyer"])
-    def test_the_budgets_of_a_profile_are_those_of_its_rule_and_configuration(self, changed, rule, tmp_path):
+    def test_the_budgets_of_a_profile_are_those_of_its_rule_and_configuration(self, changed, rule):
         records = [record("0", 0.1), record("1", 0.3)]
         for one in records:  # sparsities of 0.05 to 0.35
             for part in one["by_length"].values():
                 part["sums"] = [[x / 10 for x in layer] for layer in part["sums"]]
         config = from_mapping({"budget": {"tokens": 100, "allocation": "list", "layers": [100] * 4}})
         found = None if changed is None else Sensitivity(kept=50, prompts=2, changed=changed, lost=changed)
-        measured = Measured(
-            model=MODEL,
-            settings=SETTINGS,
-            records=records,
-            source="p.jsonl",
-            prompts_hash="beef",
-            ids=[[1], [2]],
-            out=tmp_path / "p.yaml",
-            partial=Partial(tmp_path / "p.yaml.partial", "key"),
-            seconds=1.0,
-            statistics_bytes=3,
-        )
-        made = assemble(
-            Pass(model_path="m", rule=rule, alpha=3.0, config=config),
-            measured,
-            found,
-            Cost(measuring_seconds=1, total_seconds=2, statistics_bytes=3),
-        )
+        cost = Cost(measuring_seconds=1, total_seconds=2, statistics_bytes=3)
+        measured = assemble(MODEL, SETTINGS, "p.jsonl", "beef", records, cost).model_copy(update={"sensitivity": found})
+        chosen = rule or ("concentration" if changed is None else "sensitivity")
+        made = with_rule(measured, chosen, 3.0, config)
         weights = [c**3 for c in made.mean("concentration")] if changed is None else [(c + 0.1) ** 3 for c in changed]
         if rule == "hoyer":
             weights = [(1 - h) ** 3 for h in made.mean("hoyer")]
-        assert made.rule == (rule or ("concentration" if changed is None else "sensitivity")) and made.alpha == 3.0
+        assert (made.rule, made.alpha) == (chosen, 3.0)
         assert made.sensitivity == found
         assert made.budgets.tokens == 100
         assert made.budgets.layers == tuple(30 + k for k in layer_budgets(70, weights, 5))
         assert (made.prompts.count, made.prompts.queries, made.prompts.answer_tokens) == (2, 20, 11)
+
+
+class TestMeasure:
+    @pytest.mark.parametrize(
+        ("asked", "rule"),
+        [
+            ({}, "concentration"),
+            ({"sensitivity": True}, "sensitivity"),
+            ({"sensitivity": True, "rule": "hoyer"}, "hoyer"),
+        ],
+    )
+    def test_the_rule_is_concentration_or_what_was_measured_for_it(self, tmp_path, monkeypatch, asked, rule):
+        found = Sensitivity(kept=50, prompts=2, changed=(0.2, 0.0, 0.1, 0.1), lost=(0.0,) * 4)
+        partial = Partial(tmp_path / "p.yaml", "key")
+        partial.start([])
+        monkeypatch.setattr(run, "_start", lambda task: SimpleNamespace(shutdown=lambda: None))
+        monkeypatch.setattr(run, "_measure", lambda *given: (profile(hoyer=(0.1, 0.2, 0.3, 0.4)), [[1], [2]], partial))
+        monkeypatch.setattr(run.sensitivity, "run", lambda task, ids, layers: found)
+        made, path = run.measure(Pass(model_path="m", alpha=2.0, **asked))
+        assert (made.rule, made.alpha, made.sensitivity) == (rule, 2.0, found if asked else None)
+        assert load(path).rule == rule and path == tmp_path / "p.yaml"
+        assert not partial.path.exists(), "what an interrupted pass needs stayed behind"
+
+    def test_ctrl_c_while_layers_are_pruned_keeps_what_is_done(self, tmp_path, monkeypatch):
+        partial = Partial(tmp_path / "p.yaml", "key")
+        partial.start([])
+
+        def stop(task, ids, layers):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(run, "_start", lambda task: SimpleNamespace(shutdown=lambda: None))
+        monkeypatch.setattr(run, "_measure", lambda *given: (profile(), [[1], [2]], partial))
+        monkeypatch.setattr(run.sensitivity, "run", stop)
+        with pytest.raises(Interrupted, match="2 of 2 prompts are kept in"):
+            run.measure(Pass(model_path="m", sensitivity=True))
+        assert partial.path.exists() and not (tmp_path / "p.yaml").exists()
 
 
 class TestCommandLine:
