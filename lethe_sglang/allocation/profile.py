@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,6 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 from lethe_sglang.allocation.fingerprint import ModelFingerprint, Part
 from lethe_sglang.config import ConfigError
 from lethe_sglang.config.loading import write_yaml
+from lethe_sglang.files import write_atomically
 
 FORMAT = 2
 """Version of the file; a reader knows exactly one."""
@@ -203,28 +201,6 @@ def save(profile: Profile, path: Path) -> None:
     text = "# Attention statistics of one model, made by `lethe profile`; see docs/profiling.md.\n"
     text += write_yaml(_rounded(profile.model_dump(mode="json")), 120)
     write_atomically(path, text)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's content in one step.
-
-    Raises
-    ------
-    OSError
-        If the directory cannot be written to.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
-    try:
-        with draft.open("x", encoding="utf-8") as out:
-            out.write(text)
-            out.flush()
-            os.fsync(out.fileno())
-        draft.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            draft.unlink()
-        raise
 
 
 def load(path: Path, where: str | None = None) -> Profile:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from lethe_sglang.allocation.profile import Profile, Rule, load, save
+from lethe_sglang.cli import server_args
 from lethe_sglang.cli.options import integer, number
 from lethe_sglang.cli.show_profile import render
 from lethe_sglang.config import ConfigError, resolve
-from lethe_sglang.profiling.automatic import ended_by_signals
+from lethe_sglang.processes import ending_on_signals
 from lethe_sglang.profiling.prompts import read
 from lethe_sglang.profiling.run import Interrupted, Pass, measure, with_rule
 
@@ -23,14 +23,12 @@ if TYPE_CHECKING:
 
 _OWN = {
     "--model-path": "use --model-path of lethe profile",
-    "--model": "use --model-path of lethe profile",
     "--random-seed": "use --seed of lethe profile",
     "--max-running-requests": "use --concurrency of lethe profile",
-    "--disable-overlap-schedule": "leave it out",
+    "--disable-overlap-schedule": "",
     "--kv-evict": "leave it out: a profile is of the uncompressed model",
     "--kv-evict-config": "use --config of lethe profile",
     "--kv-evict-budget": "use --budget of lethe profile",
-    "--kv-evict-profile": "leave it out",
 }
 
 
@@ -38,7 +36,6 @@ def add_parser(subparsers: Subparsers) -> None:
     """Register ``lethe profile``."""
     parser = subparsers.add_parser(
         "profile",
-        help="measure a model's layers once, to share the budget among them",
         description="Let the model answer calibration prompts through SGLang, uncompressed, measure the attention of "
         "every layer, and write the profile (YAML). Ctrl-C keeps what is done; the same command goes on from there. "
         "With --from, write a profile that was measured before with another rule; nothing is measured.",
@@ -127,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
         if args.source is not None:
             profile, path = _rewrite(args, given.keys() - {"model_path", "rule", "alpha"})
         else:
-            with ended_by_signals():
+            with ending_on_signals():
                 profile, path = measure(_pass(args, given))
     except (Interrupted, KeyboardInterrupt) as stopped:
         print(f"lethe profile: interrupted{f'; {stopped}' if str(stopped) else ''}", file=sys.stderr)
@@ -152,7 +149,7 @@ def _rewrite(args: argparse.Namespace, unread: set[str]) -> tuple[Profile, Path]
 
 def _pass(args: argparse.Namespace, given: dict[str, Any]) -> Pass:
     config = resolve(None, args.config, args.budget)
-    server_args = _server_args(given.pop("server_args", ""))
+    words = server_args.split(given.pop("server_args", ""), "lethe profile", _OWN)
     if args.rule == "sensitivity" and "sensitivity" not in given:
         raise ConfigError("--rule sensitivity: needs --sensitivity, which measures it")
     _check_model(args.model_path)
@@ -160,18 +157,7 @@ def _pass(args: argparse.Namespace, given: dict[str, Any]) -> Pass:
         _check_out(args.out)
     if "prompts" in given:
         read(given["prompts"])
-    return Pass(**given, out=args.out, config=config, server_args=server_args)
-
-
-def _server_args(text: str) -> tuple[str, ...]:
-    try:
-        words = tuple(shlex.split(text))
-    except ValueError as error:
-        raise ConfigError(f"--server-args {text!r}: {error}; quote each argument as in a shell") from None
-    for word in words:
-        if (instead := _OWN.get(word.partition("=")[0])) is not None:
-            raise ConfigError(f"--server-args: {word.partition('=')[0]} is set by lethe profile; {instead}")
-    return words
+    return Pass(**given, out=args.out, config=config, server_args=words)
 
 
 def _check_model(model_path: str) -> None:

@@ -6,21 +6,17 @@ own must have none of it. The process is this module: it takes a pickled ``Pass`
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import os
 import pickle
-import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from lethe_sglang.config import ConfigError
+from lethe_sglang.processes import ending_on_signals, kill_group
 from lethe_sglang.profiling.run import Pass, measure
 
 logger = logging.getLogger("lethe_sglang")
@@ -98,7 +94,7 @@ def run_to_end(words: Sequence[str], seconds: float, given: bytes = b"") -> int 
         The exit status; None after ``seconds``.
     """
     process: subprocess.Popen[bytes] | None = None
-    with ended_by_signals():
+    with ending_on_signals():
         try:
             process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
             process.communicate(given, seconds)
@@ -107,27 +103,7 @@ def run_to_end(words: Sequence[str], seconds: float, given: bytes = b"") -> int 
             return None
         finally:
             if process is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-
-
-@contextlib.contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """Turn SIGTERM and SIGHUP into ``SystemExit`` inside the block, if this is the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        sys.exit(128 + number)
-
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+                kill_group(process)
 
 
 def main() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics as stats
 from collections import defaultdict
 from collections.abc import Sequence
@@ -10,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from lethe_sglang.allocation.profile import PER_PROMPT, PER_QUERY, Statistic
+from lethe_sglang.files import Journal
 
 Record = dict[str, Any]
 """One prompt's report, see ``Runtime.measured``; ``rid`` is the prompt's number as text."""
 
 
-class Partial:
-    """Finished prompts of a pass that may be interrupted: a JSON line each, below a line that says of which pass.
+class Partial(Journal):
+    """Finished prompts of a pass that may be interrupted.
 
     Parameters
     ----------
@@ -27,39 +27,15 @@ class Partial:
     """
 
     def __init__(self, profile: Path, key: str) -> None:
-        self.profile, self.path, self.key = profile, profile.with_name(f"{profile.name}.partial"), key
+        super().__init__(profile.with_name(f"{profile.name}.partial"), {"pass": key})
+        self.profile = profile
 
     def load(self) -> dict[str, Record]:
-        """Return the finished prompts by number; a line that was cut off in the middle is dropped."""
-        found: dict[str, Record] = {}
+        """Return the finished prompts by number; a file that cannot be read has none."""
         try:
-            header, *lines = self.path.read_text(encoding="utf-8").splitlines()
-            if json.loads(header) != {"pass": self.key}:
-                return {}
-        except (OSError, ValueError):
+            return {record["rid"]: record for record in self.read()}
+        except (OSError, ValueError, KeyError, TypeError):
             return {}
-        for line in lines:
-            try:
-                record = json.loads(line)
-                found[record["rid"]] = record
-            except (ValueError, KeyError, TypeError):
-                continue
-        return found
-
-    def start(self, records: Sequence[Record]) -> None:
-        """Write the file anew with what is finished already."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps({"pass": self.key}), *map(json.dumps, records)]
-        self.path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-
-    def add(self, records: Sequence[Record]) -> None:
-        """Append finished prompts."""
-        with self.path.open("a", encoding="utf-8") as out:
-            out.write("".join(f"{json.dumps(record)}\n" for record in records))
-
-    def remove(self) -> None:
-        """Delete the file."""
-        self.path.unlink(missing_ok=True)
 
 
 def longest(reports: Sequence[Record]) -> list[Record]:

@@ -11,11 +11,12 @@ import yaml
 from profiles import MODEL, profile
 
 from lethe_sglang.allocation import from_config, layer_budgets
-from lethe_sglang.allocation.profile import STATISTICS, Rule, load, save, write_atomically
+from lethe_sglang.allocation.profile import STATISTICS, Rule, load, save
 from lethe_sglang.allocation.rules import RULES, weights
 from lethe_sglang.cli import main as cli
 from lethe_sglang.cli.show_profile import rank_correlation
 from lethe_sglang.config import ConfigError, from_mapping, resolve
+from lethe_sglang.files import write_atomically
 
 HOYER = (0.9, 0.5, 0.7, 0.8)
 

@@ -246,7 +246,7 @@ class TestCommandLine:
             (["--model-path", "./nowhere"], "--model-path ./nowhere: no model there"),
             (
                 ["--model-path", "m", "--server-args=--kv-evict lethe"],
-                "--server-args: --kv-evict is set by lethe profile",
+                "--server-args: '--kv-evict' is set by lethe profile; leave it out: a profile is of",
             ),
             (["--model-path", "m", "--server-args='"], '--server-args "\'": No closing quotation'),
             (["--model-path", "m", "--budget", "5"], "--kv-evict-budget 5: budget.tokens"),
