@@ -5,11 +5,8 @@ import contextlib
 import json
 import os
 import signal
-import socket
-import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -17,9 +14,10 @@ from typing import Any
 
 from openai import OpenAI
 
+from lethe_bench.servers import Server, ServerError, port_free
+
 ROOT = Path(__file__).resolve().parent.parent
 LOG = ROOT / "out" / "quickstart.log"
-READY_TIMEOUT_S = 600  # a first start on a GPU compiles kernels
 RING, START, STEPS = "kteiomrbzy", "e", 57  # a walk round ten nodes; the chain is 284 tokens
 QUESTION = ";".join(f"{node}{after.upper()}" for node, after in sorted(zip(RING, RING[1:] + RING[0], strict=True)))
 QUESTION += f";?{START.upper()}0#{STEPS}"
@@ -27,36 +25,19 @@ RIGHT_ANSWER = RING[(RING.index(START) + STEPS) % len(RING)].upper()
 
 
 @contextlib.contextmanager
-def serving(port: int) -> Iterator[str]:
-    """Start the server and yield its address once it is ready; on leaving, end all of its processes."""
-    url = f"http://127.0.0.1:{port}"
-    with socket.socket() as probe:
-        if probe.connect_ex(("127.0.0.1", port)) == 0:
-            sys.exit(f"error: port {port} is in use; choose another with --port")
+def serving(port: int) -> Iterator[Server]:
+    """Start the server and yield it once it is ready; on leaving, end all of its processes."""
+    if not port_free(port):
+        sys.exit(f"error: port {port} is in use; choose another with --port")
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(ROOT / "models" / "reasoner")]
     command += ["--port", str(port), "--kv-evict", "lethe", "--kv-evict-config", "cpu-demo"]
     print(f"starting  {' '.join(command[1:])}\n          (about a minute; log: {LOG})", flush=True)
     LOG.parent.mkdir(exist_ok=True)
-    with LOG.open("w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     try:
-        deadline = time.monotonic() + READY_TIMEOUT_S
-        while server.poll() is None and time.monotonic() < deadline:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=10):
-                break
-            time.sleep(0.5)
-        else:
-            tail = "\n".join(LOG.read_text(errors="replace").splitlines()[-30:])
-            sys.exit(f"{tail}\n\nerror: the server did not start; its whole log is {LOG}")
-        yield url
-    finally:
-        try:
-            server.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                server.wait(20)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(server.pid, signal.SIGKILL)  # what outlives the launcher
+        with Server(command, port, LOG) as server:
+            yield server
+    except ServerError as error:
+        sys.exit(f"error: {error}\nthe whole log is {LOG}")
 
 
 def ask(url: str) -> tuple[str, str]:
@@ -74,11 +55,10 @@ def ask(url: str) -> tuple[str, str]:
     return rid, text.rpartition("</think>")[2]
 
 
-def eviction(url: str, rid: str) -> dict[str, Any]:
+def eviction(server: Server, rid: str) -> dict[str, Any]:
     """Return the server's eviction statistics once they include the end of request `rid`."""
     for _ in range(20):
-        with urllib.request.urlopen(f"{url}/server_info", timeout=30) as reply:
-            stats: dict[str, Any] = json.load(reply)["internal_states"][0]["lethe"]
+        stats: dict[str, Any] = server.get("/server_info")["internal_states"][0]["lethe"]
         if (stats["last_finished"] or {}).get("rid") == rid:
             return stats
         time.sleep(0.25)
@@ -95,10 +75,10 @@ def main() -> int:
     os.environ["NO_PROXY"] = "127.0.0.1"
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda caught, _: sys.exit(128 + caught))
-    with serving(args.port) as url:
+    with serving(args.port) as server:
         print(f"question  {QUESTION}  (where does a walk of {STEPS} steps from {START} end?)\nreasoning ", end="")
-        rid, answer = ask(url)
-        stats = eviction(url, rid)
+        rid, answer = ask(server.url)
+        stats = eviction(server, rid)
         last, correct = stats["last_finished"], answer == RIGHT_ANSWER
         print(f"\nanswer    {answer} ({'right' if correct else f'wrong: it is {RIGHT_ANSWER}'})\n")
         print(
@@ -112,7 +92,7 @@ def main() -> int:
             args.json.write_text(json.dumps(outcome) + "\n")
         if not args.once:
             body = json.dumps({"messages": [{"role": "user", "content": "a.a'7;cAc'5;bCb'2;?#02b#01c"}]})
-            print(f"\nStill serving; Ctrl-C stops it. Try:\n  curl {url}/v1/chat/completions \\")
+            print(f"\nStill serving; Ctrl-C stops it. Try:\n  curl {server.url}/v1/chat/completions \\")
             print(f"    -H 'Content-Type: application/json' -d '{body}'", flush=True)
             signal.pause()
     return 0 if correct else 1

@@ -32,7 +32,6 @@ def add_parser(subparsers: Subparsers) -> None:
     """Register ``lethe plan``."""
     parser = subparsers.add_parser(
         "plan",
-        help="work out what a deployment will hold, before it runs",
         description="Print blocks per request, requests that fit and their ratio to stock SGLang, from the model's "
         "configuration and the memory; nothing is loaded or started.",
         allow_abbrev=False,

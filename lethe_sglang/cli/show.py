@@ -20,7 +20,6 @@ def add_parser(subparsers: Subparsers) -> None:
     """Register ``lethe show``."""
     parser = subparsers.add_parser(
         "show",
-        help="print the resolved configuration, a profile, the presets or the support matrix",
         description="Print the configuration that the flags resolve to, as YAML that --kv-evict-config accepts; or, "
         "with profile FILE, the statistics and budgets of a profile, and how it differs from OTHER.",
         usage="lethe show [profile FILE [OTHER] [--plot OUT]] [--kv-evict ...] [--presets | --support]",

@@ -119,12 +119,10 @@ def draw(profiles: Sequence[Profile], names: Sequence[str], out: Path) -> None:
     Raises
     ------
     ConfigError
-        If matplotlib is missing or the file cannot be written.
+        If the file cannot be written.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ConfigError("--plot: needs matplotlib; pip install lethe-sglang[plot]") from None
+    import matplotlib  # without it `lethe` says what to install
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

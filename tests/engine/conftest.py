@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import signal
-import socket
-import subprocess
 import sys
 import time
 import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
+from lethe_bench import servers
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "reasoner-dev"
@@ -29,71 +25,29 @@ STRICT = {
 START_SECONDS = 420
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-class Server:
+class Server(servers.Server):
     """One SGLang server process and a few ways to talk to it."""
 
     def __init__(self, *args: str, entry=("-m", "sglang.launch_server"), env=None, log: Path):
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.log = log
-        command = [
-            sys.executable,
-            *entry,
-            "--model-path",
-            str(MODEL),
-            "--port",
-            str(self.port),
-            "--sleep-on-idle",
-            *args,
-        ]
-        with log.open("w") as out:
-            self.process = subprocess.Popen(
-                command,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **STRICT, **(env or {})},
-                cwd=ROOT,
-                start_new_session=True,
-            )
+        port = servers.some_free_port()
+        command = [sys.executable, *entry, "--model-path", str(MODEL), "--port", str(port), "--sleep-on-idle", *args]
+        super().__init__(command, port, log, {**STRICT, **(env or {})})
+        self.start()
 
     def wait(self) -> Server:
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline:
-            if self.process.poll() is not None:
-                raise RuntimeError(f"server died with {self.process.returncode}:\n{self.tail()}")
-            try:
-                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
-                    return self
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.5)
-        raise RuntimeError(f"server not up after {START_SECONDS} s:\n{self.tail()}")
+        super().wait(START_SECONDS)
+        return self
+
+    def stop(self) -> None:
+        super().stop(grace=0)
 
     def tail(self) -> str:
         lines = [line[:300] for line in self.log.read_text(errors="replace").splitlines() if "server_args=" not in line]
         return "\n".join(lines[-25:])
 
-    def stop(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
     def post(self, path: str, body: dict | None = None, timeout: float = 600) -> dict:
-        request = urllib.request.Request(
-            f"{self.url}{path}", data=json.dumps(body or {}).encode(), headers={"content-type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=timeout) as response:
-            text = response.read().decode()
+        text = super().post(path, body or {}, timeout)
         return json.loads(text) if text.startswith(("{", "[")) else {"text": text}
-
-    def get(self, path: str) -> dict:
-        with urllib.request.urlopen(f"{self.url}{path}", timeout=60) as response:
-            return json.loads(response.read())
 
     def generate(self, prompt: str, tokens: int = 300, kv_evict=None, logprobs: bool = False, **sampling) -> dict:
         """One greedy native request; returns output ids, text and logprobs."""
@@ -131,7 +85,7 @@ class Server:
         """Idle, nothing held, no memory check has fired, the scheduler is alive."""
         self.flush()
         time.sleep(0.3)
-        assert self.process.poll() is None, self.tail()
+        assert self.status is None, self.tail()
         log = self.log.read_text(errors="replace")
         for bad in ("Mem Leak", "memory leak", "double free", "Traceback", "stale"):
             assert bad not in log, f"{bad!r} in the log:\n{self.tail()}"

@@ -7,13 +7,15 @@ import os
 import subprocess
 import sys
 
-from conftest import ROOT, free_port
+from conftest import ROOT
+
+from lethe_bench.servers import some_free_port
 
 
 def test_quickstart_answers_right_with_half_the_memory(tmp_path):
     out = tmp_path / "out.json"
     done = subprocess.run(
-        ["bash", "scripts/quickstart.sh", "--once", "--json", str(out), "--port", str(free_port())],
+        ["bash", "scripts/quickstart.sh", "--once", "--json", str(out), "--port", str(some_free_port())],
         capture_output=True,
         text=True,
         timeout=600,

@@ -10,7 +10,7 @@ import pytest
 from lethe_sglang.config import EvictionConfig
 
 ROOT = Path(__file__).parents[2]
-PACKAGE = ROOT / "lethe_sglang"
+PACKAGE, LABORATORY = ROOT / "lethe_sglang", ROOT / "lethe_bench"
 MAY_IMPORT = {
     "config": set(),
     "policies": {"config"},
@@ -20,13 +20,25 @@ MAY_IMPORT = {
     "attention": {"config", "policies", "allocation", "kernels", "cache"},
     "profiling": {"config", "allocation", "attention"},
     "engine": {"config", "policies", "allocation", "kernels", "cache", "attention", "profiling"},
-    "evaluation": {"config", "policies", "allocation", "engine"},
-    "cli": {"config", "policies", "allocation", "profiling", "evaluation"},
+    "cli": {"config", "policies", "allocation", "profiling"},
 }
 EXCEPTIONS = {("cli/show.py", "lethe_sglang.engine.guard")}
 """The support matrix is what the guard refuses; ``lethe show --support`` prints it."""
+LEAVES = {"files", "processes"}
+"""Modules that every room may import, and that import none."""
+OF_THE_PRODUCT = {
+    "config",
+    "policies",
+    "allocation",
+    "kernels",
+    "cli.options",
+    "cli.server_args",
+    "cli.show_profile",
+    *LEAVES,
+}
+"""What the laboratory may import: what a configuration means, and tools. Servers it knows over HTTP alone."""
 SRT_ALLOWED = ("engine/", "attention/", "profiling/", "plugin.py", "cache/pool.py")
-MODULES = sorted(PACKAGE.rglob("*.py"))
+MODULES, EXPERIMENTS = sorted(PACKAGE.rglob("*.py")), sorted(LABORATORY.rglob("*.py"))
 
 
 def imports(path: Path) -> list[str]:
@@ -50,10 +62,28 @@ def test_imports_run_downwards_and_sglang_stays_in_its_rooms(path):
             assert allowed or (where, ".".join(parts[:3])) in EXCEPTIONS, f"{where} imports {name}"
         if name.startswith("sglang.srt"):
             assert where.startswith(SRT_ALLOWED), f"{where} imports {name}"
+        assert parts[0] != "lethe_bench", f"{where} imports {name}: the product does not know the laboratory"
+        assert parts[0] != "lethe_sglang" or where.removesuffix(".py") not in LEAVES, f"{where} is a leaf"
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: str(p.relative_to(LABORATORY)))
+def test_the_laboratory_takes_little_of_the_product_and_nothing_of_the_engine(path):
+    for name in imports(path):
+        parts = name.split(".")
+        assert parts[0] != "sglang", f"{path} imports {name}: servers are other processes"
+        if parts[0] == "lethe_sglang" and len(parts) > 1:
+            part = parts[1] if parts[1] != "cli" else ".".join(parts[1:3])
+            assert part in OF_THE_PRODUCT | {"cli"}, f"{path} imports {name}"
+
+
+def test_every_room_of_the_product_has_its_rule():
+    rooms = {p.relative_to(PACKAGE).parts[0].removesuffix(".py") for p in MODULES}
+    assert rooms == {*MAY_IMPORT, *LEAVES, "__init__", "plugin"}
 
 
 def test_modules_stay_small():
-    assert not {str(p): n for p in MODULES if (n := len(p.read_text().splitlines())) > 450}
+    lines = {p: len(p.read_text().splitlines()) for p in (*MODULES, *EXPERIMENTS)}
+    assert not {str(p): n for p, n in lines.items() if n > (450 if PACKAGE in p.parents else 400)}
 
 
 def options(model, prefix=""):
@@ -76,6 +106,7 @@ def test_the_readme_shows_the_support_matrix_of_the_guard():
 
 
 def test_the_formatter_is_never_switched_off():
+    folders = ("lethe_sglang", "lethe_bench", "lethe_cpu", "tests", "scripts", "models")
     marks = [f"# fmt: {word}" for word in ("skip", "off")]
-    files = [p for folder in ("lethe_sglang", "lethe_cpu", "tests", "scripts") for p in (ROOT / folder).rglob("*.py")]
+    files = [p for folder in folders for p in (ROOT / folder).rglob("*.py")]
     assert not [str(p) for p in files if any(mark in p.read_text() for mark in marks)]

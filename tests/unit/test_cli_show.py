@@ -90,25 +90,3 @@ def test_a_wrong_command_line_ends_with_status_2(arguments, capsys):
         cli.main(arguments)
     assert stopped.value.code == 2
     assert "usage: lethe" in capsys.readouterr().err
-
-
-def test_help_lists_every_subcommand_and_imports_none(capsys, monkeypatch):
-    monkeypatch.setattr(cli.importlib, "import_module", lambda name: pytest.fail(f"imported {name}"))
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["--help"])
-    assert stopped.value.code == 0
-    printed = capsys.readouterr().out
-    assert all(name in printed for name in cli.COMMANDS)
-    assert {"show", "bench"} <= set(cli.COMMANDS)
-
-
-def test_a_subcommand_imports_its_own_module_only(monkeypatch):
-    ran = []
-    module = ModuleType("fake")
-    module.add_parser = lambda subparsers: subparsers.add_parser("fake").add_argument("--size", type=int)
-    module.run = lambda args: ran.append(args.size) or 3
-    monkeypatch.setitem(sys.modules, "fake", module)
-    commands = {"fake": cli.Command("fake", "for this test"), "broken": cli.Command("no_such_module", "cannot load")}
-    monkeypatch.setattr(cli, "COMMANDS", commands)
-    assert cli.main(["fake", "--size", "7"]) == 3
-    assert ran == [7]

@@ -1,0 +1,1 @@
+"""Accuracy against memory on live servers: ``lethe eval``."""

@@ -1,0 +1,178 @@
+"""``lethe eval``: accuracy against memory on live servers."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lethe_bench.accuracy.experiment import Experiment
+from lethe_bench.accuracy.loading import load
+from lethe_bench.cli.checks import check_model, check_ports, say
+from lethe_bench.servers import ServerError
+from lethe_sglang.cli.options import integer
+from lethe_sglang.config import ConfigError
+from lethe_sglang.processes import ending_on_signals
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Register ``lethe eval``."""
+    parser = subparsers.add_parser(
+        "eval",
+        description="Ask a model the same problems with the full cache and with eviction policies at several budgets.",
+        allow_abbrev=False,
+    )
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    run_parser = actions.add_parser(
+        "run",
+        help="get the replies that an experiment still lacks",
+        description="Start the servers that an experiment needs, one after the other, and get every reply that is not "
+        "in the results directory yet. Ctrl-C is safe: the same command goes on.",
+        allow_abbrev=False,
+    )
+    run_parser.add_argument("file", metavar="FILE", type=Path, help="YAML file of the experiment (configs/eval/)")
+    run_parser.add_argument("--out", metavar="DIR", type=Path, help="results directory (default: out/eval/NAME)")
+    run_parser.add_argument("--only", metavar="ARM", nargs="+", default=[], help="run these arms only")
+    run_parser.add_argument("--limit", metavar="N", type=integer(1), help="run the first N problems of each task only")
+    run_parser.add_argument("--model-path", metavar="PATH", help="directory of the model; beats the file's model_path")
+    run_parser.add_argument("--data-dir", metavar="DIR", type=Path, help="where relative paths of datasets start")
+    run_parser.add_argument("--port", metavar="N", type=integer(1, 65535), default=31000, help="port of the servers")
+    run_parser.add_argument(
+        "--servers",
+        metavar="N",
+        type=integer(1, 16),
+        default=1,
+        help="servers of the plugin that run side by side, on N ports from --port on (default: 1)",
+    )
+    report = actions.add_parser("report", help="write report.md and pictures into a results directory")
+    report.add_argument("directory", metavar="DIR", type=Path, help="results directory")
+    _add_harness_parser(actions)
+
+
+def _add_harness_parser(actions: Subparsers) -> None:
+    harness = actions.add_parser(
+        "lm-eval",
+        help="run tasks of the lm-evaluation-harness against a running server",
+        description="Run tasks of EleutherAI's lm-evaluation-harness against a server that runs already, with or "
+        "without eviction. Data sets must be in the local cache; HF_HUB_OFFLINE=0 lets the harness fetch them.",
+        allow_abbrev=False,
+    )
+    harness.add_argument("--url", metavar="URL", required=True, help="address of the server, such as http://HOST:30000")
+    harness.add_argument("--tasks", metavar="LIST", required=True, help="tasks of the harness, separated by commas")
+    harness.add_argument("--out", metavar="DIR", type=Path, default=Path("out/eval/lm-eval"), help="results directory")
+    harness.add_argument("--model", metavar="NAME", help="name of the served model (default: what the server says)")
+    harness.add_argument("--tokenizer", metavar="DIR", help="tokenizer, for tasks that count tokens")
+    harness.add_argument("--chat", action="store_true", help="use the chat endpoint and the model's chat template")
+    harness.add_argument("--concurrency", metavar="N", type=integer(1), default=8, help="requests open at a time")
+    harness.add_argument("--limit", metavar="N", type=integer(1), help="problems per task")
+    harness.add_argument("--fewshot", metavar="N", type=integer(0), help="examples in the prompt")
+    harness.add_argument("--max-new-tokens", metavar="N", type=integer(1), help="longest reply")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what was asked for and return the exit status.
+
+    Raises
+    ------
+    ConfigError
+        If an option or a file cannot be used.
+    """
+    actions = {"run": _run, "report": _report, "lm-eval": _harness}
+    try:
+        with ending_on_signals():
+            return actions[args.action](args)
+    except ServerError as error:
+        print(f"lethe eval: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("lethe eval: interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        return 130
+
+
+def _run(args: argparse.Namespace) -> int:
+    from lethe_bench.accuracy.prompts import Prompts
+    from lethe_bench.accuracy.run import Run  # tqdm: only when something is run
+    from lethe_bench.accuracy.store import Store
+
+    experiment = load(args.file, {} if args.model_path is None else {"model_path": args.model_path})
+    _check(experiment, args)
+    items = {task: found[: args.limit] for task, found in experiment.items(args.data_dir).items()}
+    store = Store(args.out or Path("out") / "eval" / experiment.name)
+    try:
+        with store.locked():
+            store.begin(experiment, _command(args, experiment))
+            prompts = Prompts(experiment.model_path, experiment.chat_template_kwargs)
+            Run(
+                experiment=experiment,
+                store=store,
+                prompts=prompts,
+                items=items,
+                only=tuple(args.only),
+                port=args.port,
+                servers=args.servers,
+                say=say,
+            ).all()
+    except PermissionError as error:
+        raise ConfigError(
+            f"--out {store.directory}: {error.strerror}; give a directory that can be written to"
+        ) from None
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from lethe_bench.accuracy.report import write
+
+    print(write(args.directory))
+    return 0
+
+
+def _harness(args: argparse.Namespace) -> int:
+    from lethe_bench.accuracy.harness import HarnessPlan
+    from lethe_bench.accuracy.harness import run as run_harness
+
+    names = ("url", "model", "tokenizer", "chat", "concurrency", "limit", "fewshot", "max_new_tokens")
+    tasks = tuple(task.strip() for task in args.tasks.split(",") if task.strip())
+    plan = HarnessPlan(tasks=tasks, **{name: getattr(args, name) for name in names})
+    for task, metrics in run_harness(plan, args.out).items():
+        for metric, value in metrics.items():
+            print(f"{task}\t{metric}\t{value}")
+    return 0
+
+
+def _check(experiment: Experiment, args: argparse.Namespace) -> None:
+    """Refuse what would fail only after a server's start."""
+    from lethe_sglang.policies import build_policy  # torch: only when something is run
+
+    arms = {arm.name: arm for arm in experiment.every_arm()}
+    for name, arm in arms.items():
+        if arm.config is not None:
+            try:
+                build_policy(arm.config)
+            except ConfigError as error:
+                message = str(error).replace("--kv-evict: ", "").replace("legal: none, ", "legal: ")
+                raise ConfigError(f"{args.file}: arm {name}: {message}") from None
+    for name in args.only:
+        if name not in arms:
+            near = difflib.get_close_matches(name, arms, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise ConfigError(f"--only {name}: no such arm{hint}; legal: {', '.join(arms)}")
+    check_model(experiment.model_path, "model_path", ", or --model-path")
+    check_ports(args.port, args.servers)
+
+
+def _command(args: argparse.Namespace, experiment: Experiment) -> str:
+    """Write the command line of this run without the paths of this machine."""
+    words = ["lethe", "eval", "run", args.file.name]
+    for option, value in (("--only", args.only), ("--limit", args.limit), ("--model-path", args.model_path)):
+        if value:
+            words += [option, *map(str, value if isinstance(value, list) else [value])]
+    for option, directory in (("--data-dir", args.data_dir), ("--out", args.out)):
+        if directory is not None:
+            words += [option, directory.name if directory.is_absolute() else str(directory)]
+    return shlex.join(experiment.readable(words))

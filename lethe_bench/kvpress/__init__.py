@@ -1,0 +1,1 @@
+"""Comparison with kvpress, in an environment of its own (``compare.sh``)."""

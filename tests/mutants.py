@@ -1,0 +1,270 @@
+#!/usr/bin/env python3
+
+"""Break the code on purpose, one place at a time, on a copy of the tree, and see the named tests go red.
+
+python tests/mutants.py [--engine] [NAME ...]     without --engine only those whose tests start no server
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+
+
+class Mutant(NamedTuple):
+    """``old`` becomes ``new`` in ``file``; then ``tests`` must fail."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+    engine: bool = False
+
+
+FEATURES, REF = "lethe_sglang/policies/features.py", "tests/unit/test_dense_reference.py"
+ROUNDS, LEDGER, LIFE = (
+    "lethe_sglang/cache/rounds.py",
+    "lethe_sglang/cache/ledger.py",
+    "lethe_sglang/engine/lifecycle.py",
+)
+UNIT, SERVE = "tests/unit/test_rounds.py", "tests/engine/test_serving.py"
+ARTIFACT, MEASURE, CACHE = (
+    "tests/unit/test_profile_artifact.py",
+    "tests/unit/test_measure.py",
+    "tests/unit/test_profile_cache.py",
+)
+ALLOCATOR, BUDGETS = "lethe_sglang/allocation/budgets.py", "tests/unit/test_budgets.py"
+PAGE8 = f"{SERVE} -k page8"
+STORM = "tests/engine/test_pressure.py -k storm"
+MUTANTS = {
+    "sinks are not pinned": Mutant(
+        ROUNDS, "select(rank, valid, pinned, count)", "select(rank, valid, ~valid, count)", UNIT
+    ),
+    "blocks that moved are freed": Mutant(
+        ROUNDS,
+        "p.old_tail + p.moved_pages, p.new_tail - p.old_tail - p.moved_pages",
+        "p.old_tail, p.new_tail - p.old_tail",
+        UNIT,
+    ),
+    "a shrunk request keeps its blocks": Mutant(ROUNDS, "max(p.old_packed - p.new_packed, 0)) for", "0) for", UNIT),
+    "the tail is packed in the wrong layer": Mutant(
+        ROUNDS, "(number % num_layers) * cells.blocks", "((number + 1) % num_layers) * cells.blocks", UNIT
+    ),
+    "states stay behind": Mutant(
+        ROUNDS, "if id(b) not in anew], source", "if id(b) not in anew and b is not cells.score], source", UNIT
+    ),
+    "ties go to the earlier token": Mutant(
+        "lethe_sglang/kernels/repack.py",
+        "order = (n - 1) - order",
+        "order = (n - 1) - order if False else key.argsort(-1, True, stable=True)",
+        UNIT,
+    ),
+    "the recent window shrinks": Mutant(
+        LEDGER, "committed - self.recent, self.page_size", "committed, self.page_size", UNIT
+    ),
+    "rounds ignore their interval": Mutant(LEDGER, "max(self.interval, room + 1)", "room + 1", UNIT),
+    "the device table is not written": Mutant(LEDGER, "lines.to(device, non_blocking=True)", "self.table[rows]", UNIT),
+    "scores do not decay": Mutant(
+        "lethe_sglang/kernels/score.py", ".mul_(decay).add_", ".add_", "tests/unit/test_score.py"
+    ),
+    "the breakpoint ignores the mean": Mutant(
+        "lethe_sglang/allocation/breakpoint.py", "if total > limit:", "if False:", "tests/unit/test_breakpoint.py"
+    ),
+    "an upward import": Mutant(
+        "lethe_sglang/cache/layout.py",
+        "from itertools import accumulate",
+        "from itertools import accumulate\nimport lethe_sglang.engine.compat",
+        "tests/unit/test_architecture.py",
+    ),
+    "the memory is not renewed": Mutant(ROUNDS, "(cells.memory, remembered)", "(cells.memory, None)", f"{REF} -k gkv"),
+    "windows reach behind a round": Mutant(
+        LEDGER, "max(state.due_at - self.window, committed)", "state.due_at - self.window", f"{REF} -k snapkv"
+    ),
+    "redundancy is of who looks": Mutant(FEATURES, "cosine.sum(-2)", "cosine.sum(-1)", f"{REF} -k rkv"),
+    "pooling takes the largest": Mutant(FEATURES, 'if how == "avg" else', "if False else", f"{REF} -k snapkv"),
+    "max is a sum": Mutant(
+        "lethe_sglang/kernels/score.py",
+        "torch.maximum(score.mul_(decay), attention)",
+        "score.mul_(decay).add(attention)",
+        f"{REF} -k morphkv",
+    ),
+    "gaps are not remembered": Mutant(
+        "lethe_sglang/kernels/score.py", "torch.maximum(memory, gap)", "gap", f"{REF} -k lazy"
+    ),
+    "keys like the mean stay": Mutant(
+        "lethe_sglang/policies/keydiff.py", "return -candidates", "return candidates", f"{REF} -k keydiff"
+    ),
+    "the shadow looks at keys only": Mutant(
+        "lethe_sglang/cache/shadow.py",
+        '("value", self.copy[1], self.store.value)',
+        '("value", self.copy[0], self.store.key)',
+        "tests/unit/test_shadow.py",
+    ),
+    "the shadow does not mind the order": Mutant(
+        "lethe_sglang/cache/shadow.py", "if not bool(ascending.all()) or", "if False or", "tests/unit/test_shadow.py"
+    ),
+    "hoyer is not normalised": Mutant(
+        "lethe_sglang/allocation/sparsity.py", "(root - 1).clamp(min=1e-6)", "root", "tests/unit/test_sparsity.py"
+    ),
+    "sparse layers get more": Mutant("lethe_sglang/allocation/rules.py", "[1 - h for h", "[h for h", ARTIFACT),
+    "profiles of other heads pass": Mutant(
+        "lethe_sglang/allocation/fingerprint.py", '    "kv_heads": "KV heads",\n', "", ARTIFACT
+    ),
+    "the rule of a profile is not asked": Mutant(
+        "lethe_sglang/allocation/rules.py", "RULES[profile.rule]", 'RULES["concentration"]', ARTIFACT
+    ),
+    "alpha does nothing": Mutant("lethe_sglang/allocation/rules.py", "** profile.alpha", "", ARTIFACT),
+    "what --from would not read is passed over": Mutant(
+        "lethe_sglang/cli/profile.py", "    if unread:", "    if False:", ARTIFACT
+    ),
+    "--kv-evict-profile none leaves an allocation that needs one": Mutant(
+        "lethe_sglang/config/loading.py",
+        """if profile == "none" and section.get""",
+        "if False and section.get",
+        ARTIFACT,
+    ),
+    "shares have no bounds": Mutant(
+        ALLOCATOR,
+        "min(max(factor * weight, low), high) for weight in exact",
+        "factor * weight for weight in exact",
+        BUDGETS,
+    ),
+    "means of classes are rounded up": Mutant(
+        ALLOCATOR, "sum(ordered[start:end]) // (end - start)", "-(-sum(ordered[start:end]) // (end - start))", BUDGETS
+    ),
+    "layers are cut into classes anywhere": Mutant(ALLOCATOR, "min((spent + cost(start, end)", "min((spent", BUDGETS),
+    "a request's budget sinks below the floor": Mutant(
+        ALLOCATOR, "max(floor, int(factor * tokens))", "int(factor * tokens)", BUDGETS
+    ),
+    "breakpoint does not read its profile": Mutant(
+        "lethe_sglang/config/schema.py",
+        'self.allocation == "breakpoint" and self.profile',
+        "False and self.profile",
+        BUDGETS,
+    ),
+    "the fresh process is told nothing": Mutant(
+        "lethe_sglang/profiling/automatic.py", "pickle.dumps(request(server_args, path))", 'b""', CACHE
+    ),
+    "rows keep what they had measured": Mutant(
+        "lethe_sglang/attention/measure.py", "tensor[:, row] = 0", "pass", MEASURE
+    ),
+    "a use is forgotten": Mutant(
+        "lethe_sglang/attention/measure.py", "torch.where(used | (valid", "torch.where((valid", MEASURE
+    ),
+    "nobody locks the cache": Mutant(
+        "lethe_sglang/profiling/cache.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_UN", CACHE
+    ),
+    "the lock's holder is not asked": Mutant(
+        "lethe_sglang/profiling/cache.py",
+        "if (found := _read(path, model)) is None:",
+        "if (found := None) is None:",
+        CACHE,
+    ),
+    "an interrupted pass starts over": Mutant(
+        "lethe_sglang/profiling/run.py",
+        "for n, r in partial.load().items()",
+        "for n, r in {}.items()",
+        "tests/unit/test_profiling.py",
+    ),
+    "the prompt is not counted": Mutant(
+        "lethe_sglang/allocation/deployment.py", "return self.prompt + min(", "return min(", "tests/unit/test_plan.py"
+    ),
+    "fp8 keys are ranked as bytes": Mutant(
+        ROUNDS, "cells.keys[c].float()", "cells.key[c].float()", "tests/unit/test_flashinfer_backend.py -k fp8"
+    ),
+    "ranks do not compare what they kept": Mutant(
+        "lethe_sglang/engine/runtime.py", "if len(set(digests)) > 1:", "if False:", "tests/unit/test_rank_agreement.py"
+    ),
+    "the score takes a log-sum-exp of another base": Mutant(
+        "lethe_sglang/kernels/triton/score.py",
+        '_LOG2_E if lse_base == "e" else 1.0,',
+        "1.0,",
+        "tests/engine/test_cuda_backends.py -k triton",
+        True,
+    ),
+    "FlashInfer's log-sum-exp is taken for a natural one": Mutant(
+        "lethe_sglang/attention/flashinfer.py",
+        'indices, lse_base="2")',
+        'indices, lse_base="e")',
+        "tests/engine/test_cuda_backends.py -k flashinfer",
+        True,
+    ),
+    "dead blocks are freed again at the end": Mutant(
+        LIFE, "original(tree, kv, live)", "original(tree, kv, list(ranges))", PAGE8, True
+    ),
+    "dead positions count as held": Mutant(
+        LIFE, "result - current().ledger.dead_len(kv.req_pool_idx)", "result", PAGE8, True
+    ),
+    "dead row entries stay": Mutant(ROUNDS, "req_to_token[_ranges(dead, column)] = 0", "pass", PAGE8, True),
+    "pruned requests enter the tree": Mutant(
+        LIFE, "req.skip_radix_cache_insert = True  # nothing", "pass  # nothing", PAGE8, True
+    ),
+    "keys move, values do not": Mutant(
+        ROUNDS, "(self.key, self.value, self.score", "(self.key, self.score", PAGE8, True
+    ),
+    "re-prefills after retraction are shared": Mutant(
+        LIFE,
+        "    if runtime.evicts(req):\n        req.skip_radix_cache_insert = True\n\n\ndef add_switch",
+        "\n\ndef add_switch",
+        STORM,
+        True,
+    ),
+    "admission is stock": Mutant(
+        LIFE, "return LethePrefillAdder", "return result", "tests/engine/test_pressure.py -k admits", True
+    ),
+    "ranks rank their own scores": Mutant(
+        "lethe_sglang/engine/runtime.py",
+        "self._reduce if self.tp_size > 1 else None",
+        "None",
+        "tests/engine/test_tensor_parallel.py",
+        True,
+    ),
+}
+
+
+def survives(mutant: Mutant) -> bool:
+    """Run a mutant's tests on a mutated copy of the tree; True if they pass, which is bad."""
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / "tree"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "out", "__pycache__", ".*_cache"))
+        path = copy / mutant.file
+        source = path.read_text()
+        if source.count(mutant.old) != 1:
+            raise SystemExit(f"{mutant.file}: {mutant.old!r} occurs {source.count(mutant.old)} times")
+        path.write_text(source.replace(mutant.old, mutant.new))
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *mutant.tests.split()]
+        env = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True)
+        print("   ", done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr[-200:], flush=True)
+        if done.returncode not in (0, 1):
+            raise SystemExit(f"pytest could not run: {done.stdout[-500:]}")
+        return done.returncode == 0
+
+
+def main() -> int:
+    """Run the chosen mutants; the exit status is the number of survivors."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", action="store_true", help="run those that need servers as well")
+    parser.add_argument("names", nargs="*", help="only these")
+    args = parser.parse_args()
+    survivors = 0
+    for name, mutant in MUTANTS.items():
+        if (args.names and name not in args.names) or (mutant.engine and not args.engine and not args.names):
+            continue
+        print(name, flush=True)
+        if survives(mutant):
+            survivors += 1
+            print("    SURVIVED", flush=True)
+    return survivors
+
+
+if __name__ == "__main__":
+    sys.exit(main())
