@@ -17,8 +17,6 @@ from lethe_sglang.kernels.repack import select
 from lethe_sglang.kernels.score import observation_attention, replay
 from lethe_sglang.policies import Accumulation, Candidates, Policy, build_policy
 
-# -- scores side by side ---------------------------------------------------------------------------------------------
-
 
 class Agreement(NamedTuple):
     """How a kvpress method and ours rank the tokens of a layer: largest difference over range, share of equal sets."""
@@ -81,7 +79,6 @@ def compare(method: str, layer: int, theirs: torch.Tensor, ours: torch.Tensor, p
     return Agreement(method, layer, float((theirs - ours).abs().max()) / scale, sum(equal) / len(equal))
 
 
-@torch.no_grad()  # type: ignore[untyped-decorator]
 def agreements(model: Model, ids: torch.Tensor, window: int = 16) -> list[Agreement]:
     """Rank the tokens of one text with both, in every layer."""
     found, n = [], ids.shape[1]
