@@ -174,6 +174,28 @@ MUTANTS = {
         "for n, r in {}.items()",
         "tests/unit/test_profiling.py",
     ),
+    "a closed pipe is found at the interpreter's end": Mutant(
+        "lethe_sglang/cli/main.py",
+        "                    stream.flush()",
+        "                    pass",
+        "tests/unit/test_program.py -k reader",
+    ),
+    "any broken pipe is taken for a closed one": Mutant(
+        "lethe_sglang/cli/main.py", "if not _readers_gone():", "if False:", "tests/unit/test_program.py -k hidden"
+    ),
+    "somebody else takes a command of ours": Mutant(
+        "lethe_sglang/cli/main.py", "key=_ours, reverse=True", "key=_ours", "tests/unit/test_program.py -k takes_over"
+    ),
+    "a torn line stays": Mutant("lethe_sglang/files.py", "file.truncate(", "abs(", "tests/unit/test_files.py"),
+    "flags of the plugin are passed on": Mutant(
+        "lethe_sglang/cli/server_args.py", 'name.startswith("--kv-evict")', "False", "tests/unit/test_files.py"
+    ),
+    "the product imports the laboratory": Mutant(
+        "lethe_sglang/cache/shadow.py",
+        "from __future__ import annotations",
+        "from __future__ import annotations\nimport lethe_bench.servers",
+        "tests/unit/test_architecture.py",
+    ),
     "the prompt is not counted": Mutant(
         "lethe_sglang/allocation/deployment.py", "return self.prompt + min(", "return min(", "tests/unit/test_plan.py"
     ),

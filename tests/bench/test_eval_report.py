@@ -1,5 +1,7 @@
 import json
 import math
+import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -313,6 +315,16 @@ def test_results_that_cannot_be_read_are_refused_in_one_line(tmp_path):
     (tmp_path / "config.yaml").write_text("experiment: 3\nruns: []\n")
     with pytest.raises(ConfigError, match=r"config\.yaml: cannot be read"):
         Results.read(tmp_path)
+
+
+def test_a_report_whose_reader_has_gone_is_written_without_a_word(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "lethe_sglang.cli.main", "eval", "report", str(directory(tmp_path))]
+    env = {**os.environ, "PYTHONUNBUFFERED": ""}
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=env, timeout=120, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"") and (tmp_path / "report.md").is_file()
 
 
 def test_an_arm_without_replies_at_the_same_budget_has_no_peer(tmp_path):
