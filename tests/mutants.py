@@ -29,6 +29,8 @@ class Mutant(NamedTuple):
     engine: bool = False
 
 
+SECTION, REGISTRY = "lethe_sglang/config/policy_section.py", "lethe_sglang/policies/registry.py"
+CONFIG = "tests/unit/test_config.py"
 FEATURES, REF = "lethe_sglang/policies/features.py", "tests/unit/test_dense_reference.py"
 ROUNDS, LEDGER, LIFE = (
     "lethe_sglang/cache/rounds.py",
@@ -87,6 +89,27 @@ MUTANTS = {
     "the memory is not renewed": Mutant(ROUNDS, "(cells.memory, remembered)", "(cells.memory, None)", f"{REF} -k gkv"),
     "windows reach behind a round": Mutant(
         LEDGER, "max(state.due_at - self.window, committed)", "state.due_at - self.window", f"{REF} -k snapkv"
+    ),
+    "every near-duplicate is redundant": Mutant(FEATURES, "place == latest", "place < 0", f"{REF} -k rkv"),
+    "importance is not remembered": Mutant(
+        "lethe_sglang/policies/gkv.py", ").maximum(f)", " * 0).maximum(f)", f"{REF} -k gkv"
+    ),
+    "the section of another policy is taken": Mutant(
+        SECTION, "if other != name and other in policy_names()", "if False", CONFIG
+    ),
+    "the old policy's section stays": Mutant(SECTION, "merged.pop(before, None)", "pass", CONFIG),
+    "the policy's options are not dumped": Mutant(
+        SECTION, "**({self.policy: options} if options else {})", "**{}", CONFIG
+    ),
+    "old keys are unknown keys": Mutant("lethe_sglang/config/errors.py", "replaced_key(path, given) or [", "[", CONFIG),
+    "old values are illegal values": Mutant(
+        "lethe_sglang/config/errors.py", "replaced_value(path, given) or expected", "expected", CONFIG
+    ),
+    "a taken name is no error": Mutant(
+        REGISTRY, "if others or name in RESERVED", "if name in RESERVED", "tests/unit/test_policies.py"
+    ),
+    "what is no policy is taken": Mutant(
+        REGISTRY, "if problem := _problem(found)", "if problem := None", "tests/unit/test_policies.py"
     ),
     "redundancy is of who looks": Mutant(FEATURES, "cosine.sum(-2)", "cosine.sum(-1)", f"{REF} -k rkv"),
     "pooling takes the largest": Mutant(FEATURES, 'if how == "avg" else', "if False else", f"{REF} -k snapkv"),

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 from lethe_bench.tasks import END_THINK, FAMILIES, Problem
 from lethe_bench.tasks import problem as generate
 from lethe_sglang.config import ConfigError
-from lethe_sglang.config.errors import show
+from lethe_sglang.errors import show
 
 _BOX = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 _LETTER = "\n\nPlease reason step by step, and put the letter of your final answer within \\boxed{}."

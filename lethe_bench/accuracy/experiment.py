@@ -21,9 +21,9 @@ from lethe_bench.servers import launch_command
 from lethe_bench.tasks import FAMILIES
 from lethe_sglang.cli import server_args
 from lethe_sglang.config import ConfigError, EvictionConfig, from_mapping
-from lethe_sglang.config.errors import show
-from lethe_sglang.config.schema import laid_over
+from lethe_sglang.config.policy_section import laid_over
 from lethe_sglang.config.section import Section
+from lethe_sglang.errors import show
 
 FULL = "full"
 """The arm that stock SGLang runs."""

@@ -19,8 +19,9 @@ from lethe_bench.accuracy.experiment import (
     TaskConfig,
 )
 from lethe_sglang.config import ConfigError
-from lethe_sglang.config.errors import one_line, show, unknown_key
+from lethe_sglang.config.errors import unknown_key
 from lethe_sglang.config.loading import parse_yaml
+from lethe_sglang.errors import one_line, show
 
 
 def load(path: Path, changes: Mapping[str, Any] | None = None) -> Experiment:

@@ -152,9 +152,6 @@ def _own_names(message: str) -> str:
 
 def _check_surroundings(plan: Plan, out: Path | None) -> None:
     """Refuse what would fail only after a server's start."""
-    from lethe_sglang.policies import build_policy  # torch: only when something is measured
-
-    build_policy(plan.config)
     check_model(plan.model_path, "--model-path")
     check_ports(plan.port)
     if out is not None:

@@ -147,16 +147,7 @@ def _harness(args: argparse.Namespace) -> int:
 
 def _check(experiment: Experiment, args: argparse.Namespace) -> None:
     """Refuse what would fail only after a server's start."""
-    from lethe_sglang.policies import build_policy  # torch: only when something is run
-
     arms = {arm.name: arm for arm in experiment.every_arm()}
-    for name, arm in arms.items():
-        if arm.config is not None:
-            try:
-                build_policy(arm.config)
-            except ConfigError as error:
-                message = str(error).replace("--kv-evict: ", "").replace("legal: none, ", "legal: ")
-                raise ConfigError(f"{args.file}: arm {name}: {message}") from None
     for name in args.only:
         if name not in arms:
             near = difflib.get_close_matches(name, arms, n=1)

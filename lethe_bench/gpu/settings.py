@@ -51,7 +51,7 @@ deterministic mode on FlashInfer."""
 EVICTION = {
     "budget": {"tokens": 80},
     "rounds": {"interval": 20},
-    "rasr": {"half_life": 64},
+    "lethe": {"half_life": 64},
     "retain": {"sinks": 4, "own_sinks": 4, "recent_ratio": 0.5},
 }
 """As in ``configs/eval/reasoner.yaml``; the first round comes after some 80 tokens, then one every 20."""

@@ -15,7 +15,7 @@ from lethe_bench.kvpress.decode import SINKS, Model
 from lethe_sglang.config import from_mapping
 from lethe_sglang.kernels.repack import select
 from lethe_sglang.kernels.score import observation_attention, replay
-from lethe_sglang.policies import Accumulation, Candidates, Policy, build_policy
+from lethe_sglang.policies import Accumulation, Candidates, Policy
 
 
 class Agreement(NamedTuple):
@@ -50,7 +50,7 @@ def layer_inputs(
 
 def ours_of(name: str, **options: Any) -> Policy:
     """Return a policy of ours with some of its options."""
-    return build_policy(from_mapping({"policy": name, **({name: options} if options else {})}))
+    return from_mapping({"policy": name, **({name: options} if options else {})}).built_policy
 
 
 def our_rank(policy: Policy, keys: torch.Tensor, queries: torch.Tensor | None, count: int, total: int) -> torch.Tensor:

@@ -125,9 +125,7 @@ def _lines(plan: Deployment, args: argparse.Namespace, model: _Model) -> list[st
 
 
 def _state_bytes(config: EvictionConfig) -> int:
-    from lethe_sglang.policies import build_policy  # torch: only when something is planned
-
-    policy = build_policy(config)
+    policy = config.built_policy
     return 4 * ((policy.accumulation is not None) + policy.uses_position + policy.uses_memory)
 
 

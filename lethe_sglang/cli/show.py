@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lethe_sglang.config import ConfigError, EvictionConfig, presets, resolve
 from lethe_sglang.config.loading import write_yaml
+from lethe_sglang.config.reference import configuration_page, policies_page
+from lethe_sglang.policies import policy_names
+from lethe_sglang.policies.registry import IN_TREE
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -22,7 +26,8 @@ def add_parser(subparsers: Subparsers) -> None:
         "show",
         description="Print the configuration that the flags resolve to, as YAML that --kv-evict-config accepts; or, "
         "with profile FILE, the statistics and budgets of a profile, and how it differs from OTHER.",
-        usage="lethe show [profile FILE [OTHER] [--plot OUT]] [--kv-evict ...] [--presets | --support]",
+        usage="lethe show [profile FILE [OTHER] [--plot OUT]] [--kv-evict ...] "
+        "[--presets | --policies | --options | --support]",
         allow_abbrev=False,
     )
     parser.add_argument("what", nargs="*", metavar="profile FILE [OTHER]", help="show a profile, or two compared")
@@ -41,6 +46,8 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--kv-evict-profile", metavar="FILE|auto|none", help="beats budget.profile")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--presets", action="store_true", help="list the presets instead")
+    instead.add_argument("--policies", action="store_true", help="describe the policies, installed ones too, instead")
+    instead.add_argument("--options", action="store_true", help="print docs/configuration.md, every option, instead")
     instead.add_argument("--support", action="store_true", help="print the support matrix instead")
 
 
@@ -52,18 +59,24 @@ def run(args: argparse.Namespace) -> int:
     ConfigError
         If the flags resolve to no legal configuration.
     """
+    pages: dict[str, Callable[[], str]] = {
+        "presets": list_presets,
+        "policies": lambda: policies_page(policy_names()),
+        "options": lambda: configuration_page(IN_TREE),
+        "support": _support,
+    }
+    asked = next((name for name in pages if getattr(args, name)), None)
     flags = (args.kv_evict, args.kv_evict_config, args.kv_evict_budget, args.kv_evict_profile)
     if args.what or args.plot is not None:
         if args.what[:1] != ["profile"] or len(args.what) not in (2, 3):
             raise ConfigError(f"lethe show {' '.join(args.what)}: not known; write lethe show profile FILE [OTHER]")
-        if args.presets or args.support or any(flag is not None for flag in flags):
+        if asked or any(flag is not None for flag in flags):
             raise ConfigError("lethe show profile: takes --plot only; give one or the other")
         return _show_profile(args.what[1:], args.plot)
-    if args.presets or args.support:
+    if asked is not None:
         if any(flag is not None for flag in flags):
-            option = "--presets" if args.presets else "--support"
-            raise ConfigError(f"{option}: takes no --kv-evict option; give one or the other")
-        print(list_presets() if args.presets else _support())
+            raise ConfigError(f"--{asked}: takes no --kv-evict option; give one or the other")
+        print(pages[asked]())
         return 0
     if args.kv_evict == "none":
         raise ConfigError("--kv-evict none: SGLang runs unpatched, so there is no configuration to show")
@@ -86,10 +99,11 @@ def _show_profile(files: list[str], plot: str | None) -> int:
 
 def render(config: EvictionConfig) -> str:
     """Write ``config`` as YAML, below comments that hold the values derived from it."""
+    rule = config.built_policy.accumulation
     derived = (
         f"R = {config.recent} tokens of recent window (retain.recent_ratio x budget.tokens, rounded up)",
         f"K = {config.scored} tokens per layer besides it, on average, sinks included (budget.tokens - R)",
-        f"gamma = {config.rasr.gamma:.6g} per decode step",
+        *([f"gamma = {rule.decay:.6g} per decode step"] if rule is not None and 0 < rule.decay < 1 else []),
         f"a request may ask for {config.min_request_budget} to {config.max_request_budget} tokens",
     )
     body = write_yaml(config.model_dump(mode="json"), _WIDE)

@@ -1,52 +1,40 @@
-"""The one error of this package, and how pydantic's findings become lines that a user can act on."""
+"""How pydantic's findings become lines that a user can act on."""
 
 from __future__ import annotations
 
 import difflib
-import json
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-SHOWN_VALUE = 60
-"""Longest rendering of a rejected value in a message, in characters."""
+from lethe_sglang.config.replaced import replaced_key, replaced_value
+from lethe_sglang.errors import show
 
-_NOUNS = {int: "an integer", float: "a number", str: "a string", bool: "true or false", dict: "a mapping"}
+_FIELDS = "__pydantic_fields__"
+"""Where both models and dataclasses of pydantic list their options."""
+
+_NOUNS = {int: "an integer", float: "a number", str: "a non-empty string", bool: "true or false", dict: "a mapping"}
 _PLURALS = {int: "integers", float: "numbers", str: "strings", bool: "true or false values", dict: "mappings"}
 
 KnownKeys = Mapping[str, Sequence[str]]
 """Section path -> the keys it may hold; the top level is the empty path."""
 
 
-class ConfigError(ValueError):
-    """A configuration or a request's override that cannot be used; the message is one line and names the option."""
+def fields_of(model: type[Any]) -> Mapping[str, FieldInfo]:
+    """Return the options of a section: a pydantic model, or a policy, which is a pydantic dataclass."""
+    fields: Mapping[str, FieldInfo] = getattr(model, _FIELDS)
+    return fields
 
 
-def one_line(problems: Iterable[str]) -> ConfigError:
-    """Join ``problems`` into a single error whose message has no line break."""
-    return ConfigError(" ".join("; ".join(problems).split()))
-
-
-def show(value: object) -> str:
-    """Render a rejected value as it would be written in JSON, shortened to ``SHOWN_VALUE`` characters."""
-    try:
-        text = json.dumps(value, ensure_ascii=False, default=repr)
-    except (TypeError, ValueError, RecursionError):
-        text = f"a value of type {type(value).__name__}"
-    return text if len(text) <= SHOWN_VALUE else text[: SHOWN_VALUE - 3] + "..."
-
-
-def known_keys(model: type[BaseModel]) -> dict[str, tuple[str, ...]]:
-    """List the keys of ``model`` (under the empty path) and of each section in it."""
-    known = {"": tuple(model.model_fields)}
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            known[name] = tuple(field.annotation.model_fields)
-    return known
+def known_keys(model: type[BaseModel], **sections: type[Any]) -> dict[str, tuple[str, ...]]:
+    """List the keys of ``model`` (under the empty path), of each section in it, and of further ``sections``."""
+    known = {"": (*fields_of(model), *sections)}
+    own: dict[str, Any] = {name: field.annotation for name, field in fields_of(model).items()}
+    return known | {name: tuple(fields_of(kind)) for name, kind in (own | sections).items() if hasattr(kind, _FIELDS)}
 
 
 def unknown_key(section: str, key: str, known: KnownKeys) -> str:
@@ -82,23 +70,40 @@ def unknown_key(section: str, key: str, known: KnownKeys) -> str:
     if near := difflib.get_close_matches(key.lower(), elsewhere.values(), n=1):
         path = next(path for path, name in elsewhere.items() if name == near[0])
         return f"{start}; did you mean {path}?"
-    return f"{start}; {section or 'the top level'} knows {', '.join(own)}"
+    return f"{start}; {section or 'the top level'} knows {', '.join(own) or 'no options'}"
 
 
-def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """Turn every finding of pydantic into one line: dotted path, given value, legal range."""
+def explain(error: ValidationError, model: type[Any], section: str = "", known: KnownKeys | None = None) -> list[str]:
+    """Turn every finding of pydantic into one line: dotted path, given value, legal range.
+
+    Parameters
+    ----------
+    error
+        What pydantic found wrong.
+    model
+        What was built: a pydantic model or dataclass.
+    section
+        Dotted path of ``model`` itself, empty for the top level.
+    known
+        The keys of every section, to say where an unknown one belongs; None takes those of ``model``.
+    """
     findings = error.errors(include_url=False)
     inside = {finding["loc"][:end] for finding in findings for end in range(len(finding["loc"]))}
-    known = known_keys(model)
+    known = known_keys(model) if known is None else known
     problems = []
     for finding in findings:
-        loc = finding["loc"]
-        if finding["type"] == "value_error":
-            problems.append(str(finding["ctx"]["error"]))
-        elif finding["type"] in ("extra_forbidden", "invalid_key"):
-            problems.append(unknown_key(_path(loc[:-1]), str(loc[-1]), known))
+        loc, given = finding["loc"], finding["input"]
+        path, home = (_path((section, *part) if section else part) for part in (loc, loc[:-1]))
+        if finding["type"] in ("value_error", "assertion_error"):
+            text = str(finding["ctx"]["error"])
+            start = f"{path}: got {show(given)}, " if loc else f"{path}: "
+            problems.append(text if text.startswith(path) else start + text)
+        elif finding["type"] in ("extra_forbidden", "invalid_key", "unexpected_keyword_argument"):
+            problems += replaced_key(path, given) or [unknown_key(home, str(loc[-1]), known)]
         elif loc not in inside:
-            problems.append(f"{_path(loc)}: got {show(finding['input'])}, expected {_legal_at(loc, model)}")
+            legal = _legal_at(loc, model)
+            expected = f"expected {legal}" if legal else finding["msg"][:1].lower() + finding["msg"][1:]
+            problems.append(f"{path}: got {show(given)}, {replaced_value(path, given) or expected}")
     return problems
 
 
@@ -113,17 +118,18 @@ def _path(loc: tuple[int | str, ...]) -> str:
     return path
 
 
-def _legal_at(loc: tuple[int | str, ...], model: type[BaseModel]) -> str:
-    """Legal values of the option at ``loc``, read off the schema."""
-    field = model.model_fields[str(loc[0])]
-    annotation: Any = field.annotation
-    metadata: list[Any] = field.metadata
-    for part in loc[1:]:
-        if isinstance(part, int):
+def _legal_at(loc: tuple[int | str, ...], model: type[Any]) -> str:
+    """Legal values of the option at ``loc``, read off the schema; empty if its type is not one of ours."""
+    annotation: Any = model
+    metadata: list[Any] = []
+    for part in loc:
+        if isinstance(part, int) and get_origin(_optional(annotation)[0]) is tuple:
             annotation, metadata = _item(annotation)
-        else:
-            field = annotation.model_fields[part]
+        elif hasattr(annotation, _FIELDS) and part in fields_of(annotation):
+            field = fields_of(annotation)[str(part)]
             annotation, metadata = field.annotation, field.metadata
+        else:
+            return ""
     return _legal(annotation, metadata)
 
 
@@ -149,14 +155,15 @@ def _legal(annotation: Any, metadata: Sequence[Any]) -> str:
     annotation, nullable = _optional(annotation)
     end = " (or null)" if nullable else ""
     if get_origin(annotation) is Literal:
-        return "one of " + ", ".join(get_args(annotation)) + end
+        return "one of " + ", ".join(map(str, get_args(annotation))) + end
     if get_origin(annotation) is tuple:
         item, marks = _item(annotation)
-        return f"a list of one or more {_PLURALS[get_origin(item) or item]}{_bounds(marks)}{end}"
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return f"a mapping with keys among {', '.join(annotation.model_fields)}"
-    name = "a non-empty string" if annotation is str else _NOUNS[get_origin(annotation) or annotation]
-    return f"{name}{_bounds(metadata)}{end}"
+        plural = _PLURALS.get(get_origin(item) or item)
+        return f"a list of one or more {plural}{_bounds(marks)}{end}" if plural else ""
+    if hasattr(annotation, _FIELDS):
+        return f"a mapping with keys among {', '.join(fields_of(annotation))}"
+    name = _NOUNS.get(get_origin(annotation) or annotation)
+    return f"{name}{_bounds(metadata)}{end}" if name else ""
 
 
 def _bounds(metadata: Sequence[Any]) -> str:
@@ -171,4 +178,6 @@ def _bounds(metadata: Sequence[Any]) -> str:
                 parts.append(f"< {bound}")
             case annotated_types.Le(le=bound):
                 parts.append(f"<= {bound}")
+            case annotated_types.MultipleOf(multiple_of=step):
+                parts.append(f"a multiple of {step}")
     return " " + " and ".join(parts) if parts else ""

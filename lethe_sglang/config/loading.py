@@ -10,8 +10,10 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from lethe_sglang.config.errors import ConfigError, explain, one_line, show
+from lethe_sglang.config.errors import explain, known_keys
+from lethe_sglang.config.policy_section import choose, laid_over
 from lethe_sglang.config.schema import EvictionConfig
+from lethe_sglang.errors import ConfigError, one_line, show
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _PRESET_FOLDERS = (_PACKAGE / "presets", _PACKAGE.parent / "configs")
@@ -34,7 +36,7 @@ def resolve(
     Parameters
     ----------
     policy
-        ``--kv-evict``: beats the file's ``policy``. None keeps the file's.
+        ``--kv-evict``: beats the file's ``policy``, whose section then goes. None keeps the file's.
     source
         ``--kv-evict-config``: the name of a preset, the path of a YAML or JSON file, or JSON text that starts with
         ``{``. A preset's name wins over a file of the same name; write ``./name`` for the file. None is the schema's
@@ -62,7 +64,7 @@ def resolve(
         name = "JSON text" if _is_json(source) else source
         flags.append(f"--kv-evict-config {name}")
     if policy is not None:
-        data["policy"] = policy
+        data = laid_over(data, {"policy": policy})
         flags.append(f"--kv-evict {policy}")
     section = data.get("budget", {})
     if isinstance(section, Mapping):
@@ -115,7 +117,8 @@ def from_mapping(data: Mapping[str, Any], where: str = "") -> EvictionConfig:
     try:
         return EvictionConfig.model_validate(dict(data))
     except ValidationError as error:
-        message = "; ".join(explain(error, EvictionConfig))
+        known = known_keys(EvictionConfig, **choose(data, known_keys(EvictionConfig)).sections)
+        message = "; ".join(explain(error, EvictionConfig, known=known))
         raise one_line([f"{where}: {message}" if where else message]) from None
 
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lethe_sglang.config.errors import one_line, show, unknown_key
+from lethe_sglang.config.errors import unknown_key
 from lethe_sglang.config.schema import EvictionConfig
+from lethe_sglang.errors import one_line, show
 
 _PATH = "custom_params.kv_evict"
 _KNOWN = {_PATH: ("mode", "budget")}

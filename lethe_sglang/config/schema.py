@@ -18,11 +18,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from lethe_sglang.config.policy_options import GKVConfig, LazyConfig, MorphKVConfig, RKVConfig, SnapKVConfig
+from lethe_sglang.config.policy_section import WithPolicy, laid_over
 from lethe_sglang.config.section import Section
-
-DEFAULT_DECAY = 0.998
-"""RASR decay per decode step when neither ``rasr.decay`` nor ``rasr.half_life`` is given."""
 
 DEFAULT_REQUEST_FACTOR = 4
 """Largest per-request budget, in multiples of ``budget.tokens``, when ``requests.max_budget`` is not given."""
@@ -142,58 +139,6 @@ class RetainConfig(Section):
     )
 
 
-class RasrConfig(Section):
-    """The decay of the token score (RASR): ``S = gamma * S + attention of this step``."""
-
-    decay: float | None = Field(
-        default=None,
-        ge=0,
-        le=1,
-        description="gamma, the factor on the old score per decode step. 0 <= decay <= 1; 1 never forgets, 0 keeps the "
-        f"last step only. At most one of decay and half_life may be given; with neither, gamma is {DEFAULT_DECAY}.",
-    )
-    half_life: float | None = Field(
-        default=None,
-        gt=0,
-        description="The same as a half-life: attention this many decode steps old counts half, gamma = "
-        "0.5 ** (1 / half_life). Decode steps, > 0.",
-    )
-    score_every: int = Field(
-        default=1,
-        ge=1,
-        description="Score every n-th decode step of a request, with gamma ** n. Decode steps, >= 1; 1 is the paper.",
-    )
-    credit: float = Field(
-        default=0.0,
-        ge=0,
-        description="Attention that a token is taken to have had when it was written, which decays like the rest: a "
-        "recent token outlives an old one of the same score. >= 0; 0 is the paper, a very large one is streaming.",
-    )
-    diversity: float = Field(
-        default=0.0,
-        ge=0,
-        description="What a key unlike the others counts against the score: rank = score / largest score - diversity * "
-        "cosine to the mean key of the layer's candidates. >= 0; 0 is the paper, a very large one is keydiff.",
-    )
-
-    @model_validator(mode="after")
-    def _check_one_spelling(self) -> RasrConfig:
-        if self.decay is not None and self.half_life is not None:
-            raise ValueError(
-                f"rasr.half_life: got {self.half_life:g} together with rasr.decay {self.decay:g}; give only one of them"
-            )
-        return self
-
-    @property
-    def gamma(self) -> float:
-        """Factor on the old score per decode step, in [0, 1] (paper eq. 5)."""
-        if self.decay is not None:
-            return self.decay
-        if self.half_life is not None:
-            return float(0.5 ** (1.0 / self.half_life))
-        return DEFAULT_DECAY
-
-
 class RequestsConfig(Section):
     """What one request may change for itself, with ``custom_params.kv_evict``."""
 
@@ -247,32 +192,12 @@ class DebugConfig(Section):
     )
 
 
-def laid_over(base: Mapping[str, Any], mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay a configuration's mapping over another, section by section."""
-    merged = dict(base)
-    for name, value in mapping.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
-        merged[name] = {**merged[name], **value} if both else value
-    return merged
+class EvictionConfig(WithPolicy):
+    """A whole configuration, as one YAML or JSON file holds it: the policy with its own section, and these."""
 
-
-class EvictionConfig(Section):
-    """A whole configuration, as one YAML or JSON file holds it."""
-
-    policy: str = Field(
-        default="lethe",
-        min_length=1,
-        description="Name of the policy that ranks tokens; the policy registry knows the legal names.",
-    )
     budget: BudgetConfig = Field(default_factory=BudgetConfig, description="How many tokens each layer keeps.")
     rounds: RoundsConfig = Field(default_factory=RoundsConfig, description="When a request is pruned.")
     retain: RetainConfig = Field(default_factory=RetainConfig, description="What is never evicted.")
-    rasr: RasrConfig = Field(default_factory=RasrConfig, description="The decay of the token score.")
-    snapkv: SnapKVConfig = Field(default_factory=SnapKVConfig, description="Options of policy snapkv.")
-    morphkv: MorphKVConfig = Field(default_factory=MorphKVConfig, description="Options of policy morphkv.")
-    rkv: RKVConfig = Field(default_factory=RKVConfig, description="Options of policy rkv.")
-    gkv: GKVConfig = Field(default_factory=GKVConfig, description="Options of policy gkv.")
-    lazy: LazyConfig = Field(default_factory=LazyConfig, description="Options of policy lazy.")
     requests: RequestsConfig = Field(default_factory=RequestsConfig, description="What one request may change.")
     debug: DebugConfig = Field(default_factory=DebugConfig, description="Checks and records for tests.")
 

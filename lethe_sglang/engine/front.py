@@ -20,7 +20,7 @@ from lethe_sglang.allocation.fingerprint import fingerprint_of
 from lethe_sglang.config import ConfigError, EvictionConfig, parse_request, resolve
 from lethe_sglang.engine import compat, guard
 from lethe_sglang.engine.hooks import LAUNCHER_HOOKS, SCHEDULER_HOOKS, install
-from lethe_sglang.policies import build_policy, policy_names
+from lethe_sglang.policies import policy_names
 from lethe_sglang.profiling import automatic
 from lethe_sglang.profiling.settle import settle
 
@@ -79,8 +79,6 @@ def make_request(
                     raise ConfigError(f"{flag} needs --kv-evict; legal: {', '.join(policy_names())}")
             return None
         config = resolve(policy=policy, source=source, budget=budget, profile=profile)
-        for arm in config.every_arm:
-            build_policy(arm)
         compat.verify()
         install(LAUNCHER_HOOKS)
     except (ConfigError, compat.CompatError, RuntimeError) as error:

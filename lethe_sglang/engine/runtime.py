@@ -20,7 +20,7 @@ from lethe_sglang.cache.pool import PackedKVPool
 from lethe_sglang.cache.rounds import RoundResult, run_round
 from lethe_sglang.cache.shadow import Shadow
 from lethe_sglang.config import ConfigError, EvictionConfig, RequestOverride, parse_request
-from lethe_sglang.policies import Policy, build_policy
+from lethe_sglang.policies import Policy
 
 logger = logging.getLogger("lethe_sglang")
 
@@ -110,13 +110,13 @@ class Runtime:
     def configure(self, config: EvictionConfig, budgets: tuple[int, ...]) -> None:
         """Take a configuration and its k_l; nothing else of the runtime depends on it."""
         self.config = config
-        self.policy = build_policy(config)
+        self.policy = config.built_policy
         self.budgets = budgets
 
     @property
     def tracked(self) -> tuple[bool, bool, bool]:
         """Which states a cell carries for any of the arms: score, position (of packed cells), memory."""
-        policies = [build_policy(arm) for arm in self.base.every_arm]
+        policies = [arm.built_policy for arm in self.base.every_arm]
         debug = self.base.debug
         positions = debug.shadow or debug.fingerprints or debug.record_kept
         return (

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
-if TYPE_CHECKING:
-    import torch
+from pydantic import ConfigDict
 
-    from lethe_sglang.config import EvictionConfig
+if TYPE_CHECKING:  # policies import torch where they compute: what only reads a configuration starts without it
+    import torch
 
 
 class Accumulation(NamedTuple):
@@ -86,25 +85,30 @@ class Candidates(NamedTuple):
         return value
 
 
-@dataclass(frozen=True)
 class Policy(ABC):
-    """One eviction policy. Subclasses are one dataclass in one file, registered in ``policies/registry.py``.
+    """One eviction policy: a frozen pydantic dataclass in one file, whose fields are its options.
+
+    The registry gives it its name, and the section of that name in a configuration sets the fields, each of them a
+    ``pydantic.Field`` with a default, its range, and a description that names unit and range (the documentation
+    prints it). Fields are checked strictly and no other keys are taken.
 
     The engine owns everything else: sinks and the recent window are kept whatever the policy says, the number of
     cells per layer comes from the layer allocator, and states travel with their cell in a round.
+
+    Attributes
+    ----------
+    source
+        The paper, such as ``arXiv 2511.06029``.
+    uses_position, uses_memory, uses_keys
+        Which of ``Candidates.position``, ``memory`` and ``feature`` the policy looks at.
     """
 
-    name: ClassVar[str]
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
     source: ClassVar[str]
     uses_position: ClassVar[bool] = False
     uses_memory: ClassVar[bool] = False
     uses_keys: ClassVar[bool] = False
-
-    @classmethod
-    @abstractmethod
-    def from_config(cls, config: EvictionConfig) -> Policy:
-        """Build the policy from the resolved configuration."""
-        ...
 
     @property
     @abstractmethod

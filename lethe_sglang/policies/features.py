@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # see ``base.py``
+    import torch
+
+NEAR_DUPLICATES = 0.5
+"""Cosine above which two keys are near-duplicates, as in R-KV's official code."""
 
 
 def pooled(score: torch.Tensor, valid: torch.Tensor, kernel: int, how: str) -> torch.Tensor:
@@ -22,6 +28,8 @@ def pooled(score: torch.Tensor, valid: torch.Tensor, kernel: int, how: str) -> t
     torch.Tensor
         float32 ``[L, B, n]``.
     """
+    import torch
+
     if kernel == 1:
         return score
     flat = score.masked_fill(~valid, 0.0).flatten(0, 1).unsqueeze(1)
@@ -29,8 +37,11 @@ def pooled(score: torch.Tensor, valid: torch.Tensor, kernel: int, how: str) -> t
     return pool(flat, kernel, stride=1, padding=kernel // 2).view(score.shape)
 
 
-def redundancy(keys: torch.Tensor, valid: torch.Tensor, threshold: float = 0.5) -> torch.Tensor:
+def redundancy(keys: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """Mean cosine of the other candidates' keys to each key, over heads (R-KV, G-KV).
+
+    Each key names the latest of its near-duplicates, and its cosine to that one does not count: the latest of a group
+    of duplicates is not redundant, it stands in for the rest.
 
     Parameters
     ----------
@@ -38,21 +49,20 @@ def redundancy(keys: torch.Tensor, valid: torch.Tensor, threshold: float = 0.5) 
         float32 ``[B, n, H, D]`` of one layer.
     valid
         bool ``[B, n]``.
-    threshold
-        Cosine of near-duplicates, >= 0. Each key names the latest of its own, and its cosine to that one does not
-        count: the latest of a group of duplicates is not redundant, it stands in for the rest.
 
     Returns
     -------
     torch.Tensor
         float32 ``[B, n]``.
     """
+    import torch
+
     unit = torch.nn.functional.normalize(keys, dim=-1).transpose(1, 2)  # [B, H, n, D]
     unit = unit * valid[:, None, :, None]
     cosine = unit @ unit.mT
     cosine.diagonal(dim1=-2, dim2=-1).zero_()
     place = torch.arange(keys.shape[1], device=keys.device)
-    latest = torch.where(cosine > threshold, place, -1).amax(-1, keepdim=True)
+    latest = torch.where(cosine > NEAR_DUPLICATES, place, -1).amax(-1, keepdim=True)
     cosine = cosine.masked_fill(place == latest, 0.0)
     count = valid.sum(-1).clamp(min=1).view(-1, 1, 1)
     return (cosine.sum(-2) / count).mean(1)
@@ -73,6 +83,8 @@ def likeness(keys: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     torch.Tensor
         float32 ``[B, n]``.
     """
+    import torch
+
     unit = torch.nn.functional.normalize(keys, dim=-1) * valid[:, :, None, None]
     anchor = unit.sum(1, keepdim=True) / valid.sum(1).clamp(min=1).view(-1, 1, 1, 1)
     return torch.nn.functional.cosine_similarity(keys, anchor, dim=-1).mean(-1)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 from lethe_sglang.policies.base import Accumulation, Candidates, Policy
 from lethe_sglang.policies.features import masked_softmax, over_maximum, redundancy
 
 if TYPE_CHECKING:
-    from lethe_sglang.config import EvictionConfig
+    import torch
 
 
 @dataclass(frozen=True)
@@ -20,36 +20,35 @@ class GKVPolicy(Policy):
 
     With f the mean attention of the last ``window`` queries over its largest value and R the redundancy of R-KV::
 
-        F = max(alpha * F_old, f)    (or mean: alpha F_old + (1 - alpha) f; sum: alpha F_old + f)
+        F = max(alpha * F_old, f)
         Z = lambda * F - (1 - lambda) * R / max R
 
-    A token at its first round has F = f.
+    A token at its first round has F = f. Of the ways to let f join F this is the default of the official code.
 
     The official code works per KV head; here heads are averaged, with one kept set per layer.
-
-    Parameters
-    ----------
-    window, alpha, smoothing
-        See above.
-    mix_lambda
-        lambda.
     """
 
-    name: ClassVar[str] = "gkv"
     source: ClassVar[str] = "arXiv 2512.00504"
     uses_memory: ClassVar[bool] = True
     uses_keys: ClassVar[bool] = True
 
-    window: int = 16
-    alpha: float = 0.8
-    smoothing: Literal["max", "mean", "sum"] = "max"
-    mix_lambda: float = 0.5
-
-    @classmethod
-    def from_config(cls, config: EvictionConfig) -> GKVPolicy:
-        """Read ``gkv``."""
-        own = config.gkv
-        return cls(own.window, own.alpha, own.smoothing, own.mix_lambda)
+    window: int = Field(
+        default=16,
+        ge=1,
+        description="Decode steps before a round whose attention is averaged. Decode steps, >= 1.",
+    )
+    alpha: float = Field(
+        default=0.8,
+        ge=0,
+        le=1,
+        description="Factor on the remembered importance per round. 0 <= alpha <= 1.",
+    )
+    mix_lambda: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="Weight of importance against redundancy. 0 <= mix_lambda <= 1; 1 ignores redundancy.",
+    )
 
     @property
     def accumulation(self) -> Accumulation:
@@ -63,12 +62,7 @@ class GKVPolicy(Policy):
     def remember(self, candidates: Candidates) -> torch.Tensor:
         """F after this round."""
         f = over_maximum(candidates.need("score"), candidates.valid)
-        old = candidates.need("memory")
-        if self.smoothing == "max":
-            return torch.maximum(self.alpha * old, f)
-        if self.smoothing == "sum":
-            return self.alpha * old + f
-        return self.alpha * torch.where(old > 0, old, f) + (1 - self.alpha) * f
+        return (self.alpha * candidates.need("memory")).maximum(f)
 
     def rank(self, candidates: Candidates) -> torch.Tensor:
         """By Z."""

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
+
+from pydantic.dataclasses import dataclass
 
 from lethe_sglang.policies.base import Accumulation, Candidates, Policy
 
 if TYPE_CHECKING:
     import torch
 
-    from lethe_sglang.config import EvictionConfig
-
 
 @dataclass(frozen=True)
 class H2OPolicy(Policy):
     """Keep the tokens with the largest sum of attention over all steps, ``S_t = S_{t-1} + A_t``."""
 
-    name: ClassVar[str] = "h2o"
     source: ClassVar[str] = "arXiv 2306.14048"
-
-    @classmethod
-    def from_config(cls, config: EvictionConfig) -> H2OPolicy:
-        """No option of its own."""
-        return cls()
 
     @property
     def accumulation(self) -> Accumulation:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
+
+from pydantic.dataclasses import dataclass
 
 from lethe_sglang.policies.base import Candidates, Policy
 from lethe_sglang.policies.features import likeness
 
 if TYPE_CHECKING:
     import torch
-
-    from lethe_sglang.config import EvictionConfig
 
 
 @dataclass(frozen=True)
@@ -22,14 +21,8 @@ class KeyDiffPolicy(Policy):
     heads, with one kept set per layer.
     """
 
-    name: ClassVar[str] = "keydiff"
     source: ClassVar[str] = "arXiv 2504.15364"
     uses_keys: ClassVar[bool] = True
-
-    @classmethod
-    def from_config(cls, config: EvictionConfig) -> KeyDiffPolicy:
-        """No option of its own."""
-        return cls()
 
     @property
     def accumulation(self) -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 from lethe_sglang.policies.base import Accumulation, Candidates, Policy
 
 if TYPE_CHECKING:
-    from lethe_sglang.config import EvictionConfig
+    import torch
 
 
 @dataclass(frozen=True)
@@ -23,23 +23,18 @@ class LazyPolicy(Policy):
         I = 2 sigmoid(-1 - (t - TS) / MRI) + 2 sigmoid(1 - MRI)        0 if MRI = 0
 
     Summaries of the paper give other forms of the second term; this one prefers tokens that come back often.
-
-    Parameters
-    ----------
-    threshold
-        Attention of a use. The paper sets it per task.
     """
 
-    name: ClassVar[str] = "lazy"
     source: ClassVar[str] = "arXiv 2506.15969"
     uses_memory: ClassVar[bool] = True
 
-    threshold: float = 0.001
-
-    @classmethod
-    def from_config(cls, config: EvictionConfig) -> LazyPolicy:
-        """Read ``lazy``."""
-        return cls(config.lazy.threshold)
+    threshold: float = Field(
+        default=0.001,
+        gt=0,
+        lt=1,
+        description="Attention (mean over query heads) above which a token counts as used; the paper sets it per task. "
+        "0 < threshold < 1.",
+    )
 
     @property
     def accumulation(self) -> Accumulation:
@@ -50,6 +45,6 @@ class LazyPolicy(Policy):
         """By I."""
         longest, stamp = candidates.need("memory"), candidates.need("score")
         idle = candidates.length.view(1, -1, 1) - stamp
-        recurs = longest > 0
-        overdue = torch.sigmoid(-1 - idle / torch.where(recurs, longest, 1.0))
-        return torch.where(recurs, 2 * overdue + 2 * torch.sigmoid(1 - longest), 0.0)
+        never = longest <= 0
+        overdue = (-1 - idle / longest.masked_fill(never, 1.0)).sigmoid()
+        return (2 * overdue + 2 * (1 - longest).sigmoid()).masked_fill(never, 0.0)

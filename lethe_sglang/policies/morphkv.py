@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 from lethe_sglang.policies.base import Accumulation, Candidates, Policy
 
 if TYPE_CHECKING:
     import torch
-
-    from lethe_sglang.config import EvictionConfig
 
 
 @dataclass(frozen=True)
@@ -19,25 +19,19 @@ class MorphKVPolicy(Policy):
 
     ``S[j] = sum_i a_{t-i}[j]`` or ``max_i a_{t-i}[j]``. The paper evicts at every step and per KV head; here at every
     round, with one kept set per layer.
-
-    Parameters
-    ----------
-    window
-        Observed decode steps.
-    fusion
-        ``sum`` or ``max``.
     """
 
-    name: ClassVar[str] = "morphkv"
     source: ClassVar[str] = "arXiv 2503.00979"
 
-    window: int = 32
-    fusion: Literal["sum", "max"] = "sum"
-
-    @classmethod
-    def from_config(cls, config: EvictionConfig) -> MorphKVPolicy:
-        """Read ``morphkv``."""
-        return cls(config.morphkv.window, config.morphkv.fusion)
+    window: int = Field(
+        default=32,
+        ge=1,
+        description="Decode steps before a round whose attention counts. Decode steps, >= 1.",
+    )
+    fusion: Literal["sum", "max"] = Field(
+        default="sum",
+        description="How the steps of the window are combined. sum, or max (one strong use is enough).",
+    )
 
     @property
     def accumulation(self) -> Accumulation:

@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
+from pydantic.dataclasses import dataclass
 
 from lethe_sglang.policies.base import Candidates, Policy
 
 if TYPE_CHECKING:
-    from lethe_sglang.config import EvictionConfig
+    import torch
 
 _MASK = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
 class RandomPolicy(Policy):
-    """Keep tokens by a hash of (seed, layer, position).
+    """Keep tokens by a hash of layer and position.
 
     A token's rank never changes, so the kept set is a uniform sample however many rounds there were, and equal on
     every tensor-parallel rank and for every batch composition.
     """
 
-    name: ClassVar[str] = "random"
     source: ClassVar[str] = "arXiv 2609.03430"
     uses_position: ClassVar[bool] = True
-
-    seed: int = 0
-
-    @classmethod
-    def from_config(cls, config: EvictionConfig) -> RandomPolicy:
-        """No option of its own."""
-        return cls()
 
     @property
     def accumulation(self) -> None:
@@ -41,9 +32,11 @@ class RandomPolicy(Policy):
 
     def rank(self, candidates: Candidates) -> torch.Tensor:
         """By hash, in [0, 1)."""
+        import torch
+
         position = candidates.need("position").to(torch.int64)
         layer = torch.arange(position.shape[0], device=position.device).view(-1, 1, 1)
-        h = (position * 2654435761 + layer * 40503 + self.seed * 69069 + 12345) & _MASK
+        h = (position * 2654435761 + layer * 40503 + 12345) & _MASK
         for _ in range(3):
             h = ((h ^ (h >> 15)) * 739982445 + 1) & _MASK
         return h.to(torch.float32) / float(_MASK)

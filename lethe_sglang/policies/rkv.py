@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 from lethe_sglang.policies.base import Accumulation, Candidates, Policy
 from lethe_sglang.policies.features import masked_softmax, pooled, redundancy
@@ -11,7 +13,8 @@ from lethe_sglang.policies.features import masked_softmax, pooled, redundancy
 if TYPE_CHECKING:
     import torch
 
-    from lethe_sglang.config import EvictionConfig
+POOLING = 7
+"""Neighbouring candidates over which the largest attention is taken, as in the official code."""
 
 
 @dataclass(frozen=True)
@@ -24,33 +27,23 @@ class RKVPolicy(Policy):
 
     The official code works per KV head and takes logits at their largest over the query group; here both are means
     over heads, with one kept set per layer. Comparing all keys with all costs O(n^2) per layer and round.
-
-    Parameters
-    ----------
-    window
-        Observed decode steps.
-    mix_lambda
-        lambda.
-    kernel
-        Pooling width.
-    threshold
-        Cosine of near-duplicates.
     """
 
-    name: ClassVar[str] = "rkv"
     source: ClassVar[str] = "arXiv 2505.24133"
     uses_keys: ClassVar[bool] = True
 
-    window: int = 8
-    mix_lambda: float = 0.1
-    kernel: int = 7
-    threshold: float = 0.5
-
-    @classmethod
-    def from_config(cls, config: EvictionConfig) -> RKVPolicy:
-        """Read ``rkv``."""
-        own = config.rkv
-        return cls(own.window, own.mix_lambda, own.kernel, own.threshold)
+    window: int = Field(
+        default=8,
+        ge=1,
+        description="Decode steps before a round whose attention is averaged. Decode steps, >= 1.",
+    )
+    mix_lambda: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="Weight of attention against redundancy. 0 <= mix_lambda <= 1; 0.1 is the paper's, 0.5 did better "
+        "in later work.",
+    )
 
     @property
     def accumulation(self) -> Accumulation:
@@ -59,10 +52,10 @@ class RKVPolicy(Policy):
 
     def key_feature(self, keys: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         """Mean cosine of the other keys."""
-        return redundancy(keys, valid, self.threshold)
+        return redundancy(keys, valid)
 
     def rank(self, candidates: Candidates) -> torch.Tensor:
         """By Z."""
-        importance = pooled(candidates.need("score") / self.window, candidates.valid, self.kernel, "max")
+        importance = pooled(candidates.need("score") / self.window, candidates.valid, POOLING, "max")
         duplicates = masked_softmax(candidates.need("feature"), candidates.valid)
         return self.mix_lambda * importance - (1 - self.mix_lambda) * duplicates

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field, field_validator
+from pydantic.dataclasses import dataclass
 
 from lethe_sglang.policies.base import Accumulation, Candidates, Policy
 from lethe_sglang.policies.features import pooled
 
 if TYPE_CHECKING:
     import torch
-
-    from lethe_sglang.config import EvictionConfig
 
 
 @dataclass(frozen=True)
@@ -20,25 +20,28 @@ class SnapKVPolicy(Policy):
 
     ``S[j] = sum_{i < window} a_{t-i}[j]``, ranked by ``avg_pool(S, kernel)``. The paper does this once, after the
     prefill, and per KV head; here it is done at every round (SnapKV-D in later work) with one kept set per layer.
-
-    Parameters
-    ----------
-    window
-        Observed decode steps.
-    kernel
-        Pooling width over candidates in ascending position.
     """
 
-    name: ClassVar[str] = "snapkv"
     source: ClassVar[str] = "arXiv 2404.14469"
 
-    window: int = 32
-    kernel: int = 5
+    window: int = Field(
+        default=32,
+        ge=1,
+        description="Decode steps before a round whose attention is summed. Decode steps, >= 1; never more than have "
+        "passed since the round before.",
+    )
+    kernel: int = Field(
+        default=5,
+        ge=1,
+        description="Neighbouring candidates over which scores are averaged. Tokens, odd, >= 1; 1 does not pool.",
+    )
 
+    @field_validator("kernel")
     @classmethod
-    def from_config(cls, config: EvictionConfig) -> SnapKVPolicy:
-        """Read ``snapkv``."""
-        return cls(config.snapkv.window, config.snapkv.kernel)
+    def _has_a_middle(cls, kernel: int) -> int:
+        if kernel % 2 == 0:
+            raise ValueError(f"which has no middle; use an odd number such as {kernel + 1}")
+        return kernel
 
     @property
     def accumulation(self) -> Accumulation:

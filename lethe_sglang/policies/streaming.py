@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
+from pydantic.dataclasses import dataclass
 
 from lethe_sglang.policies.base import Candidates, Policy
 
 if TYPE_CHECKING:
-    from lethe_sglang.config import EvictionConfig
+    import torch
 
 
 @dataclass(frozen=True)
 class StreamingPolicy(Policy):
     """StreamingLLM: the later a token, the better."""
 
-    name: ClassVar[str] = "streaming"
     source: ClassVar[str] = "arXiv 2309.17453"
     uses_position: ClassVar[bool] = True
-
-    @classmethod
-    def from_config(cls, config: EvictionConfig) -> StreamingPolicy:
-        """No option of its own."""
-        return cls()
 
     @property
     def accumulation(self) -> None:
@@ -33,4 +26,4 @@ class StreamingPolicy(Policy):
 
     def rank(self, candidates: Candidates) -> torch.Tensor:
         """By position."""
-        return candidates.need("position").to(torch.float32)
+        return candidates.need("position").float()

@@ -272,7 +272,10 @@ def test_the_options_become_a_plan():
     [
         (["--config", "nowhere"], "--config nowhere: no such file"),
         (["--budget", "3"], "--budget 3: budget.tokens"),
-        (["--budget", "48", "--policy", "leth"], "--policy: unknown policy 'leth' (did you mean 'lethe'?); legal: le"),
+        (
+            ["--budget", "48", "--policy", "leth"],
+            "--policy leth: unknown policy 'leth' (did you mean 'lethe'?); legal: l",
+        ),
         (["--budget", "48", "--server-args=--page-size=8"], "'--page-size=8' is set by lethe bench; use"),
         (["--budget", "48", "--server-args", "--tp '2"], "quote each argument"),
     ],

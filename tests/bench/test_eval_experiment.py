@@ -8,14 +8,14 @@ import pytest
 from lethe_bench.accuracy.experiment import FULL
 from lethe_bench.accuracy.loading import differences, load, parse
 from lethe_sglang.config import ConfigError, from_mapping
-from lethe_sglang.policies import build_policy
+from lethe_sglang.policies import policy_class
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "eval").glob("*.yaml"))
 DATA = {
     "name": "small",
     "model_path": "models/reasoner",
     "tasks": [{"family": "chain", "problems": 4}, {"family": "walk", "problems": 2}],
-    "base": {"retain": {"sinks": 2}, "rasr": {"half_life": 7}},
+    "base": {"retain": {"sinks": 2}, "lethe": {"half_life": 7}},
     "grid": {
         "policies": ["lethe", "random"],
         "budgets": [{"tokens": 96, "interval": 24}, {"tokens": 48, "interval": 12}],
@@ -37,13 +37,13 @@ def test_every_experiment_that_ships_loads_and_its_arms_run(path):
     assert found.name == path.stem and arms[0].name == FULL
     assert {arm.config.policy for arm in arms[1:]} >= {"lethe", "random"}
     for arm in arms[1:]:
-        build_policy(arm.config)
+        assert isinstance(arm.config.built_policy, policy_class(arm.config.policy))
     from_mapping(found.server_config())
 
 
 def test_the_main_experiment_is_the_table_that_was_asked_for():
     found = load(next(path for path in CONFIGS if path.stem == "reasoner"))
-    assert len(found.every_arm()) == 1 + 11 * 3 + 2 * 3  # rasr.credit and rasr.diversity at each budget
+    assert len(found.every_arm()) == 1 + 11 * 3 + 3  # lethe.diversity at each budget
     assert sum(task.problems for task in found.tasks) == 500
     assert {task.tokens for task in found.tasks} == {(200, 400)}
     items = {task: len(made) for task, made in found.items().items()}
@@ -59,7 +59,7 @@ def test_a_grid_gives_every_policy_at_every_budget_over_the_base():
     assert [arm.index for arm in arms] == [None, 0, 1, 2, 3]
     last = arms[-1].config
     assert (last.policy, last.budget.tokens, last.rounds.interval) == ("random", 48, 12)
-    assert (last.retain.sinks, last.rasr.half_life) == (2, 7)
+    assert (last.retain.sinks, arms[-2].config.built_policy.half_life) == (2, 7)
 
 
 def test_explicit_arms_are_laid_over_the_base_section_by_section():
@@ -115,7 +115,7 @@ def test_only_the_traced_arms_record_what_they_kept():
         ({"grid": {"policies": ["lethe"], "budgets": [{"tokens": 4, "interval": 1}]}}, "lethe@4: budget.tokens: got 4"),
         ({"grid": {"policies": ["lethe"], "budgets": [{"tokens": 9}]}}, r"\[0\].interval: required; give an integer"),
         ({"arms": [{"name": "lethe@48"}]}, 'arms: "lethe@48" is there twice'),
-        ({"arms": [{"name": "a", "config": {"rasr": {"decay": 0.9}}}]}, "arm a: rasr.half_life: got 7 together with"),
+        ({"arms": [{"name": "a", "config": {"rasr": {"decay": 0.9}}}]}, "arm a: rasr.decay: write lethe.half_life"),
         ({"arms": [{"name": "full"}]}, 'arms: "full" is there twice'),
         ({"arms": [{"name": "a/b"}]}, 'name: got "a/b", expected letters'),
         ({"grid": None, "full": False}, "arms: nothing to run; set full to true"),
@@ -154,7 +154,7 @@ def test_a_file_that_holds_no_experiment_is_refused(tmp_path, text, message):
     [
         {},
         {"tasks": [{"family": "chain", "problems": 9}, DATA["tasks"][1], {"family": "script", "problems": 1}]},
-        {"arms": [{"name": "lethe-slow@48", "config": {"budget": {"tokens": 48}, "rasr": {"half_life": 90}}}]},
+        {"arms": [{"name": "lethe-slow@48", "config": {"budget": {"tokens": 48}, "lethe": {"half_life": 90}}}]},
         {"trace": 2},
     ],
 )
@@ -191,7 +191,7 @@ def test_a_change_that_would_mix_results_is_named(changes, message):
 
 
 def test_an_experiment_survives_being_written_down():
-    small = experiment(trace=1, arms=[{"name": "a", "config": {"rasr": {"half_life": 90}}}])
+    small = experiment(trace=1, arms=[{"name": "a", "config": {"lethe": {"half_life": 90}}}])
     assert parse(json.loads(small.model_dump_json()), "config.yaml") == small
 
 

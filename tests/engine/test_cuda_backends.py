@@ -17,7 +17,7 @@ from problems import CHAINS, WALKS
 SETTINGS = config(
     budget={"allocation": "list", "layers": [12, 24, 16, 28]},
     rounds={"interval": 8},
-    rasr={"half_life": 7},
+    lethe={"half_life": 7},
     retain={"recent_ratio": 0.3},
     debug={"record_kept": True},
 )

@@ -152,7 +152,7 @@ def test_offline_engine(tmp_path):
         if __name__ == "__main__":
             engine = sgl.Engine(
                 model_path="{MODEL}", max_total_tokens=2048, disable_radix_cache=True, page_size=8,
-                kv_evict="lethe", kv_evict_config={{"rounds": {{"interval": 16}}, "rasr": {{"half_life": 7}}}},
+                kv_evict="lethe", kv_evict_config={{"rounds": {{"interval": 16}}, "lethe": {{"half_life": 7}}}},
                 kv_evict_budget=48,
             )
             try:

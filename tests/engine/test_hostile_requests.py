@@ -13,7 +13,7 @@ import pytest
 from conftest import config
 from problems import PROMPTS
 
-SETTINGS = config(budget={"tokens": 48}, rounds={"interval": 16}, rasr={"half_life": 7})
+SETTINGS = config(budget={"tokens": 48}, rounds={"interval": 16}, lethe={"half_life": 7})
 OPEN_DOOR = (
     "import lethe_sglang.engine.front as front, runpy; front.check_request = lambda *args: None; "
     "runpy.run_module('sglang.launch_server', run_name='__main__', alter_sys=True)"

@@ -12,7 +12,7 @@ from problems import PROMPTS, WALKS, prompt, walk
 DEBUG = {"shadow": True}
 TIGHT = {"budget": 20}
 """Five cells a layer beside the recent window: a prompt among the candidates could not survive."""
-BASE = dict(budget={"tokens": 48}, rounds={"interval": 16}, rasr={"half_life": 7}, requests={"max_budget": 1024})
+BASE = dict(budget={"tokens": 48}, rounds={"interval": 16}, lethe={"half_life": 7}, requests={"max_budget": 1024})
 
 
 def running(log: str) -> list[int]:
@@ -129,7 +129,7 @@ def test_the_prompts_last_page_is_kept_though_the_tree_does_not_take_it(start):
 def test_breakpoint_allocation_respects_the_mean_and_serves(start, tmp_path):
     settings = tmp_path / "breakpoint.yaml"
     settings.write_text(
-        "budget: {tokens: 48, allocation: breakpoint}\nrounds: {interval: 16}\nrasr: {half_life: 2}\n"
+        "budget: {tokens: 48, allocation: breakpoint}\nrounds: {interval: 16}\nlethe: {half_life: 2}\n"
         "debug: {shadow: true, record_kept: true}\n"
     )
     server_yaml = tmp_path / "server.yaml"

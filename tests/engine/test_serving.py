@@ -21,7 +21,7 @@ from problems import CHAINS, PROMPTS, WALKS, prompt, walk
 SETTINGS = config(
     budget={"tokens": 48},
     rounds={"interval": 16},
-    rasr={"half_life": 7},
+    lethe={"half_life": 7},
     requests={"max_budget": 4096},
     debug={"shadow": True, "pack_always": True, "record_kept": True, "arms": matrix.ARMS},
 )

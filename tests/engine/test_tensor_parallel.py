@@ -14,7 +14,7 @@ def server(start):
     settings = config(
         budget={"tokens": 48},
         rounds={"interval": 16},
-        rasr={"half_life": 7},
+        lethe={"half_life": 7},
         retain={"prompt": "evict"},
         debug={"fingerprints": True, "shadow": True},
     )

@@ -105,15 +105,13 @@ class History:
 Rule = Callable[[History, int, list[int]], Array]
 
 
-def decayed_sum(gamma: float, every: int = 1, credit: float = 0.0, diversity: float = 0.0) -> Rule:
-    """Lethe's equation 5 in closed form, a credit by age, a part of keydiff; gamma 1 is H2O, gamma 0 TOVA."""
+def decayed_sum(gamma: float, every: int = 1, diversity: float = 0.0) -> Rule:
+    """Lethe's equation 5 in closed form, less a part of keydiff; gamma 1 is H2O, gamma 0 TOVA."""
 
     def rule(history: History, layer: int, tokens: list[int]) -> Array:
         scored = [s.mean[layer, tokens] for s in history.steps if s.length % every == 0]
         weight = gamma ** (every * np.arange(len(scored), dtype=np.float64)[::-1])
         score = weight @ np.array(scored) if scored else np.zeros(len(tokens))
-        if credit:
-            score = score + credit * gamma ** (history.length - 1.0 - np.array(tokens))
         return score / score.max() + diversity * keydiff(history, layer, tokens) if diversity else score
 
     return rule
@@ -186,7 +184,7 @@ def redundant(history: History, layer: int, tokens: list[int], threshold: float)
     return weight / weight.sum()
 
 
-def gkv(window: int, alpha: float, smoothing: str, mix_lambda: float) -> Rule:
+def gkv(window: int, alpha: float, mix_lambda: float) -> Rule:
     """F carried from round to round, replayed here from the first round on."""
 
     def rule(history: History, layer: int, tokens: list[int]) -> Array:
@@ -196,9 +194,7 @@ def gkv(window: int, alpha: float, smoothing: str, mix_lambda: float) -> Rule:
             present = past.candidates[layer]
             seen = history.attention(layer, present, max(past.length - window, past.since), past.length).mean(0)
             for token, f in zip(present, seen / seen.max(), strict=True):
-                old = alpha * remembered.get(token, 0.0)
-                mean = old + (1 - alpha) * f if token in remembered else f
-                remembered[token] = float({"max": max(old, f), "mean": mean, "sum": old + f}[smoothing])
+                remembered[token] = float(max(alpha * remembered.get(token, 0.0), f))
         similar = redundant(history, layer, tokens, 0.5)
         importance = np.array([remembered[token] for token in tokens])
         return importance * mix_lambda - (1 - mix_lambda) * similar / similar.max()
@@ -245,16 +241,12 @@ def streaming(history: History, layer: int, tokens: list[int]) -> Array:
     return np.array(tokens, dtype=np.float64)
 
 
-def random(seed: int) -> Rule:
-    """The hash of (seed, layer, position), in integers."""
-
-    def rule(history: History, layer: int, tokens: list[int]) -> Array:
-        modulus, ranks = 2**31, []
-        for position in tokens:
-            h = (position * 2654435761 + layer * 40503 + seed * 69069 + 12345) % modulus
-            for _ in range(3):
-                h = ((h ^ (h // 2**15)) * 739982445 + 1) % modulus
-            ranks.append(float(h))
-        return np.array(ranks)
-
-    return rule
+def random(history: History, layer: int, tokens: list[int]) -> Array:
+    """The hash of (layer, position), in integers."""
+    modulus, ranks = 2**31, []
+    for position in tokens:
+        h = (position * 2654435761 + layer * 40503 + 12345) % modulus
+        for _ in range(3):
+            h = ((h ^ (h // 2**15)) * 739982445 + 1) % modulus
+        ranks.append(float(h))
+    return np.array(ranks)

@@ -16,7 +16,7 @@ def test_show_prints_the_defaults_with_their_derived_values(capsys):
     comments = [line for line in printed.splitlines() if line.startswith("#")]
     assert any(line.startswith("# R = 308 ") for line in comments)
     assert any(line.startswith("# K = 716 ") for line in comments)
-    assert any(line.startswith("# gamma = 0.998 ") for line in comments)
+    assert any(line.startswith("# gamma = 0.997999 ") for line in comments)
     assert "# a request may ask for 313 to 4096 tokens" in comments
 
 
@@ -33,8 +33,10 @@ def test_flags_beat_the_configuration_they_go_with(capsys):
         *presets(),
         json.dumps({"budget": {"allocation": "list", "layers": [900 + layer for layer in range(40)]}}),
         json.dumps({"budget": {"allocation": "profile", "profile": "1e3"}, "retain": {"recent_ratio": 0.1 + 1 / 7}}),
-        json.dumps({"budget": {"allocation": "list", "layers": [40, 50, 61]}, "rasr": {"decay": 1e-5}}),
-        json.dumps({"policy": "yes"}),
+        json.dumps({"budget": {"allocation": "list", "layers": [40, 50, 61]}, "lethe": {"half_life": 1e5}}),
+        json.dumps({"budget": {"profile": "yes"}}),
+        json.dumps({"policy": "random", "rounds": {"interval": 3}}),
+        json.dumps({"policy": "morphkv", "morphkv": {"fusion": "max"}}),
     ],
 )
 def test_what_is_printed_loads_to_the_same_configuration(source, tmp_path, capsys):

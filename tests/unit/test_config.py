@@ -1,9 +1,11 @@
+import dataclasses
 import json
 import math
 import pickle
 import shutil
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 import yaml
@@ -15,7 +17,6 @@ from lethe_sglang.config import (
     BudgetConfig,
     ConfigError,
     EvictionConfig,
-    RasrConfig,
     RequestOverride,
     from_mapping,
     parse_request,
@@ -24,9 +25,13 @@ from lethe_sglang.config import (
 )
 from lethe_sglang.config import loading as loading_module
 from lethe_sglang.config.errors import known_keys
+from lethe_sglang.config.policy_section import laid_over
+from lethe_sglang.config.replaced import REPLACED
+from lethe_sglang.policies import policy_class, policy_names
 
 LIST_BUDGET = {"allocation": "list", "layers": [40, 60, 81]}
-KEYS = st.sampled_from([key for keys in known_keys(EvictionConfig).values() for key in keys]) | st.text(max_size=5)
+KNOWN = known_keys(EvictionConfig, **{name: policy_class(name) for name in policy_names()})
+KEYS = st.sampled_from([key for keys in KNOWN.values() for key in keys] + list(REPLACED)) | st.text(max_size=5)
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 VALUES = SCALARS | st.lists(SCALARS, max_size=3) | st.dictionaries(st.text(max_size=3), SCALARS, max_size=2)
 
@@ -36,6 +41,14 @@ def message(data: dict) -> str:
         from_mapping(data)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def error_of(data: dict) -> ConfigError | None:
+    try:
+        from_mapping(data)
+    except ConfigError as error:
+        return error
+    return None
 
 
 def request_message(asked: object, config: EvictionConfig | None = None, context_length: int | None = None) -> str:
@@ -73,13 +86,32 @@ class TestSchema:
             assert config.scored > sinks
             assert config.recent + config.scored == tokens
 
-    def test_gamma_is_the_decay_or_comes_from_the_half_life_or_is_the_default(self):
-        assert RasrConfig().gamma == 0.998
-        assert RasrConfig(decay=0.0).gamma == 0.0
-        assert RasrConfig(half_life=7).gamma ** 7 == pytest.approx(0.5)
+    def test_the_section_of_the_policy_in_use_sets_its_options(self):
+        config = from_mapping({"policy": "snapkv", "snapkv": {"kernel": 3}})
+        assert config.built_policy == policy_class("snapkv")(window=32, kernel=3)
+        assert config.built_policy != from_mapping({"policy": "snapkv"}).built_policy
+        assert from_mapping({"policy": "h2o", "h2o": {}}) == from_mapping({"policy": "h2o"})
+        assert EvictionConfig(lethe={"half_life": 7}) == from_mapping({"lethe": {"half_life": 7}}) != EvictionConfig()
 
-    def test_decay_and_half_life_together_are_refused(self):
-        assert "rasr.half_life" in message({"rasr": {"decay": 0.9, "half_life": 7}})
+    @pytest.mark.parametrize("name", policy_names())
+    def test_a_configuration_is_dumped_with_all_options_of_its_policy_and_reads_back(self, name):
+        config = from_mapping({"policy": name, "rounds": {"interval": 7}})
+        options = {key: getattr(config.built_policy, key) for key in KNOWN[name]}
+        for mode in ("python", "json"):
+            for unset in (False, True):
+                dumped = config.model_dump(mode=mode, exclude_unset=unset)
+                assert dumped.get(name, {}) == options and next(iter(dumped)) == "policy"
+                assert from_mapping(dumped) == config
+        assert from_mapping(json.loads(config.model_dump_json())) == config
+        assert pickle.loads(pickle.dumps(config)).built_policy == config.built_policy
+
+    def test_where_the_policy_changes_the_section_of_the_old_one_goes(self):
+        base = from_mapping({"lethe": {"half_life": 7}, "rounds": {"interval": 9}}).model_dump()
+        assert from_mapping(laid_over(base, {"lethe": {"score_every": 2}})).built_policy == (
+            policy_class("lethe")(half_life=7, score_every=2)
+        )
+        changed = from_mapping(laid_over(base, {"policy": "snapkv", "snapkv": {"window": 4}}))
+        assert (changed.built_policy, changed.rounds.interval) == (policy_class("snapkv")(window=4), 9)
 
     def test_a_list_of_budgets_sets_the_mean(self):
         config = from_mapping({"budget": LIST_BUDGET})
@@ -123,16 +155,23 @@ class TestSchema:
         config = from_mapping({"budget": LIST_BUDGET})
         with pytest.raises(ValidationError):
             config.policy = "h2o"
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            config.built_policy.half_life = 3.0
         assert pickle.loads(pickle.dumps(config)) == config
         assert hash(config) == hash(from_mapping({"budget": LIST_BUDGET}))
 
     def test_every_option_is_described(self):
-        for model in (EvictionConfig, *(field.annotation for field in EvictionConfig.model_fields.values())):
-            for name, field in getattr(model, "model_fields", {}).items():
+        sections = [field.annotation for field in EvictionConfig.model_fields.values()]
+        for model in (EvictionConfig, *sections, *map(policy_class, policy_names())):
+            for name, field in getattr(model, "__pydantic_fields__", {}).items():
                 assert field.description, name
 
     def test_the_package_needs_neither_torch_nor_sglang(self):
-        code = "import sys, lethe_sglang.config; print([m for m in ('torch', 'sglang', 'numpy') if m in sys.modules])"
+        code = (
+            "import sys; from lethe_sglang.config import from_mapping; from lethe_sglang.policies import policy_names;"
+            "[from_mapping({'policy': name}) for name in policy_names()];"
+            "print([m for m in ('torch', 'sglang', 'numpy') if m in sys.modules])"
+        )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert done.stdout.strip() == "[]"
 
@@ -154,13 +193,33 @@ class TestMessages:
             ({"rounds": {"interval": 0}}, "rounds.interval: got 0, expected an integer >= 1"),
             ({"retain": {"sinks": -1}}, "retain.sinks: got -1, expected an integer >= 0"),
             ({"retain": {"recent_ratio": 1.0}}, "retain.recent_ratio: got 1.0, expected a number > 0 and < 1"),
-            ({"retain": {"prompt": "shared"}}, 'retain.prompt: got "shared", expected one of keep, evict'),
-            ({"rasr": {"decay": 1.5}}, "rasr.decay: got 1.5, expected a number >= 0 and <= 1 (or null)"),
+            ({"retain": {"prompt": "kept"}}, 'retain.prompt: got "kept", expected one of keep, evict'),
+            ({"lethe": {"half_life": 0}}, "lethe.half_life: got 0, expected a number > 0"),
+            ({"lethe": {"half_life": math.inf}}, "lethe.half_life: got Infinity, expected a number > 0"),
+            ({"lethe": {"score_every": True}}, "lethe.score_every: got true, expected an integer >= 1"),
+            ({"policy": "gkv", "gkv": {"alpha": "1"}}, 'gkv.alpha: got "1", expected a number >= 0 and <= 1'),
+            (
+                {"policy": "morphkv", "morphkv": {"fusion": "avg"}},
+                'morphkv.fusion: got "avg", expected one of sum, ma',
+            ),
+            (
+                {"policy": "snapkv", "snapkv": {"kernel": 4}},
+                "snapkv.kernel: got 4, which has no middle; use an odd n",
+            ),
+            ({"lethe": None}, "lethe: got null, expected a mapping with keys among half_life, score_every, diversity"),
+            ({"policy": "h2o", "h2o": 3}, "h2o: got 3, expected nothing, it has no options"),
+            ({"policy": 3}, "policy: got 3, expected a non-empty string"),
+            ({"policy": "none"}, "unknown policy 'none'; legal: lethe, h2o, tova"),
+            (
+                {"policy": "h2o", "snapkv": {"window": 3}},
+                "snapkv: is the section of another policy, this configuration uses h2o; "
+                "leave it out or write policy: snapkv",
+            ),
             ({"requests": {"allow_off": 1}}, "requests.allow_off: got 1, expected true or false"),
             ({"policy": ""}, 'policy: got "", expected a non-empty string'),
             (
-                {"budget": {"allocation": "profiled"}},
-                'budget.allocation: got "profiled", expected one of uniform, profile, list, breakpoint',
+                {"budget": {"allocation": "profil"}},
+                'budget.allocation: got "profil", expected one of uniform, profile, list, breakpoint',
             ),
         ],
     )
@@ -180,7 +239,17 @@ class TestMessages:
             ({"budget": {"interval": 5}}, "budget.interval: unknown key; rounds.interval belongs in section rounds"),
             ({"budget": {"intervals": 5}}, "budget.intervals: unknown key; did you mean rounds.interval?"),
             ({"sinks": 4}, "sinks: unknown key; retain.sinks belongs in section retain"),
-            ({"rasr": {"policy": "h2o"}}, "rasr.policy: unknown key; policy belongs at the top level"),
+            ({"lethe": {"policy": "h2o"}}, "lethe.policy: unknown key; policy belongs at the top level"),
+            ({"lethe": {"interval": 5}}, "lethe.interval: unknown key; rounds.interval belongs in section rounds"),
+            ({"lethe": {"halflife": 5}}, "lethe.halflife: unknown key; did you mean lethe.half_life?"),
+            ({"half_life": 5}, "half_life: unknown key; lethe.half_life belongs in section lethe"),
+            ({"leth": {}}, "leth: unknown key; did you mean lethe?"),
+            ({"policy": "h2o", "h2o": {"half_life": 5}}, "h2o.half_life: unknown key; h2o knows no options"),
+            (
+                {"lethe.half_life": 5},
+                "lethe.half_life: unknown key; options are nested, write lethe: {half_life: ...}",
+            ),
+            ({"policy": "snapkv", "snapkv": {7: 5}}, "snapkv.7: unknown key; snapkv knows window, kernel"),
             ({"budget.tokens": 5}, "budget.tokens: unknown key; options are nested, write budget: {tokens: ...}"),
             ({"rounds": {"xyz": 5}}, "rounds.xyz: unknown key; rounds knows interval"),
             ({"rounds": {7: 5}}, "rounds.7: unknown key; rounds knows interval"),
@@ -196,6 +265,8 @@ class TestMessages:
     def test_all_problems_are_reported_at_once(self):
         text = message({"budget": {"tokens": 1, "profil": 2}, "retain": {"sinks": -1}})
         assert all(option in text for option in ("budget.tokens", "budget.profil", "retain.sinks"))
+        text = message({"lethe": {"half_life": 0, "diversit": 1}, "budget": {"tokens": 1}, "h2o": {}})
+        assert all(o in text for o in ("lethe.half_life", "lethe.diversit", "budget.tokens", "h2o: is the section"))
         text = message({"budget": {"tokens": 6}, "requests": {"max_budget": 5}})
         assert all(option in text for option in ("budget.tokens", "requests.max_budget"))
 
@@ -206,6 +277,45 @@ class TestMessages:
             from_mapping(data)
         except ConfigError as error:
             assert str(error) and len(str(error).splitlines()) == 1
+
+
+class TestReplaced:
+    """An old key is answered with what replaced it, a key that is known is not."""
+
+    @pytest.mark.parametrize("key", [key for key in REPLACED if "=" not in key])
+    def test_every_replaced_key_that_is_unknown_says_what_to_write(self, key):
+        section, _, name = key.partition(".")
+        data = {section: {name: 1} if name else {}}
+        if section in policy_names():
+            data["policy"] = section
+        if name in KNOWN.get(section, ()) or (not name and section in KNOWN):
+            assert REPLACED[key] not in str(error_of(data)), "the table was asked about a key that there is"
+        else:
+            assert message(data) == f"{key}: {REPLACED[key]}"
+
+    @pytest.mark.parametrize("entry", [entry for entry in REPLACED if "=" in entry])
+    def test_every_replaced_value_that_is_illegal_says_what_to_write(self, entry):
+        key, _, value = entry.partition("=")
+        section, _, name = key.partition(".")
+        kind = EvictionConfig.model_fields[section].annotation.model_fields[name].annotation
+        data = {section: {name: value}}
+        if value in get_args(kind):
+            assert REPLACED[entry] not in str(error_of(data)), "the table was asked about a value that is legal"
+        else:
+            assert message(data) == f'{key}: got "{value}", {REPLACED[entry]}'
+
+    def test_the_table_is_asked_about_illegal_values_only(self, monkeypatch):
+        monkeypatch.setitem(REPLACED, "lethe.score_every=0", "write 1")
+        monkeypatch.setitem(REPLACED, "lethe.score_every=1", "write 2")
+        monkeypatch.setitem(REPLACED, "lethe.half_life", "write something else")
+        assert message({"lethe": {"score_every": 0}}) == "lethe.score_every: got 0, write 1"
+        from_mapping({"lethe": {"score_every": 1, "half_life": 3}})
+
+    def test_each_key_of_an_old_section_has_a_line_of_its_own(self):
+        assert message({"rasr": {"half_life": 7, "credit": 1, "score": 2}}) == (
+            f"rasr.half_life: {REPLACED['rasr.half_life']}; rasr.credit: {REPLACED['rasr.credit']}"
+        )
+        assert message({"rasr": {"score": 2}}) == message({"rasr": None}) == f"rasr: {REPLACED['rasr']}"
 
 
 class TestLoading:
@@ -221,6 +331,12 @@ class TestLoading:
         assert resolve(None, str(path), None).policy == "tova"
         config = resolve("h2o", str(path), 512)
         assert (config.policy, config.budget) == ("h2o", BudgetConfig(tokens=512, profile="none"))
+
+    def test_a_flag_that_changes_the_policy_of_a_file_leaves_its_section_out(self):
+        assert resolve("h2o", "cpu-demo").built_policy == policy_class("h2o")()
+        assert resolve("lethe", "cpu-demo").built_policy == policy_class("lethe")(half_life=7)
+        with pytest.raises(ConfigError, match=r"--kv-evict tova: snapkv: is the section of another policy"):
+            resolve("tova", '{"policy": "h2o", "snapkv": {"window": 3}}')
 
     def test_inline_json_is_read(self):
         assert resolve(None, ' {"rounds": {"interval": 16}}').rounds.interval == 16
@@ -239,8 +355,8 @@ class TestLoading:
     def test_the_default_preset_is_the_schema_and_shows_every_option(self):
         assert resolve(None, "default") == EvictionConfig()
         written = yaml.safe_load(presets()["default"].read_text())
-        assert {"": tuple(written), **{name: tuple(keys) for name, keys in written.items() if name != "policy"}} == (
-            known_keys(EvictionConfig)
+        assert {name: set(keys) for name, keys in written.items() if name != "policy"} | {"": set(written)} == (
+            {name: set(keys) for name, keys in known_keys(EvictionConfig, lethe=policy_class("lethe")).items()}
         )
 
     def test_an_installed_wheel_reads_the_presets_inside_the_package(self, tmp_path, monkeypatch):

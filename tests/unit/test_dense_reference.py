@@ -16,7 +16,6 @@ from lethe_sglang.cache.ledger import Ledger
 from lethe_sglang.cache.rounds import Cells
 from lethe_sglang.config import from_mapping
 from lethe_sglang.kernels.score import accumulate, attend, observation_attention, replay
-from lethe_sglang.policies import build_policy
 
 LAYERS, KV_HEADS, HEADS, DIM, RANK = 3, 2, 4, 8, 4
 RECENT, INTERVAL, SINKS = 6, 8, 2
@@ -25,14 +24,16 @@ REQUESTS = {1: (0, 29), 2: (16, 19), 3: (0, 10)}  # row: (shared prefix, prompt)
 STEPS, LONGEST, STALE = 58, 96, 3.25
 
 CASES = {
-    "lethe": ({"rasr": {"decay": 0.9}}, dense.decayed_sum(0.9)),
-    "lethe, default decay": ({}, dense.decayed_sum(0.998)),
-    "lethe, every third step": ({"rasr": {"half_life": 10, "score_every": 3}}, dense.decayed_sum(0.5**0.1, 3)),
-    "lethe, credit": ({"rasr": {"decay": 0.9, "credit": 0.4}}, dense.decayed_sum(0.9, credit=0.4)),
-    "lethe, diversity": ({"rasr": {"decay": 0.9, "diversity": 0.5}}, dense.decayed_sum(0.9, diversity=0.5)),
-    "lethe, both": (
-        {"rasr": {"decay": 0.95, "credit": 0.2, "diversity": 0.2}},
-        dense.decayed_sum(0.95, credit=0.2, diversity=0.2),
+    "lethe": ({"lethe": {"half_life": 6.58}}, dense.decayed_sum(0.5 ** (1 / 6.58))),
+    "lethe, default decay": ({}, dense.decayed_sum(0.5 ** (1 / 346))),
+    "lethe, every third step": ({"lethe": {"half_life": 10, "score_every": 3}}, dense.decayed_sum(0.5**0.1, 3)),
+    "lethe, diversity": (
+        {"lethe": {"half_life": 6.58, "diversity": 0.5}},
+        dense.decayed_sum(0.5 ** (1 / 6.58), diversity=0.5),
+    ),
+    "lethe, little diversity": (
+        {"lethe": {"half_life": 13.5, "diversity": 0.2}},
+        dense.decayed_sum(0.5 ** (1 / 13.5), diversity=0.2),
     ),
     "h2o": ({}, dense.decayed_sum(1.0)),
     "tova": ({}, dense.decayed_sum(0.0)),
@@ -42,18 +43,17 @@ CASES = {
     "morphkv": ({"morphkv": {"window": 5}}, dense.morphkv(5, "sum")),
     "morphkv, max": ({"morphkv": {"window": 7, "fusion": "max"}}, dense.morphkv(7, "max")),
     "morphkv, window of one step": ({"morphkv": {"window": 1, "fusion": "max"}}, dense.morphkv(1, "max")),
-    "rkv, no near-duplicates": ({"rkv": {"window": 6, "threshold": 1.0}}, dense.rkv(6, 0.1, 7, 1.0)),
     "rkv": ({"rkv": {"window": 6}}, dense.rkv(6, 0.1, 7, 0.5)),
-    "rkv, half": ({"rkv": {"window": 8, "mix_lambda": 0.5, "kernel": 3}}, dense.rkv(8, 0.5, 3, 0.5)),
-    "gkv": ({"gkv": {"window": 6}}, dense.gkv(6, 0.8, "max", 0.5)),
-    "gkv, mean": ({"gkv": {"window": 8, "smoothing": "mean"}}, dense.gkv(8, 0.8, "mean", 0.5)),
-    "gkv, sum": ({"gkv": {"window": 5, "smoothing": "sum", "alpha": 0.5}}, dense.gkv(5, 0.5, "sum", 0.5)),
-    "gkv, importance alone": ({"gkv": {"window": 6, "mix_lambda": 1.0}}, dense.gkv(6, 0.8, "max", 1.0)),
+    "rkv, half": ({"rkv": {"window": 8, "mix_lambda": 0.5}}, dense.rkv(8, 0.5, 7, 0.5)),
+    "gkv": ({"gkv": {"window": 6}}, dense.gkv(6, 0.8, 0.5)),
+    "gkv, long memory": ({"gkv": {"window": 8, "alpha": 0.99}}, dense.gkv(8, 0.99, 0.5)),
+    "gkv, short memory": ({"gkv": {"window": 5, "alpha": 0.5}}, dense.gkv(5, 0.5, 0.5)),
+    "gkv, importance alone": ({"gkv": {"window": 6, "mix_lambda": 1.0}}, dense.gkv(6, 0.8, 1.0)),
     "lazy": ({"lazy": {"threshold": 0.03}}, dense.lazy(0.03)),
     "lazy, rare uses": ({"lazy": {"threshold": 0.05}}, dense.lazy(0.05)),
     "keydiff": ({}, dense.keydiff),
     "streaming": ({}, dense.streaming),
-    "random": ({}, dense.random(0)),
+    "random": ({}, dense.random),
 }
 
 
@@ -168,7 +168,7 @@ class DecodePool(MiniPool):
 def follow(name, page, private=False):
     """Decode all requests and compare after every round; ``private`` prompts are scored and may be evicted."""
     options, rule = CASES[name]
-    policy = build_policy(from_mapping({"policy": name.partition(",")[0], **options}))
+    policy = from_mapping({"policy": name.partition(",")[0], **options}).built_policy
     pool, histories = DecodePool(policy, page), {}
     for row, (prefix, prompt) in REQUESTS.items():
         pool.prefill(row, prompt)

@@ -37,7 +37,6 @@ from flashinfer_double import (
 from lethe_sglang.allocation.budgets import scale
 from lethe_sglang.attention.length_classes import LengthClasses
 from lethe_sglang.config import from_mapping
-from lethe_sglang.policies import build_policy
 from lethe_sglang.policies.base import Accumulation
 from lethe_sglang.policies.lethe import LethePolicy
 
@@ -281,7 +280,7 @@ def test_scaled_keys_and_values_reach_attention_and_score(graph):
 )
 def test_an_fp8_cache_is_moved_as_bytes_and_read_in_its_type(make, dtype, policy):
     mine, reference = Server(make, stored=dtype), Server(portable(), rounded=dtype)
-    compare(mine, reference, policy=build_policy(from_mapping({"policy": policy})))
+    compare(mine, reference, policy=from_mapping({"policy": policy}).built_policy)
 
 
 def test_prefill_starts_states_and_observed_prompts_are_scored():

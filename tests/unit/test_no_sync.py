@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 import lethe_sglang
 from lethe_sglang.config import from_mapping
-from lethe_sglang.policies import build_policy, policy_names
+from lethe_sglang.policies import policy_names
 
 HERE, TORCH = str(Path(lethe_sglang.__file__).parent), str(Path(torch.__file__).parent)
 WAITS = {
@@ -107,7 +107,7 @@ def triton(runner, world, rows):
 @pytest.mark.parametrize("page", [1, 8])
 @pytest.mark.parametrize("make", [flashinfer, triton])
 def test_steps_and_rounds_never_wait_for_the_device(make, page):
-    server, policy = Server(make, page=page), build_policy(from_mapping({"rasr": {"credit": 0.1, "diversity": 1.0}}))
+    server, policy = Server(make, page=page), from_mapping({"lethe": {"diversity": 1.0}}).built_policy
     server.admit()
     rounds = 0
     with Guard() as guard:
@@ -121,7 +121,7 @@ def test_steps_and_rounds_never_wait_for_the_device(make, page):
 
 @pytest.mark.parametrize("name", policy_names())
 def test_no_policy_waits_for_the_device(name):
-    world, policy = World(), build_policy(from_mapping({"policy": name}))
+    world, policy = World(), from_mapping({"policy": name}).built_policy
     for row, budgets in ((1, BUDGETS), (2, BUDGETS)):
         world.admit(row, 40, 0, budgets)
     with Guard() as guard:
@@ -158,5 +158,5 @@ def test_the_guard_sees_a_wait(wait, monkeypatch):
     world = World()
     world.admit(1, 40, 0, BUDGETS)
     with Guard() as guard:
-        world.round(list(world.ledger.requests.values()), build_policy(from_mapping({"policy": "random"})))
+        world.round(list(world.ledger.requests.values()), from_mapping({"policy": "random"}).built_policy)
     assert {found[1] for found in guard.found} == {"broken.py"}

@@ -38,12 +38,12 @@ class TestConfiguration:
         given = {
             "budget": {"tokens": 200, "allocation": "uniform"},
             "rounds": {"interval": 9},
-            "rasr": {"half_life": 5.0},
+            "lethe": {"half_life": 5.0},
             "retain": {"sinks": 2, "own_sinks": 3, "recent_ratio": 0.7},
             "requests": {"allow_off": False},
         }
         config = configuration(from_mapping(given), 4, 1000)
-        assert (config.rounds.interval, config.rasr.half_life) == (9, 5.0)
+        assert (config.rounds.interval, config.built_policy.half_life) == (9, 5.0)
         assert (config.retain.sinks, config.retain.own_sinks, config.recent) == (2, 3, 50)
 
     def test_a_budget_that_is_too_small_is_an_error_of_the_option(self):

@@ -1,0 +1,61 @@
+"""Keys and values that earlier versions had, and what to write instead.
+
+The table is looked at only for a key that is unknown or a value that is illegal: an entry never refuses what works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+_PROFILE = "it is the rule that a profile was made with: lethe profile --rule {}, then budget.allocation: profile"
+_CONSTANT = "no longer an option, the allocator settles it; leave it out"
+_BREAKPOINT = "no longer an option, it is the paper's value; leave it out"
+_PAPER = "no longer an option, it is {} as in the paper's code; leave it out"
+
+REPLACED: dict[str, str] = {
+    "rasr": "the section of policy lethe is called lethe",
+    "rasr.decay": "write lethe.half_life, with decay = 0.5 ** (1 / half_life): a decay of 0.998 is a half_life of 346",
+    "rasr.half_life": "write lethe.half_life",
+    "rasr.score_every": "write lethe.score_every",
+    "rasr.diversity": "write lethe.diversity",
+    "rasr.credit": "gone, it improved nothing that was measured; lethe.diversity did",
+    "lethe.decay": "write lethe.half_life, with decay = 0.5 ** (1 / half_life): a decay of 0.998 is a half_life of 346",
+    "lethe.credit": "gone, it improved nothing that was measured; lethe.diversity did",
+    "rkv.kernel": _PAPER.format("7"),
+    "rkv.threshold": _PAPER.format("0.5"),
+    "gkv.smoothing": _PAPER.format("max"),
+    "budget.weights": "write budget.allocation: list, with the tokens of every layer in budget.layers",
+    "budget.alpha": "it belongs to the profile: lethe profile --alpha",
+    "budget.min_factor": _CONSTANT,
+    "budget.max_factor": _CONSTANT,
+    "budget.classes": _CONSTANT,
+    "budget.allocation=weights": "write list, with the tokens of every layer in budget.layers",
+    "budget.allocation=profiled": _PROFILE.format("hoyer"),
+    "budget.allocation=concentration": _PROFILE.format("concentration"),
+    "budget.allocation=sensitivity": _PROFILE.format("sensitivity"),
+    "budget.allocation=pyramid": _PROFILE.format("pyramid"),
+    "budget.allocation=d2o": _PROFILE.format("d2o"),
+    "budget.allocation=cake": _PROFILE.format("cake"),
+    "budget.allocation=zipvl": _PROFILE.format("zipvl"),
+    "breakpoint": _BREAKPOINT,
+    "breakpoint.sparse_ratio": _BREAKPOINT,
+    "breakpoint.segments": _BREAKPOINT,
+    "breakpoint.reference": _BREAKPOINT,
+    "retain.prompt=shared": "write keep",
+    "retain.prompt=private": "write evict",
+    "debug.measure": "not an option; lethe profile measures a model",
+    "debug.arms": "not an option; POST /kv_evict gives a live server another configuration",
+    "debug.record_requests": "not an option; leave it out",
+}
+"""Dotted key, or ``key=value``, -> what to write instead."""
+
+
+def replaced_key(path: str, value: object) -> list[str]:
+    """Say, one line a key, what replaced an unknown key or those inside it; nothing if it never was one."""
+    inside = [f"{path}.{key}" for key in value] if isinstance(value, Mapping) else []
+    return [f"{key}: {REPLACED[key]}" for key in [k for k in inside if k in REPLACED] or [path] if key in REPLACED]
+
+
+def replaced_value(path: str, value: object) -> str | None:
+    """Say what replaced an illegal value; None if it never was legal."""
+    return REPLACED.get(f"{path}={value}")
