@@ -9,7 +9,8 @@ import torch
 
 from lethe_bench.gpu.grid import BUDGET, INTERVAL, Point
 from lethe_bench.gpu.models import Shape
-from lethe_sglang.kernels.triton.indices import fill_indices
+from lethe_sglang.kernels import table
+from lethe_sglang.kernels.triton.indices import fill_lists
 from lethe_sglang.kernels.triton.repack import repack, scratch_bytes
 from lethe_sglang.kernels.triton.score import schedule, score
 from lethe_sglang.kernels.triton.select import select
@@ -70,9 +71,10 @@ def make_indices(shape: Shape, point: Point) -> Launch:
     """One layer's lists, the middle layer's, of requests just pruned."""
     batch, layers, packed = point.batch, shape.layers, point.packed
     behind = point.prefix + packed
-    table = torch.zeros(batch + 1, 4 + 2 * layers, dtype=torch.int32, device="cuda")
-    table[1:, 0], table[1:, 1], table[1:, 4 : 4 + layers] = point.prefix, behind, packed
-    table[1:, 4 + layers :] = torch.arange(layers, device="cuda") * packed
+    lines = torch.zeros(batch + 1, table.width(layers), dtype=torch.int32, device="cuda")
+    at = table.read(lines[1:])
+    at.prefix[:], at.tail[:], at.kept[:] = point.prefix, behind, packed
+    at.offset[:] = torch.arange(layers, device="cuda") * packed
     blocks = batch * point.length + 1
     slots = torch.randperm(blocks - 1, device="cuda").to(torch.int32) + 1
     rows_table = torch.zeros(batch + 1, point.length, dtype=torch.int32, device="cuda")
@@ -81,7 +83,7 @@ def make_indices(shape: Shape, point: Point) -> Launch:
     seq_lens = torch.full_like(rows, point.length)
     indptr = torch.arange(batch + 1, dtype=torch.int32, device="cuda") * point.length
     indices = torch.empty(batch * point.length, dtype=torch.int32, device="cuda")
-    return lambda: fill_indices(rows_table, table, rows, seq_lens, layers // 2, blocks, indptr, indices)
+    return lambda: fill_lists(rows_table, lines, rows, seq_lens, layers // 2, blocks, indptr, indices, False)
 
 
 def make_repack(shape: Shape, point: Point) -> Launch:
@@ -122,12 +124,12 @@ def make_zero(shape: Shape, point: Point) -> Launch:
 
 def make_schedule(shape: Shape, point: Point) -> Launch:
     """Resolve what a step scores, once for all layers."""
-    table = torch.zeros(point.batch + 1, 4 + 2 * shape.layers, dtype=torch.int32, device="cuda")
+    lines = torch.zeros(point.batch + 1, table.width(shape.layers), dtype=torch.int32, device="cuda")
     rows = torch.arange(1, point.batch + 1, device="cuda")
     seq_lens, rule = torch.full_like(rows, BUDGET), Accumulation(decay=0.998)
     first = torch.empty(point.batch, dtype=torch.int32, device="cuda")
     decay = torch.empty(point.batch, device="cuda")
-    return lambda: schedule(table, rows, seq_lens, rule, first, decay)
+    return lambda: schedule(lines, rows, seq_lens, rule, first, decay)
 
 
 MAKERS: dict[str, Callable[[Shape, Point], Launch]] = {

@@ -12,9 +12,9 @@ from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from lethe_bench.kvpress.decode import SINKS, Model
+from lethe_sglang.attention.prefill import observation_attention, replay
 from lethe_sglang.config import from_mapping
-from lethe_sglang.kernels.repack import select
-from lethe_sglang.kernels.score import observation_attention, replay
+from lethe_sglang.kernels.reference import select
 from lethe_sglang.policies import Accumulation, Candidates, Policy
 
 

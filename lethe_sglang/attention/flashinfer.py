@@ -143,12 +143,8 @@ class LetheFlashInferBackend(ScoredBackend, FlashInferAttnBackend):  # type: ign
     ----------
     model_runner
         SGLang's runner.
-    pool
-        The packed pool.
-    ledger
-        Layouts of decoding requests.
-    accumulation
-        What the policy accumulates; None scores nothing.
+    pool, ledger, accumulation
+        See :class:`~lethe_sglang.attention.scored.ScoredDecode`.
     budgets
         k_l of every layer for the configuration and each of its arms: they make the length classes.
     rows

@@ -1,67 +1,71 @@
-"""Scores of private prompts: those of a prefill's last queries (algorithm.md)."""
+"""Scores of prompts that are evicted from, and of re-prefills: those of a prefill's last queries."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from lethe_sglang.kernels.score import observation_attention, replay
+from lethe_sglang.kernels.common import update
 
 if TYPE_CHECKING:
-    from lethe_sglang.cache.rounds import Cells
     from lethe_sglang.policies.base import Accumulation
 
 OBSERVATION_WINDOW = 32
-"""Queries of a private prefill that initialise its scores."""
+"""Queries of an observed prefill that initialise its scores."""
 
 
-def score_prefill(
-    rule: Accumulation,
-    cells: Cells,
-    observed: Mapping[int, int],
-    req_to_token: torch.Tensor,
-    layer: int,
-    forward_batch: Any,
-    query: torch.Tensor,
-    scaling: float,
-) -> None:
-    """Score a layer's private tokens of observed prefills as if the last queries had been decode steps.
+def observation_attention(
+    query: torch.Tensor, keys: torch.Tensor, cells: torch.Tensor, scaling: float, window: int
+) -> torch.Tensor:
+    """Causal attention of a prefilled sequence's last queries, averaged over query heads.
+
+    Parameters
+    ----------
+    query
+        ``[Q, Hq, D]``: queries of the extend, the sequence's last ones.
+    keys
+        Flat pool ``[cells, Hkv, D]``.
+    cells
+        int64 ``[n]``: cells of the whole sequence in order, this extend's included.
+    scaling, window
+        Softmax scale, number of observed queries.
+
+    Returns
+    -------
+    torch.Tensor
+        float32 ``[min(window, Q), n]``, in the order of the sequence.
+    """
+    w, n = min(window, query.shape[0]), cells.shape[0]
+    kv_heads, heads, dim = keys.shape[1], query.shape[1], query.shape[2]
+    q = query[-w:].float().mul(scaling).view(w, kv_heads, heads // kv_heads, dim)
+    logits = torch.einsum("wkgd,nkd->kgwn", q, keys[cells].float())
+    step = torch.arange(w, device=cells.device)
+    future = torch.arange(n, device=cells.device).unsqueeze(0) > (n - w + step).unsqueeze(1)
+    return logits.masked_fill(future, float("-inf")).softmax(-1).reshape(heads, w, n).mean(0)
+
+
+def replay(rule: Accumulation, attention: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Score a prefilled sequence as if its last queries had been decode steps.
 
     Parameters
     ----------
     rule
         What the policy accumulates.
-    cells
-        The pool; the states of private cells are written.
-    observed
-        Row -> first private position of each observed prefill (``Ledger.observed``).
-    req_to_token
-        int32 ``[R, C]``: SGLang's rows.
-    layer
-        Number in the pool.
-    forward_batch
-        SGLang's extend batch, its keys stored.
-    query
-        ``[tokens, Hq, D]``: of all requests of the batch.
-    scaling
-        Softmax scale, times the factor of a stored key.
+    attention
+        float32 ``[w, n]``: see :func:`observation_attention`.
+
+    Returns
+    -------
+    tuple
+        Score and memory, float32 ``[n]`` each (memory None unless the rule is recurrence).
     """
-    if not observed:
-        return
-    assert cells.score is not None
-    rows = forward_batch.req_pool_indices_cpu
-    rows = (forward_batch.req_pool_indices if rows is None else rows).tolist()
-    window, start = min(rule.window or OBSERVATION_WINDOW, OBSERVATION_WINDOW), 0
-    extents = zip(rows, forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu, strict=True)
-    for row, prefix_len, extend_len in extents:
-        first = observed.get(row)
-        if first is not None and extend_len > 0:
-            sequence = layer * cells.blocks + req_to_token[row, : prefix_len + extend_len].to(torch.int64)
-            seen = observation_attention(query[start : start + extend_len], cells.keys, sequence, scaling, window)
-            score, memory = replay(rule, seen)
-            cells.score[sequence[first:]] = score[first:]
-            if memory is not None and cells.memory is not None:
-                cells.memory[sequence[first:]] = memory[first:]
-        start += extend_len
+    w, n = attention.shape
+    score, memory = attention.new_zeros(n), None
+    if rule.rule == "recurrence":  # what happened before the observed queries is not known
+        score = torch.arange(n, dtype=torch.float32, device=attention.device).clamp(min=n - w)
+        memory = attention.new_zeros(n)
+    for i, length in enumerate(range(n - w + 1, n + 1)):
+        if length % rule.every == 0:
+            score, memory = update(rule, score, memory, attention[i], rule.step_decay, length)
+    return score, memory

@@ -1,11 +1,14 @@
-"""What decode does beside attention, whichever of SGLang's CUDA backends computes it.
+"""What decode does beside attention, whichever of SGLang's backends computes it.
 
 Owns: the states of written cells, the step's schedule, a layer's token list, the score of own cells.
-Does not own: the attention itself, its plans and its buffers (``flashinfer.py``, ``triton.py``).
+Does not own: the attention itself, its plans and its buffers (``flashinfer.py``, ``triton.py``, ``torch_native.py``).
 
 Everything reads tensors of fixed address (the runner's input buffers, the ledger's table, the pool) and nothing is
 read back from the device, so a CUDA graph can hold all of it. A list is filled right before its layer's attention, so
 rows and table are read until the last layer: the shared reads of a decode step end behind the replay.
+
+A backend whose attention is a kernel hands over its log-sum-exp (:meth:`ScoredDecode.score`, which computes the weights
+of own cells again); one that has the weights at hand hands over these (:meth:`ScoredDecode.accumulate`).
 """
 
 from __future__ import annotations
@@ -15,8 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, SharedReadEnds
 
-from lethe_sglang.attention.prefill import score_prefill
+from lethe_sglang.attention.prefill import OBSERVATION_WINDOW, observation_attention, replay
+from lethe_sglang.kernels import reference
 from lethe_sglang.kernels.dispatch import kernels_for
+from lethe_sglang.kernels.table import NEVER, read
 
 if TYPE_CHECKING:
     from lethe_sglang.cache.ledger import Ledger
@@ -59,7 +64,7 @@ class ScoredDecode:
         self.req_to_token = req_to_token
         self.accumulation = accumulation
         self.kernels = kernels_for(req_to_token.device)
-        self.first = torch.full((max_batch,), self.kernels.NEVER, dtype=torch.int32, device=req_to_token.device)
+        self.first = torch.full((max_batch,), NEVER, dtype=torch.int32, device=req_to_token.device)
         self.decay = torch.ones((max_batch,), dtype=torch.float32, device=req_to_token.device)
 
     def index_of(self, layer: Any) -> int:
@@ -81,16 +86,13 @@ class ScoredDecode:
 
     def longest(self, rows: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
         """Return each request's longest list over the layers, int ``[B]`` (tokens), on the device."""
-        lines = self.ledger.table[rows]
-        kept = self.ledger.kept_of(lines).amax(1)
-        return seq_lens + lines[:, self.ledger.PREFIX] + kept - lines[:, self.ledger.TAIL]
+        return read(self.ledger.table[rows]).length(seq_lens).amax(1)
 
     def fill(
         self, layer: Any, forward_batch: Any, indptr: torch.Tensor, indices: torch.Tensor, fill_indptr: bool
     ) -> None:
         """Write a layer's lists: where ``indptr`` says, or ``indptr`` as well (see ``kernels/triton/indices.py``)."""
-        write = self.kernels.fill_lists if fill_indptr else self.kernels.fill_indices
-        write(
+        self.kernels.fill_lists(
             self.req_to_token,
             self.ledger.table,
             forward_batch.req_pool_indices,
@@ -99,6 +101,7 @@ class ScoredDecode:
             self.pool.cells.blocks,
             indptr,
             indices,
+            fill_indptr,
         )
 
     def score(
@@ -154,19 +157,43 @@ class ScoredDecode:
             lse_base,
         )
 
-    def observe(self, layer: Any, forward_batch: Any, query: torch.Tensor) -> None:
-        """Score private tokens of observed prefills; ``query`` is ``[tokens, Hq, D]``."""
-        if self.accumulation is not None:
-            score_prefill(
-                self.accumulation,
-                self.pool.cells,
-                self.ledger.observed,
-                self.req_to_token,
-                self.index_of(layer),
-                forward_batch,
-                query,
-                layer.scaling * key_scale(layer),
-            )
+    def accumulate(self, cells: torch.Tensor, attention: torch.Tensor, step: torch.Tensor) -> None:
+        """Add attention that a backend has at hand to the states of cells; for the arguments, see ``accumulate``."""
+        assert self.accumulation is not None and self.pool.cells.score is not None
+        store, decay = self.pool.cells, self.decay[: step.shape[0]]
+        reference.accumulate(self.accumulation, store.score, store.memory, cells, attention, decay, step)
+
+    def observe(self, layer: Any, forward_batch: Any, query: torch.Tensor, scaling: float) -> None:
+        """Score a layer's own tokens of observed prefills as if the last queries had been decode steps.
+
+        Parameters
+        ----------
+        layer, forward_batch
+            SGLang's; the keys of the batch are stored. ``Ledger.observed`` names its rows that are observed.
+        query
+            ``[tokens, Hq, D]``: of all requests of the batch.
+        scaling
+            Softmax scale, times the factor of a stored key.
+        """
+        rule, cells, observed = self.accumulation, self.pool.cells, self.ledger.observed
+        if rule is None or not observed:
+            return
+        assert cells.score is not None
+        rows = forward_batch.req_pool_indices_cpu
+        rows = (forward_batch.req_pool_indices if rows is None else rows).tolist()
+        window, start = min(rule.window or OBSERVATION_WINDOW, OBSERVATION_WINDOW), 0
+        extents = zip(rows, forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu, strict=True)
+        for row, prefix_len, extend_len in extents:
+            first = observed.get(row)
+            if first is not None and extend_len > 0:
+                slots = self.req_to_token[row, : prefix_len + extend_len].to(torch.int64)
+                sequence = self.index_of(layer) * cells.blocks + slots
+                seen = observation_attention(query[start : start + extend_len], cells.keys, sequence, scaling, window)
+                score, memory = replay(rule, seen)
+                cells.score[sequence[first:]] = score[first:]
+                if memory is not None and cells.memory is not None:
+                    cells.memory[sequence[first:]] = memory[first:]
+            start += extend_len
 
 
 def key_scale(layer: Any) -> float:
@@ -198,6 +225,7 @@ class ScoredBackend(AttentionBackend):  # type: ignore[misc]
     """
 
     scored: ScoredDecode
+    key_scale = staticmethod(key_scale)
 
     @property
     def accumulation(self) -> Accumulation | None:
@@ -231,7 +259,8 @@ class ScoredBackend(AttentionBackend):  # type: ignore[misc]
     def forward_extend(
         self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **kwargs: Any
     ) -> Any:
-        """Stock extend; private tokens of an observed prefill are scored from its last queries."""
+        """Stock extend; own tokens of an observed prefill are scored from its last queries."""
         output = super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
-        self.scored.observe(layer, forward_batch, q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim))
+        query = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        self.scored.observe(layer, forward_batch, query, layer.scaling * self.key_scale(layer))
         return output

@@ -27,12 +27,8 @@ class LetheTritonBackend(ScoredBackend, TritonAttnBackend):  # type: ignore[misc
     ----------
     model_runner
         SGLang's runner.
-    pool
-        The packed pool.
-    ledger
-        Layouts of decoding requests.
-    accumulation
-        What the policy accumulates; None scores nothing.
+    pool, ledger, accumulation
+        See :class:`~lethe_sglang.attention.scored.ScoredDecode`.
     """
 
     def __init__(

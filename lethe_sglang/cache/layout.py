@@ -17,7 +17,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TYPE_CHECKING, TypeVar
 
+if TYPE_CHECKING:
+    import torch
+
+Number = TypeVar("Number", int, "torch.Tensor")
 Range = tuple[int, int]
 
 
@@ -46,8 +51,11 @@ def packed_offsets(kept: Sequence[int]) -> tuple[int, ...]:
     return (0, *accumulate(kept))[: len(kept)]
 
 
-def packed_cell(number: int, num_layers: int) -> tuple[int, int]:
-    """Packed cell number -> (layer whose buffer holds it, block's position among the packed blocks)."""
+def packed_cell(number: Number, num_layers: int) -> tuple[Number, Number]:
+    """Packed cell number -> (layer whose buffer holds it, block's position among the packed blocks).
+
+    The numbering is also resolved where lists are made: ``kernels/common.py`` and ``kernels/triton/indices.py``.
+    """
     return number % num_layers, number // num_layers
 
 

@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 
 from lethe_sglang.cache.layout import RowLayout, packed_blocks, packed_offsets, page_ceil, page_floor
-
-NEVER = 2**31 - 1
+from lethe_sglang.cache.upload import upload
+from lethe_sglang.kernels import table
+from lethe_sglang.kernels.table import NEVER
 
 
 @dataclass(slots=True)
@@ -108,11 +109,6 @@ class RoundPlan(NamedTuple):
     kept: tuple[int, ...]
     pinned: int
 
-    @property
-    def moved_pages(self) -> int:
-        """Blocks of the old tail that become packed blocks."""
-        return max(self.new_packed - self.old_packed, 0)
-
 
 class Ledger:
     """Per-request state on the host and its device table.
@@ -142,15 +138,9 @@ class Ledger:
         Row -> state of every request that is followed.
     observed
         Row -> first private position, for rows whose prefill initialises scores (private prompts and re-prefills).
-
-    Notes
-    -----
-    ``table`` is int32 ``[num_rows, 4 + 2L]``: prefix P, tail T, first scored list position, the sequence length after
-    which steps are scored, ``k_l`` and ``off_l``.
-    A zero line describes an intact row, so rows the ledger has not seen yet (and padding) need no special case.
+    table
+        int32 ``[num_rows, columns]``: the device table (``kernels/table.py``).
     """
-
-    PREFIX, TAIL, SCORE_FROM, SCORE_AFTER, KEPT = 0, 1, 2, 3, 4
 
     def __init__(
         self,
@@ -166,7 +156,7 @@ class Ledger:
         self.num_layers = num_layers
         self.page_size = page_size
         self.configure(recent, interval, pack_always, window)
-        self.table = torch.zeros((num_rows, self.KEPT + 2 * num_layers), dtype=torch.int32, device=device)
+        self.table = torch.zeros((num_rows, table.width(num_layers)), dtype=torch.int32, device=device)
         self.requests: dict[int, RequestState] = {}
         self.observed: dict[int, int] = {}
         self._dirty: dict[int, list[int]] = {}
@@ -304,14 +294,14 @@ class Ledger:
         layout = state.layout
         score_from = layout.prefix if state.budgets else NEVER
         score_after = 0 if self.window is None else max(state.due_at - self.window, committed)
-        self._dirty[state.row] = [
-            layout.prefix,
-            layout.tail,
-            score_from,
-            score_after,
-            *state.kept,
-            *packed_offsets(state.kept),
-        ]
+        self._dirty[state.row] = table.line(
+            prefix=layout.prefix,
+            tail=layout.tail,
+            score_from=score_from,
+            score_after=score_after,
+            kept=state.kept,
+            offset=packed_offsets(state.kept),
+        )
 
     @property
     def dirty(self) -> bool:
@@ -322,17 +312,6 @@ class Ledger:
         """Write the lines that changed to the device table: one copy, no synchronisation."""
         if not self._dirty:
             return
-        device = self.table.device
-        pin = device.type == "cuda"
-        rows = torch.tensor(list(self._dirty), dtype=torch.int64, pin_memory=pin)
-        lines = torch.tensor(list(self._dirty.values()), dtype=torch.int32, pin_memory=pin)
-        self.table[rows.to(device, non_blocking=True)] = lines.to(device, non_blocking=True)
+        rows, lines = upload([list(self._dirty), list(self._dirty.values())], self.table.device)
+        self.table[rows] = lines.to(torch.int32)
         self._dirty.clear()
-
-    def kept_of(self, table: torch.Tensor) -> torch.Tensor:
-        """Return the ``k_l`` columns of (lines of) the table, int32 ``[..., L]``."""
-        return table[..., self.KEPT : self.KEPT + self.num_layers]
-
-    def offsets_of(self, table: torch.Tensor) -> torch.Tensor:
-        """Return the ``off_l`` columns of (lines of) the table, int32 ``[..., L]``."""
-        return table[..., self.KEPT + self.num_layers :]

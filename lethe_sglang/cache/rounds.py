@@ -1,19 +1,23 @@
 """One pruning round, for all due requests at once.
 
-Rank, gather, repack, return blocks. The host supplies counts; which tokens survive is decided and stays on the device,
-so nothing here synchronises. Every step is one operation over all layers and all due requests.
+Four nouns, one function each: the *own cells* of every layer, the *candidates* that the policy ranks, the *rows* whose
+entries change and whose blocks go back, the *cells* that move. The host supplies counts, in one upload; which tokens
+survive is decided and stays on the device, so nothing here synchronises. Every step is one operation over all layers
+and all due requests.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from lethe_sglang.cache.layout import packed_offsets
+from lethe_sglang.cache.layout import packed_cell, packed_offsets
+from lethe_sglang.cache.upload import upload
+from lethe_sglang.kernels.common import TokenLists, token_lists
 from lethe_sglang.kernels.dispatch import kernels_for
-from lethe_sglang.kernels.indices import token_lists
 from lethe_sglang.policies.base import Candidates
 
 if TYPE_CHECKING:
@@ -60,9 +64,54 @@ class Cells(NamedTuple):
         return self.value if self.dtype is None else self.value.view(self.dtype)
 
     @property
-    def buffers(self) -> list[torch.Tensor]:
-        """What a round moves."""
-        return [b for b in (self.key, self.value, self.score, self.position, self.memory) if b is not None]
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """What a round moves, by name."""
+        names = ("key", "value", "score", "position", "memory")
+        return {name: buffer for name in names if (buffer := getattr(self, name)) is not None}
+
+
+class Numbers(NamedTuple):
+    """Host numbers of a launch on the device: int64 ``[B]``, or ``[B, L]`` for those of every layer.
+
+    Attributes
+    ----------
+    row, committed, prefix, pinned
+        Of :class:`~lethe_sglang.cache.ledger.RoundPlan`.
+    old_packed, old_tail, new_packed, new_tail
+        Likewise: m and T before the round and after it.
+    start
+        Kept cells of the requests before this one.
+    old_kept, old_offset, kept, offset
+        k_l and off_l before the round and after it.
+    """
+
+    row: torch.Tensor
+    committed: torch.Tensor
+    prefix: torch.Tensor
+    pinned: torch.Tensor
+    old_packed: torch.Tensor
+    old_tail: torch.Tensor
+    new_packed: torch.Tensor
+    new_tail: torch.Tensor
+    start: torch.Tensor
+    old_kept: torch.Tensor
+    old_offset: torch.Tensor
+    kept: torch.Tensor
+    offset: torch.Tensor
+
+    @classmethod
+    def of(cls, plans: Sequence[RoundPlan], device: torch.device) -> Numbers:
+        """Send what a launch needs of its plans."""
+        totals = list(accumulate((sum(p.kept) for p in plans), initial=0))
+        single = {name: [getattr(p, name) for p in plans] for name in cls._fields[:8]}
+        per_layer = {
+            "old_kept": [p.old_kept for p in plans],
+            "old_offset": [packed_offsets(p.old_kept) for p in plans],
+            "kept": [p.kept for p in plans],
+            "offset": [packed_offsets(p.kept) for p in plans],
+        }
+        numbers = {**single, "start": totals[:-1], **per_layer}
+        return cls(**dict(zip(numbers, upload(numbers.values(), device), strict=True)))
 
 
 class RoundResult(NamedTuple):
@@ -71,9 +120,11 @@ class RoundResult(NamedTuple):
     Attributes
     ----------
     freed
-        int64 ``[f]``: slots that go back to the allocator, whole pages in row order.
+        int64 ``[f]``: slots that go back to the allocator, whole pages, request by request in row order.
     rank
         float32 ``[L, B, n]``: the policy's ranks; ``-inf`` beyond a layer's candidates.
+    candidates
+        int64 ``[L, B]``: how many each layer had.
     pinned
         bool ``[L, B, n]``: what is kept whatever its rank.
     kept_position
@@ -84,6 +135,7 @@ class RoundResult(NamedTuple):
 
     freed: torch.Tensor
     rank: torch.Tensor
+    candidates: torch.Tensor
     pinned: torch.Tensor
     kept_position: torch.Tensor | None
     kept_cells: torch.Tensor
@@ -116,133 +168,133 @@ def run_round(
     RoundResult
         The caller frees ``freed``.
     """
-    device = req_to_token.device
+    numbers = Numbers.of(plans, req_to_token.device)
+    own = own_cells(plans, numbers, cells, req_to_token)
+    candidates, renewed = gather_candidates(numbers, own, cells, policy, reduce_scores)
+    rank = policy.rank(candidates).nan_to_num()  # finite: only pinned cells are above all, only invalid ones below
+    j = torch.arange(rank.shape[2], device=rank.device)
+    pinned = (j < numbers.pinned.view(1, -1, 1)).expand_as(candidates.valid)
+    keep = kernels_for(rank.device).select(rank, candidates.valid, pinned, numbers.kept.t())
+    freed = rewrite_rows(plans, numbers, req_to_token)
+    kept_cells, kept_position = move_cells(plans, numbers, own, keep, renewed, cells, req_to_token)
+    rank = rank.masked_fill(~candidates.valid, float("-inf"))
+    return RoundResult(freed, rank, own.length, pinned, kept_position, kept_cells)
 
-    def column(values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
 
-    def matrix(values: list[tuple[int, ...]]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
-
-    rows, prefix = column([p.row for p in plans]), column([p.prefix for p in plans])
-    old_kept = matrix([p.old_kept for p in plans])
-    old_tail, new_tail = column([p.old_tail for p in plans]), column([p.new_tail for p in plans])
-    count = matrix([p.kept for p in plans]).t()
-    width = max(max(p.candidates) for p in plans)
-
-    own = token_lists(
+def own_cells(plans: Sequence[RoundPlan], numbers: Numbers, cells: Cells, req_to_token: torch.Tensor) -> TokenLists:
+    """Resolve the cells that a round may evict: packed ones, then those that have left the recent window."""
+    return token_lists(
         req_to_token,
-        rows,
-        new_tail,
-        prefix,
-        old_tail,
-        old_kept,
-        matrix([packed_offsets(p.old_kept) for p in plans]),
+        numbers.row,
+        numbers.new_tail,
+        numbers.prefix,
+        numbers.old_tail,
+        numbers.old_kept,
+        numbers.old_offset,
         cells.blocks,
-        width,
+        max(max(p.candidates) for p in plans),
         skip_prefix=True,
     )
-    j = torch.arange(width, device=device).view(1, 1, -1)
-    valid = j < own.length.unsqueeze(2)
-    pinned = (j < column([p.pinned for p in plans]).view(1, -1, 1)).expand_as(valid)
 
-    position = None
+
+def gather_candidates(
+    numbers: Numbers,
+    own: TokenLists,
+    cells: Cells,
+    policy: Policy,
+    reduce_scores: Callable[[torch.Tensor], torch.Tensor] | None,
+) -> tuple[Candidates, dict[str, torch.Tensor]]:
+    """Gather what the policy sees, and the states that follow from it: these are written anew instead of moved."""
+    j = torch.arange(own.cells.shape[2], device=own.cells.device)
+    valid = j < own.length.unsqueeze(2)
+
+    def over_ranks(values: torch.Tensor) -> torch.Tensor:
+        return values if reduce_scores is None else reduce_scores(values)
+
+    renewed = {}
     if cells.position is not None:
-        in_tail = j - old_kept.t().unsqueeze(2)
+        in_tail = j - numbers.old_kept.t().unsqueeze(2)
         stored = cells.position[own.cells].to(torch.int64)
-        position = torch.where(in_tail >= 0, old_tail.view(1, -1, 1) + in_tail, stored).to(torch.int32)
-    score = None
-    if cells.score is not None:
-        score = cells.score[own.cells]
-        if reduce_scores is not None:
-            score = reduce_scores(score)
-    memory = None
-    if cells.memory is not None:
-        memory = cells.memory[own.cells]
-        if reduce_scores is not None:
-            memory = reduce_scores(memory)
+        position = torch.where(in_tail >= 0, numbers.old_tail.view(1, -1, 1) + in_tail, stored)
+        renewed["position"] = position.to(torch.int32)
     feature = None
     if policy.uses_keys:  # one layer at a time: a policy may compare every key with every other
-        feature = torch.stack(
-            [policy.key_feature(cells.keys[c].float(), v) for c, v in zip(own.cells, valid, strict=True)]
-        )
-        if reduce_scores is not None:
-            feature = reduce_scores(feature)
-    candidates = Candidates(score, position, memory, feature, valid, column([p.committed for p in plans]))
+        pairs = zip(own.cells, valid, strict=True)
+        feature = over_ranks(torch.stack([policy.key_feature(cells.keys[c].float(), v) for c, v in pairs]))
+    candidates = Candidates(
+        score=None if cells.score is None else over_ranks(cells.score[own.cells]),
+        position=renewed.get("position"),
+        memory=None if cells.memory is None else over_ranks(cells.memory[own.cells]),
+        feature=feature,
+        valid=valid,
+        length=numbers.committed,
+    )
     remembered = policy.remember(candidates) if policy.uses_memory else None
     if remembered is not None:
+        renewed["memory"] = remembered
         candidates = candidates._replace(memory=remembered)
-    rank = policy.rank(candidates).nan_to_num()  # finite: only sinks are above all, only invalid entries below
-    kernels = kernels_for(device)
-    keep = kernels.select(rank, valid, pinned, count)
-
-    # States that follow from the candidates are written anew; all others move with their cell.
-    renewed = [(cells.position, position), (cells.memory, remembered)]
-    written = [(buffer, values) for buffer, values in renewed if buffer is not None and values is not None]
-    source, destination, freed, flat = _move(
-        plans, cells, req_to_token, own.cells, keep, [values for _, values in written], column
-    )
-    anew = {id(buffer) for buffer, _ in written}
-    kernels.repack([b for b in cells.buffers if id(b) not in anew], source, destination)
-    for (buffer, _), values in zip(written, flat, strict=True):
-        buffer.index_copy_(0, destination, values)
-    kept_position = flat[0] if position is not None else None
-    return RoundResult(freed, rank.masked_fill(~valid, float("-inf")), pinned, kept_position, destination)
+    return candidates, renewed
 
 
-def _move(
+def rewrite_rows(plans: Sequence[RoundPlan], numbers: Numbers, req_to_token: torch.Tensor) -> torch.Tensor:
+    """Rewrite the row entries and return the slots that are not in use any more.
+
+    A request's own blocks are those of its packed cells and then those that have left the recent window. The first
+    ``new_packed`` of them hold what is kept, whatever they held before; the rest is free, and its entries are dead.
+    """
+    n = numbers
+
+    def spread(lengths: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (request, place) of ``lengths[b]`` entries of every request b."""
+        requests = torch.arange(len(plans), device=lengths.device)
+        request = torch.repeat_interleave(requests, lengths, output_size=total)
+        return request, torch.arange(total, device=lengths.device) - (lengths.cumsum(0) - lengths)[request]
+
+    def slots_of(request: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
+        """Return the slot of a request's own block, counted from 0."""
+        behind = block - n.old_packed[request]
+        position = torch.where(behind < 0, n.prefix[request] + block, n.old_tail[request] + behind)
+        return req_to_token[n.row[request], position]
+
+    in_use = sum(p.new_packed for p in plans)
+    own = sum(p.old_packed + p.new_tail - p.old_tail for p in plans)
+    request, block = spread(n.old_packed + n.new_tail - n.old_tail - n.new_packed, own - in_use)
+    freed = slots_of(request, n.new_packed[request] + block).to(torch.int64)
+    request, block = spread(n.new_packed, in_use)
+    req_to_token[n.row[request], n.prefix[request] + block] = slots_of(request, block)
+    dead = sum(p.new_tail - p.prefix - p.new_packed for p in plans)
+    request, place = spread(n.new_tail - n.prefix - n.new_packed, dead)
+    req_to_token[n.row[request], n.prefix[request] + n.new_packed[request] + place] = 0
+    return freed
+
+
+def move_cells(
     plans: Sequence[RoundPlan],
+    numbers: Numbers,
+    own: TokenLists,
+    keep: torch.Tensor,
+    renewed: dict[str, torch.Tensor],
     cells: Cells,
     req_to_token: torch.Tensor,
-    own_cells: torch.Tensor,
-    keep: torch.Tensor,
-    states: list[torch.Tensor],
-    column: Callable[[list[int]], torch.Tensor],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """Rewrite the rows and resolve where every kept cell goes; returns source, destination, freed slots, states."""
-    device, num_layers = req_to_token.device, cells.num_layers
-    # Row entries: the head of the old tail becomes packed blocks, the rest is dead. Freed: what is not in use any more.
-    moved_from = _ranges([(p.row, p.old_tail, p.moved_pages) for p in plans], column)
-    moved_to = _ranges([(p.row, p.prefix + p.old_packed, p.moved_pages) for p in plans], column)
-    shrunk = [(p.row, p.prefix + p.new_packed, max(p.old_packed - p.new_packed, 0)) for p in plans]
-    left = [(p.row, p.old_tail + p.moved_pages, p.new_tail - p.old_tail - p.moved_pages) for p in plans]
-    freed = req_to_token[_ranges(shrunk + left, column)].to(torch.int64)
-    req_to_token[moved_to] = req_to_token[moved_from]
-    dead = [(p.row, p.prefix + p.new_packed, p.new_tail - p.prefix - p.new_packed) for p in plans]
-    req_to_token[_ranges(dead, column)] = 0
-
-    # Number of each kept cell within the request (off_l + its place in the layer) and within the whole round.
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Move the kept cells to where their numbers say, all at once; return these cells and the positions they hold."""
     total = sum(sum(p.kept) for p in plans)
-    offsets = [packed_offsets(p.kept) for p in plans]
-    start, base = [], 0
-    for plan in plans:
-        start.append(base)
-        base += sum(plan.kept)
-    off = torch.tensor(offsets, dtype=torch.int64).t().unsqueeze(2).to(device, non_blocking=True)
-    number = off + keep.cumsum(-1) - 1
-    block_position = column([p.prefix for p in plans]).view(1, -1, 1) + number // num_layers
-    rows = column([p.row for p in plans]).view(1, -1, 1)
-    slot = req_to_token[rows, torch.where(keep, block_position, 0)].to(torch.int64)
-    target = (number % num_layers) * cells.blocks + slot
-    place = torch.where(keep, column(start).view(1, -1, 1) + number, total).reshape(-1)
+    # A kept cell's number within its request (off_l + its place in the layer), and its place within the whole round.
+    number = numbers.offset.t().unsqueeze(2) + keep.cumsum(-1) - 1
+    owner, block = packed_cell(number, cells.num_layers)
+    position = torch.where(keep, numbers.prefix.view(1, -1, 1) + block, 0)
+    slot = req_to_token[numbers.row.view(1, -1, 1), position].to(torch.int64)
+    place = torch.where(keep, numbers.start.view(1, -1, 1) + number, total).reshape(-1)
 
     def compact(values: torch.Tensor) -> torch.Tensor:
-        out = torch.empty(total + 1, dtype=values.dtype, device=device)
+        out = torch.empty(total + 1, dtype=values.dtype, device=values.device)
         out.index_copy_(0, place, values.expand_as(keep).reshape(-1))
         return out[:total]
 
-    return compact(own_cells), compact(target), freed, [compact(state) for state in states]
-
-
-def _ranges(
-    pieces: list[tuple[int, int, int]], column: Callable[[list[int]], torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(row, start, length) pieces -> index tensors (rows, positions) of all their entries, in order."""
-    total = sum(length for _, _, length in pieces)
-    lengths = column([length for _, _, length in pieces])
-
-    def spread(values: torch.Tensor) -> torch.Tensor:
-        return torch.repeat_interleave(values, lengths, output_size=total)
-
-    within = torch.arange(total, device=lengths.device) - spread(lengths.cumsum(0) - lengths)
-    return spread(column([row for row, _, _ in pieces])), spread(column([start for _, start, _ in pieces])) + within
+    source, destination = compact(own.cells), compact(owner * cells.blocks + slot)
+    moved = [buffer for name, buffer in cells.buffers.items() if name not in renewed]
+    kernels_for(source.device).repack(moved, source, destination)
+    written = {name: compact(values) for name, values in renewed.items()}
+    for name, values in written.items():
+        cells.buffers[name].index_copy_(0, destination, values)
+    return destination, written.get("position")

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lethe_sglang.kernels.table import read
+
 if TYPE_CHECKING:
     from lethe_sglang.cache.ledger import Ledger
     from lethe_sglang.cache.rounds import Cells
@@ -84,9 +86,8 @@ class Shadow:
         self.copy[0, layer, place, seq_lens - 1] = self.store.key[newest]
         self.copy[1, layer, place, seq_lens - 1] = self.store.value[newest]
 
-        table = self.ledger.table[rows].to(torch.int64)
-        prefix, tail = table[:, 0:1], table[:, 1:2]
-        kept = self.ledger.kept_of(table)[:, layer : layer + 1]
+        line = read(self.ledger.table[rows].to(torch.int64))
+        prefix, tail, kept = line.prefix.unsqueeze(1), line.tail.unsqueeze(1), line.kept[:, layer : layer + 1]
         j = torch.arange(cells.shape[1]).unsqueeze(0)
         # First decode step: the tree may have replaced part of the prefix, and the row is not followed yet.
         followed = torch.tensor([row in self.ledger.requests for row in rows.tolist()]).unsqueeze(1)

@@ -310,7 +310,7 @@ class Runtime:
             self._reduce if self.tp_size > 1 else None,
         )
         allocator.free_segment(result.freed, start_pos=0)
-        counts = self._breakpoints(result, plans)
+        counts = self._breakpoints(result)
         counters = self.counters
         counters.launches += 1
         counters.rounds += len(plans)
@@ -325,11 +325,10 @@ class Runtime:
         if self.config.debug.fingerprints or self.config.debug.record_kept:
             self._record(states, plans, result)
 
-    def _breakpoints(self, result: RoundResult, plans: list[RoundPlan]) -> tuple[torch.Tensor, Any] | None:
+    def _breakpoints(self, result: RoundResult) -> tuple[torch.Tensor, Any] | None:
         if self.config.budget.allocation != "breakpoint":
             return None
-        candidates = torch.tensor([p.candidates for p in plans], dtype=torch.int64).t()
-        counts = breakpoint_counts(result.rank, result.pinned, candidates.to(result.rank.device, non_blocking=True))
+        counts = breakpoint_counts(result.rank, result.pinned, result.candidates)
         if counts.device.type == "cpu":
             return counts, None
         host = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)

@@ -1,1 +1,1 @@
-"""Device work, each as a torch function that runs on any device."""
+"""Device work: Triton kernels, their torch reference, and the torch that serves both."""

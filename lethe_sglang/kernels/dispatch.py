@@ -11,8 +11,7 @@ import torch
 def kernels_for(device: torch.device | str) -> ModuleType:
     """Return the module with the kernels of a device.
 
-    Both have ``schedule``, ``score``, ``fill_lists``, ``fill_indices``, ``start_states``, ``repack`` and ``select``,
-    with the same arguments.
+    Both have ``schedule``, ``score``, ``fill_lists``, ``start_states``, ``repack`` and ``select``, with one signature.
 
     Parameters
     ----------
@@ -22,12 +21,13 @@ def kernels_for(device: torch.device | str) -> ModuleType:
     Returns
     -------
     module
-        ``kernels.triton.launchers`` on a CUDA device, and on any under ``TRITON_INTERPRET=1``; else ``kernels.twins``.
+        ``kernels.triton.launchers`` on a CUDA device, and on any under ``TRITON_INTERPRET=1``; else
+        ``kernels.reference``.
     """
     if torch.device(device).type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
         from lethe_sglang.kernels.triton import launchers
 
         return launchers
-    from lethe_sglang.kernels import twins
+    from lethe_sglang.kernels import reference
 
-    return twins
+    return reference

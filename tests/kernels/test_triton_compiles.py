@@ -20,6 +20,7 @@ PROGRAM = textwrap.dedent(
     import triton, triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from lethe_sglang.kernels.table import NEVER, column
     from lethe_sglang.kernels.triton import indices, repack, score, select, zero
 
     def build(name, tuned, pointers, constants, floats=()):
@@ -39,8 +40,9 @@ PROGRAM = textwrap.dedent(
 
     built, rows = {}, {"rows": "i64", "seq_lens": "i64"}
     tables = {"req_to_token": "i32", "table": "i32", **rows, "indptr": "i32", "indices": "i32"}
+    columns = {name.upper(): column(name, 28) for name in ("prefix", "tail", "kept", "offset")}
     for fill in (True, False):
-        build(f"fill-{fill}", indices._KERNEL, tables, {"FILL_INDPTR": fill, "BATCH": 64})
+        build(f"fill-{fill}", indices._KERNEL, tables, {**columns, "FILL_INDPTR": fill, "BATCH": 64})
     for recurs in (True, False):
         build(f"zero-{recurs}", zero._KERNEL, {"score": "fp32", "memory": "fp32", "slots": "i64", "positions": "i64"},
               {"HAS_SCORE": True, "HAS_MEMORY": True, "RECURS": recurs})
@@ -49,8 +51,9 @@ PROGRAM = textwrap.dedent(
     for scatter in (True, False):
         build(f"repack-{scatter}", repack._KERNEL, {**words, "source": "i64", "destination": "i64"},
               {"W0": 256, "W1": 256, "W2": 1, "W3": 1, "W4": 0, "SCATTER": scatter})
-    build("schedule", score._SCHEDULE, {"table": "i32", **rows, "first": "i32", "decay": "fp32"}, {"WINDOW": True},
-          ["step_decay"])
+    columns = {name.upper(): column(name, 28) for name in ("score_from", "score_after")}
+    build("schedule", score._SCHEDULE, {"table": "i32", **rows, "first": "i32", "decay": "fp32"},
+          {**columns, "NEVER": NEVER, "WINDOW": True}, ["step_decay"])
     states = {"lse": "fp32", "indptr": "i32", "indices": "i32", "first": "i32", "decay": "fp32", "step": "i64",
               "scores": "fp32", "memories": "fp32"}
     cases = [("bf16", "bf16", tl.bfloat16, 128, 7, 0), ("fp16", "fp16", tl.float16, 96, 1, 1),

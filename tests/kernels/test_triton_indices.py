@@ -8,11 +8,10 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from lethe_sglang.cache.layout import packed_blocks, packed_offsets
-from lethe_sglang.cache.ledger import Ledger
-from lethe_sglang.kernels import twins
-from lethe_sglang.kernels.indices import token_lists
+from lethe_sglang.kernels import reference, table
+from lethe_sglang.kernels.common import token_lists
 from lethe_sglang.kernels.triton import config, indices
-from lethe_sglang.kernels.triton.indices import fill_indices, fill_lists
+from lethe_sglang.kernels.triton.indices import fill_lists
 
 ROWS, WIDTH, BLOCKS, UNSET = 7, 160, 400, -7
 
@@ -32,7 +31,7 @@ def make(layers, seed):
         return int(torch.randint(low, high + 1, (1,), generator=generator))
 
     req_to_token = torch.zeros(ROWS, WIDTH, dtype=torch.int32)
-    table = torch.zeros(ROWS, 4 + 2 * layers, dtype=torch.int32)
+    lines = torch.zeros(ROWS, table.width(layers), dtype=torch.int32)
     lengths = [0] * ROWS
     for row in range(1, ROWS):
         prefix = number(0, 1) * number(0, 50)
@@ -43,29 +42,15 @@ def make(layers, seed):
         slots = torch.randperm(BLOCKS - 1, generator=generator)[: lengths[row]].to(torch.int32) + 1
         req_to_token[row, : lengths[row]] = slots
         req_to_token[row, prefix + packed : tail] = 0
-        table[row] = torch.tensor([prefix, tail, prefix, 0, *kept, *packed_offsets(kept)])
-    return req_to_token, table, lengths
+        single = {"prefix": prefix, "tail": tail, "score_from": prefix, "score_after": 0}
+        lines[row] = torch.tensor(table.line(kept, packed_offsets(kept), **single))
+    return req_to_token, lines, lengths
 
 
-def expected_lists(req_to_token, table, rows, seq_lens, layer):
-    layers = (table.shape[1] - 4) // 2
-    lines = table[rows]
-    lists = token_lists(
-        req_to_token,
-        rows,
-        seq_lens,
-        lines[:, 0],
-        lines[:, 1],
-        lines[:, 4 : 4 + layers],
-        lines[:, 4 + layers :],
-        BLOCKS,
-        WIDTH,
-    )
+def expected_lists(req_to_token, lines, rows, seq_lens, layer):
+    at = table.read(lines[rows])
+    lists = token_lists(req_to_token, rows, seq_lens, at.prefix, at.tail, at.kept, at.offset, BLOCKS, WIDTH)
     return [lists.cells[layer, b, : int(n)] for b, n in enumerate(lists.length[layer])]
-
-
-def test_the_table_has_the_columns_the_kernels_read():
-    assert (Ledger.PREFIX, Ledger.TAIL, Ledger.SCORE_FROM, Ledger.SCORE_AFTER, Ledger.KEPT) == (0, 1, 2, 3, 4)
 
 
 @settings(deadline=None, derandomize=True, phases=[Phase.generate], max_examples=14)
@@ -78,53 +63,53 @@ def test_the_table_has_the_columns_the_kernels_read():
     seed=st.integers(0, 99),
 )
 def test_lists_are_the_twins(device, layers, batch, integer, fill_value, programs, seed):
-    req_to_token, table, lengths = make(layers, seed)
+    req_to_token, lines, lengths = make(layers, seed)
     rows = torch.tensor(batch)
     seq_lens = torch.tensor([lengths[row] if row else fill_value for row in batch])
     layer = seed % layers
-    lists = expected_lists(req_to_token, table, rows, seq_lens, layer)
+    lists = expected_lists(req_to_token, lines, rows, seq_lens, layer)
     flat = torch.cat(lists)
     ends = torch.tensor([0, *(len(cells) for cells in lists)]).cumsum(0)
-    there = [t.to(device) for t in (req_to_token, table, rows.to(integer), seq_lens.to(integer))]
+    there = [t.to(device) for t in (req_to_token, lines, rows.to(integer), seq_lens.to(integer))]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(indices, "_PROGRAMS", programs)
-        for fill, known in ((fill_lists, False), (fill_indices, True)):
+        for known in (False, True):
             indptr = torch.full((len(batch) + 3,), UNSET, dtype=integer, device=device)
             if known:
                 indptr[: len(batch) + 1] = ends.to(device)
             out = torch.full((len(flat) + 40,), UNSET, dtype=integer, device=device)
-            fill(*there, layer, BLOCKS, indptr, out)
+            fill_lists(*there, layer, BLOCKS, indptr, out, not known)
             assert indptr.tolist() == [*ends.tolist(), UNSET, UNSET]
             assert torch.equal(out[: len(flat)].cpu().long(), flat)
             assert (out[len(flat) :] == UNSET).all(), "written beyond the last list"
-    for fill in (twins.fill_lists, twins.fill_indices):
+    for known in (False, True):
         host_indptr, host = ends.to(integer), torch.full((len(flat) + 40,), UNSET, dtype=integer)
-        fill(req_to_token, table, rows, seq_lens, layer, BLOCKS, host_indptr, host)
+        reference.fill_lists(req_to_token, lines, rows, seq_lens, layer, BLOCKS, host_indptr, host, not known)
         assert torch.equal(host, out.cpu()) and host_indptr.tolist() == ends.tolist()
 
 
 def arguments(device, batch=(1, 2)):
-    req_to_token, table, lengths = make(3, 1)
+    req_to_token, lines, lengths = make(3, 1)
     rows = torch.tensor(batch)
     seq_lens = torch.tensor([lengths[row] for row in batch])
-    return [t.to(device) for t in (req_to_token, table, rows, seq_lens)]
+    return [t.to(device) for t in (req_to_token, lines, rows, seq_lens)]
 
 
 def test_padded_rows_are_empty_or_the_padding_cell(device):
-    req_to_token, table, rows, seq_lens = arguments(device, (0, 4, 0))
+    req_to_token, lines, rows, seq_lens = arguments(device, (0, 4, 0))
     indptr, out = torch.zeros(4, dtype=torch.int32, device=device), torch.zeros(200, dtype=torch.int32, device=device)
-    fill_lists(req_to_token, table, rows, seq_lens, 2, BLOCKS, indptr, out)
+    fill_lists(req_to_token, lines, rows, seq_lens, 2, BLOCKS, indptr, out, True)
     assert indptr[1] == 0 and indptr[2] == indptr[3]
     seq_lens[rows == 0] = 1
-    fill_lists(req_to_token, table, rows, seq_lens, 2, BLOCKS, indptr, out)
+    fill_lists(req_to_token, lines, rows, seq_lens, 2, BLOCKS, indptr, out, True)
     assert indptr[1] == 1 and out[0] == 2 * BLOCKS and out[indptr[2]] == 2 * BLOCKS
 
 
 def test_what_does_not_fit_the_buffer_is_left_out(device):
     whole, short = torch.full((300,), UNSET, device=device), torch.full((300,), UNSET, device=device)
     indptr = torch.zeros(3, dtype=torch.int64, device=device)
-    fill_lists(*arguments(device), 1, BLOCKS, indptr, whole)
-    fill_lists(*arguments(device), 1, BLOCKS, indptr, short[:50])
+    fill_lists(*arguments(device), 1, BLOCKS, indptr, whole, True)
+    fill_lists(*arguments(device), 1, BLOCKS, indptr, short[:50], True)
     assert indptr[2] > 50
     assert torch.equal(short[:50], whole[:50]) and (short[50:] == UNSET).all()
 
@@ -132,19 +117,19 @@ def test_what_does_not_fit_the_buffer_is_left_out(device):
 def test_a_known_end_is_never_written_past(device):
     whole = torch.full((300,), UNSET, device=device)
     indptr = torch.zeros(3, dtype=torch.int64, device=device)
-    fill_lists(*arguments(device), 1, BLOCKS, indptr, whole)
+    fill_lists(*arguments(device), 1, BLOCKS, indptr, whole, True)
     end = int(indptr[1])
     out = torch.full((300,), UNSET, device=device)
-    fill_indices(*arguments(device), 1, BLOCKS, torch.tensor([0, end - 3, end], device=device), out)
+    fill_lists(*arguments(device), 1, BLOCKS, torch.tensor([0, end - 3, end], device=device), out, False)
     assert torch.equal(out[: end - 3], whole[: end - 3])
     assert torch.equal(out[end - 3 : end], whole[end : end + 3]) and (out[end:] == UNSET).all()
 
 
 def test_an_empty_batch_has_an_empty_indptr(device):
     empty = torch.empty(0, dtype=torch.int64, device=device)
-    req_to_token, table, _, _ = arguments(device)
+    req_to_token, lines, _, _ = arguments(device)
     indptr = torch.full((2,), UNSET, device=device)
-    fill_lists(req_to_token, table, empty, empty, 0, BLOCKS, indptr, empty)
+    fill_lists(req_to_token, lines, empty, empty, 0, BLOCKS, indptr, empty, True)
     assert indptr.tolist() == [0, UNSET]
 
 
@@ -164,4 +149,14 @@ def test_bad_shapes_are_named(change, message):
     good = dict(zip(("req_to_token", "table", "rows", "seq_lens"), arguments("cpu"), strict=True))
     zeros = torch.zeros(300, dtype=torch.int64)
     with pytest.raises(ValueError, match=message):
-        fill_lists(**{**good, "layer": 1, "blocks": BLOCKS, "indptr": zeros[:3], "indices": zeros, **change})
+        fill_lists(
+            **{
+                **good,
+                "layer": 1,
+                "blocks": BLOCKS,
+                "indptr": zeros[:3],
+                "indices": zeros,
+                "fill_indptr": True,
+                **change,
+            }
+        )

@@ -7,7 +7,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from lethe_sglang.kernels import repack as twin
+from lethe_sglang.kernels import reference as twin
 from lethe_sglang.kernels.triton import config, repack
 from lethe_sglang.kernels.triton.repack import scratch_bytes
 

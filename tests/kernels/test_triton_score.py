@@ -9,8 +9,9 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from lethe_sglang.kernels import twins
-from lethe_sglang.kernels.score import accumulate, attend_heads
+from lethe_sglang.kernels import reference
+from lethe_sglang.kernels.reference import accumulate, attend
+from lethe_sglang.kernels.table import NEVER, read, width
 from lethe_sglang.kernels.triton import config, score
 from lethe_sglang.policies.base import Accumulation
 
@@ -73,7 +74,7 @@ class Case:
         self.indptr = torch.tensor([0, *lengths]).cumsum(0).to(integer)
         self.indices = torch.cat([self.cells[b, :n] for b, n in enumerate(lengths)]).to(integer)
         clean = torch.nan_to_num(self.keys.float()) * k_scale
-        _, self.heads = attend_heads(self.query.float(), clean, clean, self.cells, self.length, self.scaling)
+        _, self.heads = attend(self.query.float(), clean, clean, self.cells, self.length, self.scaling)
         listed = clean[self.cells].repeat_interleave(group, 2)
         logits = torch.einsum("bhd,bnhd->bhn", self.query.float(), listed) * self.scaling
         beyond = torch.arange(max(lengths)) >= self.length.unsqueeze(1)
@@ -93,8 +94,8 @@ class Case:
             memories,
             torch.where(own, self.cells, 0),
             self.heads.mean(1),
-            self.decay.unsqueeze(1),
-            self.step.unsqueeze(1),
+            self.decay,
+            self.step,
         )
         return scores, memories
 
@@ -131,7 +132,7 @@ class Case:
 def test_scores_are_the_twins(device, rule, lengths, own, splits, **options):
     case = Case(device, rule, lengths=lengths, own_from=[own] * len(lengths), **options)
     case.check(splits=splits)
-    for got, want in zip(case.run(twins.score, "cpu"), case.expected(), strict=True):
+    for got, want in zip(case.run(reference.score, "cpu"), case.expected(), strict=True):
         if want is not None:
             torch.testing.assert_close(got[1:], want[1:], rtol=1e-4, atol=1e-5)
 
@@ -174,9 +175,9 @@ def test_a_shared_prefix_is_never_touched(device, rule):
 
 @pytest.mark.parametrize("splits", [1, 3])
 def test_padded_rows_and_skipped_steps_write_nothing(device, splits):
-    case = Case(device, lengths=(1, 40, 20), own_from=(0, score.NEVER, 0))
+    case = Case(device, lengths=(1, 40, 20), own_from=(0, NEVER, 0))
     case.indptr = torch.tensor([0, 1, 41, 41], dtype=torch.int32)  # the last has length 0
-    case.first[0] = score.NEVER
+    case.first[0] = NEVER
     case.lse[0], case.lse[2] = float("-inf"), NAN
     scores, _ = case.run(splits=splits)
     assert torch.equal(scores, case.scores)
@@ -213,10 +214,11 @@ def test_a_query_may_be_a_view_of_the_projection(device):
 
 def schedule(accumulation, score_after, rows, seq_lens, device):
     """Run the kernel and the twin; the ledger's lines score from position 11, row 0 is padding."""
-    table = torch.zeros(8, 4 + 2 * 3, dtype=torch.int32)
-    table[1:, 2], table[1:, 3] = 11, score_after
+    table = torch.zeros(8, width(3), dtype=torch.int32)
+    lines = read(table[1:])
+    lines.score_from[:], lines.score_after[:] = 11, score_after
     results = []
-    for function, where in ((score.schedule, device), (twins.schedule, torch.device("cpu"))):
+    for function, where in ((score.schedule, device), (reference.schedule, torch.device("cpu"))):
         first = torch.full((len(rows),), -1, dtype=torch.int32, device=where)
         decay = torch.full((len(rows),), NAN, device=where)
         inputs = (table.to(where), torch.tensor(rows, device=where), torch.tensor(seq_lens, device=where))
@@ -229,14 +231,14 @@ def schedule(accumulation, score_after, rows, seq_lens, device):
 def test_every_nth_step_is_scored_with_the_decay_of_n_steps(device):
     accumulation = Accumulation(decay=0.9, every=3)
     first, decay = schedule(accumulation, 0, [1, 2, 3, 4, 5], [9, 10, 11, 12, 13], device)
-    assert first == [11, score.NEVER, score.NEVER, 11, score.NEVER]
+    assert first == [11, NEVER, NEVER, 11, NEVER]
     assert decay == pytest.approx([0.9**3] * 5)
 
 
 def test_a_window_is_scored_from_zero_and_not_before(device):
     accumulation = Accumulation(decay=0.9, window=8)
     first, decay = schedule(accumulation, 20, [1, 2, 3, 4], [19, 20, 21, 22], device)
-    assert first == [score.NEVER, score.NEVER, 11, 11]
+    assert first == [NEVER, NEVER, 11, 11]
     assert decay[2:] == pytest.approx([0.0, 0.9])
 
 
@@ -247,13 +249,14 @@ def test_without_a_window_the_start_of_one_means_nothing(device):
 
 def test_padding_is_never_scored(device):
     first, _ = schedule(Accumulation(), 0, [0, 3, 0, 0, 0, 5], [1, 5, 0, 1, 1, 5], device)
-    assert first == [score.NEVER, 11, *[score.NEVER] * 3, 11]
+    assert first == [NEVER, 11, *[NEVER] * 3, 11]
 
 
 def test_a_window_start_forgets_the_old_score(device):
     accumulation = Accumulation(decay=0.9, window=8)
     case = Case(device, lengths=(20,), own_from=(0,))
-    table = torch.tensor([[0] * 6, [0, 0, 0, 999, 0, 0]], dtype=torch.int32, device=device)
+    table = torch.zeros(2, width(1), dtype=torch.int32, device=device)
+    read(table).score_after[1] = 999
     first, decay = torch.zeros(1, dtype=torch.int32, device=device), torch.zeros(1, device=device)
     score.schedule(
         table, torch.tensor([1], device=device), torch.tensor([1000], device=device), accumulation, first, decay

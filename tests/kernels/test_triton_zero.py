@@ -7,7 +7,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from lethe_sglang.kernels import twins
+from lethe_sglang.kernels import reference
 from lethe_sglang.kernels.triton.zero import start_states
 
 
@@ -22,7 +22,7 @@ def test_states_start_anew_in_all_layers(device, has_memory, recurs, layers, blo
     slots = torch.randperm(blocks - 1, device=device)[:n] + 1
     positions = torch.randint(0, 2**20, (n,), device=device) if recurs else None
     expected = [score.cpu().clone(), memory.cpu().clone() if has_memory else None]
-    twins.start_states(*expected, slots.cpu(), None if positions is None else positions.cpu(), layers)
+    reference.start_states(*expected, slots.cpu(), None if positions is None else positions.cpu(), layers)
     start_states(score, memory, slots, positions, layers)
     assert torch.equal(score.cpu(), expected[0])
     assert (score.view(layers, blocks)[:, slots] == (0 if positions is None else positions.float())).all()

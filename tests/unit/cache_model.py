@@ -9,7 +9,8 @@ import torch
 from lethe_sglang.cache.layout import pinned_cells, protected
 from lethe_sglang.cache.ledger import Ledger, RequestState
 from lethe_sglang.cache.rounds import Cells, run_round
-from lethe_sglang.kernels.indices import token_lists
+from lethe_sglang.kernels.common import token_lists
+from lethe_sglang.kernels.table import read
 
 
 class MiniPool:
@@ -90,21 +91,11 @@ class MiniPool:
         """Token lists of all layers for the rows as decode would build them."""
         self.ledger.flush()
         index = torch.tensor(rows)
-        table = self.ledger.table[index]
+        at = read(self.ledger.table[index])
         seq = torch.tensor([self.seq[r] for r in rows])
-        kept = self.ledger.kept_of(table)
-        width = int((table[:, 0] + kept.amax(1) + seq - table[:, 1]).max())
-        return token_lists(
-            self.req_to_token,
-            index,
-            seq,
-            table[:, 0],
-            table[:, 1],
-            kept,
-            self.ledger.offsets_of(table),
-            self.cells.blocks,
-            width,
-        )
+        width = int((at.prefix + at.kept.amax(1) + seq - at.tail).max())
+        blocks = self.cells.blocks
+        return token_lists(self.req_to_token, index, seq, at.prefix, at.tail, at.kept, at.offset, blocks, width)
 
     def check_conservation(self, owned_pages=0):
         """Free pages plus live row entries are all pages, none twice."""

@@ -383,15 +383,18 @@ def stock_triton(scope):
     return backend
 
 
-class TorchNativeAttnBackend:
-    def __init__(self, runner):
-        self.req_to_token_pool, self.token_to_kv_pool = runner.req_to_token_pool, runner.token_to_kv_pool
+def stock_torch_native(scope):
+    class TorchNativeAttnBackend(scope["AttentionBackend"]):
+        def __init__(self, runner):
+            self.req_to_token_pool, self.token_to_kv_pool = runner.req_to_token_pool, runner.token_to_kv_pool
 
-    def init_forward_metadata(self, forward_batch):
-        pass
+        def init_forward_metadata(self, forward_batch):
+            pass
 
-    def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True):
-        return "stock extend"
+        def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True):
+            return "stock extend"
+
+    return TorchNativeAttnBackend
 
 
 def modules() -> dict[str, ModuleType]:
@@ -407,7 +410,7 @@ def modules() -> dict[str, ModuleType]:
             "BatchDecodeWithPagedKVCacheWrapper": BatchDecodeWithPagedKVCacheWrapper,
         },
         f"{attention}.triton_backend": {"TritonAttnBackend": stock_triton(dict(where))},
-        f"{attention}.torch_native_backend": {"TorchNativeAttnBackend": TorchNativeAttnBackend},
+        f"{attention}.torch_native_backend": {"TorchNativeAttnBackend": stock_torch_native(where)},
         "sglang.srt.mem_cache.memory_pool": {"KVWriteLoc": KVWriteLoc},
     }
     out = {}
@@ -737,8 +740,10 @@ def meta(values):
 def launches_of_a_step(backend, patch):
     """Run a decode step over tensors without values, which nothing can read back; return the kernels it launches."""
     launched, scored = [], backend.scored
-    for name in ("start_states", "schedule", "fill_lists", "fill_indices", "score"):
+    for name in ("start_states", "schedule", "score"):
         patch.setattr(scored.kernels, name, lambda *args, name=name: launched.append(name))
+    fills = {True: "fill_lists with indptr", False: "fill_lists"}
+    patch.setattr(scored.kernels, "fill_lists", lambda *args: launched.append(fills[args[-1]]))
     scored.__dict__.update(meta(vars(scored)))
     scored.ledger = SimpleNamespace(table=scored.ledger.table.to("meta"))
     scored.pool.cells = scored.pool.cells._replace(**meta(scored.pool.cells._asdict()))

@@ -12,10 +12,12 @@ import pytest
 import torch
 from cache_model import MiniPool
 
+from lethe_sglang.attention.prefill import observation_attention, replay
 from lethe_sglang.cache.ledger import Ledger
 from lethe_sglang.cache.rounds import Cells
 from lethe_sglang.config import from_mapping
-from lethe_sglang.kernels.score import accumulate, attend, observation_attention, replay
+from lethe_sglang.kernels.reference import accumulate, attend
+from lethe_sglang.kernels.table import read
 
 LAYERS, KV_HEADS, HEADS, DIM, RANK = 3, 2, 4, 8, 4
 RECENT, INTERVAL, SINKS = 6, 8, 2
@@ -135,22 +137,21 @@ class DecodePool(MiniPool):
             self.write(row, self.seq[row])
         cells, length = self.lists(rows)
         seq = torch.tensor([self.seq[row] for row in rows])
-        _, _, score_from, score_after = self.ledger.table[torch.tensor(rows)][:, :4].unbind(1)
-        scored, decay = None, 1.0
+        at = read(self.ledger.table[torch.tensor(rows)])
         if rule is not None:
-            own = torch.arange(cells.shape[2]) >= score_from.unsqueeze(1)
-            decay = rule.step_decay
+            own = torch.arange(cells.shape[2]) >= at.score_from.unsqueeze(1)
+            decay = torch.full((len(rows),), rule.step_decay)
             if rule.every > 1:
                 own &= (seq % rule.every == 0).unsqueeze(1)
             if rule.window is not None:
-                own &= (seq > score_after).unsqueeze(1)
-                decay = torch.where(seq == score_after + 1, 0.0, decay).unsqueeze(1)
+                own &= (seq > at.score_after).unsqueeze(1)
+                decay = torch.where(seq == at.score_after + 1, 0.0, decay)
             scored = torch.where(own, cells, 0)
         for layer in range(LAYERS):
             query = torch.stack([torch.from_numpy(STREAMS[row][1][layer, self.seq[row] - 1]) for row in rows])
-            _, attention = attend(query, self.cells.key, self.cells.value, cells[layer], length[layer], DIM**-0.5)
-            if scored is not None:
-                accumulate(rule, self.cells.score, self.cells.memory, scored[layer], attention, decay, seq.unsqueeze(1))
+            _, heads = attend(query, self.cells.key, self.cells.value, cells[layer], length[layer], DIM**-0.5)
+            if rule is not None:
+                accumulate(rule, self.cells.score, self.cells.memory, scored[layer], heads.mean(1), decay, seq)
 
     def kept(self, row):
         """Per layer, the own positions that decode would gather."""

@@ -347,7 +347,7 @@ def test_a_step_reads_nothing_back_from_the_device(single, monkeypatch):
     for wrapper in backend.forward_metadata.decode_wrappers:
         wrapper.__dict__.update(meta(vars(wrapper)))
         wrapper.run = lambda q, *args: (q, q.new_empty(q.shape[:2]))
-    layer = ["store", "fill_lists" if single else "fill_indices", "score"]
+    layer = ["store", "fill_lists with indptr" if single else "fill_lists", "score"]
     assert launches_of_a_step(backend, monkeypatch) == ["start_states", "schedule", *layer * LAYERS]
 
 

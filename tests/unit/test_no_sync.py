@@ -1,7 +1,7 @@
 """Nothing on the decode path reads a tensor of the device back: not in a step, not in a round, not in a plan.
 
 On a CPU nothing stops such a read, so a guard watches every torch call that would make the host wait on a GPU. What
-``kernels.twins`` does is a Triton launch there and is not watched; host tensors are read in HOST_ONLY alone.
+``kernels.reference`` does is a Triton launch there and is not watched; host tensors are read in HOST_ONLY alone.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Guard(TorchFunctionMode):
         frame, found = sys._getframe(2), None
         while frame is not None:
             file = frame.f_code.co_filename
-            if file.endswith("lethe_sglang/kernels/twins.py"):
+            if file.endswith("lethe_sglang/kernels/reference.py"):
                 return None
             if found is None and not file.startswith(TORCH):
                 if not file.startswith(HERE):

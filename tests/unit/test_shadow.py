@@ -74,7 +74,7 @@ def test_cells_out_of_order_are_noticed(watched):
     watched.pool.append(1)
     watched.pool.append(2)
     first, second = watched.pool.lists([1, 2]).cells[2, 0, PREFIX : PREFIX + 2]
-    for buffer in watched.pool.cells.buffers:
+    for buffer in watched.pool.cells.buffers.values():
         buffer[[int(first), int(second)]] = buffer[[int(second), int(first)]]
     with pytest.raises(ShadowMismatch, match=r"rows \[1\] layer 2: lists are not ascending"):
         watched.check()

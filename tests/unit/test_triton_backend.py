@@ -185,7 +185,7 @@ def test_a_step_reads_nothing_back_from_the_device(monkeypatch):
     GraphRunner(backend, backend.scored.ledger)
     backend.forward_metadata.__dict__.update(meta(vars(backend.forward_metadata)))
     backend.decode_attention_fwd = lambda *args, **options: None
-    layer = ["store", "fill_lists", "score"]
+    layer = ["store", "fill_lists with indptr", "score"]
     assert launches_of_a_step(backend, monkeypatch) == ["start_states", "schedule", *layer * LAYERS]
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels of the decode step and of a round; each has a torch twin in ``lethe_sglang/kernels``.
+"""Triton kernels of the decode step and of a round; each has its torch reference in ``kernels/reference.py``.
 
 A launcher checks shapes and dtypes and reads nothing back from the device, so a CUDA graph can capture it. It never
 benchmarks on its own: during SGLang's warm-up every sequence has one token, and a search would measure nothing.

@@ -1,6 +1,6 @@
-"""Token lists of one layer: row + ledger table -> CSR lists over the flat pool, a paged cache of page size 1.
+"""Token lists of one layer: row + device table -> CSR lists over the flat pool, a paged cache of page size 1.
 
-The layout of a list is that of ``lethe_sglang/kernels/indices.py``: prefix, packed, tail.
+The layout of a list is that of ``common.token_lists``: prefix, packed, tail.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import torch
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
+from lethe_sglang.kernels.table import column, layers_of
 from lethe_sglang.kernels.triton import Tuned, bucket, config, expect, expect_contiguous
 
 _INTEGER = (torch.int32, torch.int64)
@@ -16,15 +17,24 @@ _PROGRAMS = 1024
 """Programs a launch aims at; batches smaller than this are split along the sequence."""
 
 
-@triton.jit
+@triton.jit  # type: ignore[misc]
 def _length(  # type: ignore[no-untyped-def]
-    table, rows, seq_lens, b, mask, table_stride, layer
+    table,
+    rows,
+    seq_lens,
+    b,
+    mask,
+    table_stride,
+    layer,
+    PREFIX: tl.constexpr,
+    TAIL: tl.constexpr,
+    KEPT: tl.constexpr,
 ):
     """Prefix, tail, k_l and the list's length of requests b."""
     line = table + tl.load(rows + b, mask=mask, other=0).to(tl.int64) * table_stride
-    prefix = tl.load(line, mask=mask, other=0)
-    tail = tl.load(line + 1, mask=mask, other=0)
-    kept = tl.load(line + 4 + layer, mask=mask, other=0)
+    prefix = tl.load(line + PREFIX, mask=mask, other=0)
+    tail = tl.load(line + TAIL, mask=mask, other=0)
+    kept = tl.load(line + KEPT + layer, mask=mask, other=0)
     seq = tl.load(seq_lens + b, mask=mask, other=0).to(tl.int32)
     return prefix, tail, kept, prefix + kept + seq - tail
 
@@ -44,17 +54,21 @@ def _fill(  # type: ignore[no-untyped-def]
     layer,
     num_layers,
     blocks,
+    PREFIX: tl.constexpr,
+    TAIL: tl.constexpr,
+    KEPT: tl.constexpr,
+    OFFSET: tl.constexpr,
     FILL_INDPTR: tl.constexpr,
     BATCH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     split = tl.program_id(0)
     b = tl.program_id(1)
-    prefix, tail, kept, length = _length(table, rows, seq_lens, b, True, table_stride, layer)
+    prefix, tail, kept, length = _length(table, rows, seq_lens, b, True, table_stride, layer, PREFIX, TAIL, KEPT)
     if FILL_INDPTR:  # every program sums for itself: the lists need no launch before theirs
         earlier = tl.arange(0, BATCH)
         before = (earlier < b) & (earlier < batch)
-        lengths = _length(table, rows, seq_lens, earlier, before, table_stride, layer)[3]
+        lengths = _length(table, rows, seq_lens, earlier, before, table_stride, layer, PREFIX, TAIL, KEPT)[3]
         begin = tl.sum(tl.where(before, lengths, 0), axis=0)
         if split == 0:
             tl.store(indptr + b + 1, begin + length)
@@ -64,7 +78,7 @@ def _fill(  # type: ignore[no-untyped-def]
         begin = tl.load(indptr + b).to(tl.int32)
         length = tl.minimum(length, tl.load(indptr + b + 1).to(tl.int32) - begin)
     row = tl.load(rows + b).to(tl.int64)
-    offset = tl.load(table + row * table_stride + 4 + num_layers + layer)
+    offset = tl.load(table + row * table_stride + OFFSET + layer)
     entries = req_to_token + row * row_stride
     for start in range(split * BLOCK, length, tl.num_programs(0) * BLOCK):
         j = start + tl.arange(0, BLOCK)
@@ -80,7 +94,7 @@ def _fill(  # type: ignore[no-untyped-def]
 _KERNEL = Tuned(_fill, [config(BLOCK=256), config(BLOCK=128), config(BLOCK=512), config(BLOCK=1024, num_warps=8)])
 
 
-def _launch(
+def fill_lists(
     req_to_token: torch.Tensor,
     table: torch.Tensor,
     rows: torch.Tensor,
@@ -91,6 +105,33 @@ def _launch(
     indices: torch.Tensor,
     fill_indptr: bool,
 ) -> None:
+    """Write one layer's lists for a whole batch, in place, in one launch; see ``common.token_lists`` for their order.
+
+    Parameters
+    ----------
+    req_to_token
+        int32 ``[R, C]``: SGLang's rows.
+    table
+        int32 ``[R, columns]``: the device table (``kernels/table.py``).
+    rows
+        int32 or int64 ``[B]``: the requests' rows; 0 for a padded row of a CUDA graph.
+    seq_lens
+        int32 or int64 ``[B]``: logical length (tokens), the newest included; a padded row may have 0.
+    layer, blocks
+        l, and blocks of the pool, padding included.
+    indptr
+        int32 or int64, at least ``[B + 1]``: list b is ``indices[indptr[b]:indptr[b + 1]]``.
+    indices
+        int32 or int64, at least as long as all lists together: written. What does not fit is left out.
+    fill_indptr
+        Write ``indptr``. Otherwise it is read, because the host knew the lengths when it planned, and no list is
+        written beyond its end there.
+
+    Raises
+    ------
+    ValueError
+        For a dtype, shape or stride other than these, or a layer the table does not have.
+    """
     expect("req_to_token", req_to_token, torch.int32, [None, None])
     expect("table", table, torch.int32, [None, None])
     expect("rows", rows, _INTEGER, [None])
@@ -98,9 +139,9 @@ def _launch(
     expect("seq_lens", seq_lens, _INTEGER, [batch])
     expect("indptr", indptr, _INTEGER, [None])
     expect("indices", indices, _INTEGER, [None])
-    num_layers = (table.shape[1] - 4) // 2
-    if table.shape[1] != 4 + 2 * num_layers or not 0 <= layer < num_layers:
-        raise ValueError(f"layer {layer} is not among those of a table of {table.shape[1]} columns, 4 + 2L")
+    num_layers = layers_of(table)
+    if not 0 <= layer < num_layers:
+        raise ValueError(f"layer {layer} is not among the {num_layers} of the table")
     if indptr.shape[0] < batch + 1:
         raise ValueError(f"indptr holds {indptr.shape[0]} entries; {batch} requests need {batch + 1}")
     if not 0 < blocks <= (2**31 - 1) // num_layers:
@@ -127,66 +168,7 @@ def _launch(
         layer,
         num_layers,
         blocks,
+        *(column(name, num_layers) for name in ("prefix", "tail", "kept", "offset")),
         fill_indptr,
         bucket(batch),
     )
-
-
-def fill_lists(
-    req_to_token: torch.Tensor,
-    table: torch.Tensor,
-    rows: torch.Tensor,
-    seq_lens: torch.Tensor,
-    layer: int,
-    blocks: int,
-    indptr: torch.Tensor,
-    indices: torch.Tensor,
-) -> None:
-    """Write one layer's lists for a whole batch, in place, in one launch.
-
-    List position j of a request is in layer l at (architecture.md) ::
-
-        [0, P)            l * blocks + row[j]
-        [P, P + k_l)      (cell % L) * blocks + row[P + cell // L]       cell = off_l + j - P
-        [P + k_l, ...)    l * blocks + row[T + j - P - k_l]
-
-    Parameters
-    ----------
-    req_to_token
-        int32 ``[R, C]``: SGLang's rows.
-    table
-        int32 ``[R, 4 + 2L]``: the ledger's table (P, T, first scored position, scored-after length, k_l, off_l).
-    rows
-        int32 or int64 ``[B]``: the requests' rows; 0 for a padded row of a CUDA graph.
-    seq_lens
-        int32 or int64 ``[B]``: logical length (tokens), the newest included; a padded row may have 0.
-    layer, blocks
-        l, and blocks of the pool, padding included.
-    indptr
-        int32 or int64, at least ``[B + 1]``: written; list b is ``indices[indptr[b]:indptr[b + 1]]``.
-    indices
-        int32 or int64, at least as long as all lists together: written. What does not fit is left out.
-
-    Raises
-    ------
-    ValueError
-        For a dtype, shape or stride other than these, or a layer the table does not have.
-    """
-    _launch(req_to_token, table, rows, seq_lens, layer, blocks, indptr, indices, fill_indptr=True)
-
-
-def fill_indices(
-    req_to_token: torch.Tensor,
-    table: torch.Tensor,
-    rows: torch.Tensor,
-    seq_lens: torch.Tensor,
-    layer: int,
-    blocks: int,
-    indptr: torch.Tensor,
-    indices: torch.Tensor,
-) -> None:
-    """As :func:`fill_lists`, but ``indptr`` is read: the host knew the lengths when it planned.
-
-    No list is written beyond its end in ``indptr``; see :func:`fill_lists` for arguments and errors.
-    """
-    _launch(req_to_token, table, rows, seq_lens, layer, blocks, indptr, indices, fill_indptr=False)

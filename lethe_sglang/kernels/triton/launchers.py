@@ -1,9 +1,9 @@
 """The Triton launchers, all in one place."""
 
-from lethe_sglang.kernels.triton.indices import fill_indices, fill_lists
+from lethe_sglang.kernels.triton.indices import fill_lists
 from lethe_sglang.kernels.triton.repack import repack
-from lethe_sglang.kernels.triton.score import NEVER, schedule, score
+from lethe_sglang.kernels.triton.score import schedule, score
 from lethe_sglang.kernels.triton.select import select
 from lethe_sglang.kernels.triton.zero import start_states
 
-__all__ = ["NEVER", "fill_indices", "fill_lists", "repack", "schedule", "score", "select", "start_states"]
+__all__ = ["fill_lists", "repack", "schedule", "score", "select", "start_states"]

@@ -15,13 +15,11 @@ import torch
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
+from lethe_sglang.kernels.table import NEVER, column, layers_of
 from lethe_sglang.kernels.triton import Tuned, bucket, config, expect, expect_contiguous, interpreted
 
 if TYPE_CHECKING:
     from lethe_sglang.policies.base import Accumulation
-
-NEVER = 2**31 - 1
-"""List position of the first scored token where a step is not scored."""
 
 _INTEGER = (torch.int32, torch.int64)
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -43,6 +41,9 @@ def _schedule(  # type: ignore[no-untyped-def]
     table_stride,
     every,
     step_decay,
+    SCORE_FROM: tl.constexpr,
+    SCORE_AFTER: tl.constexpr,
+    NEVER: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -50,56 +51,15 @@ def _schedule(  # type: ignore[no-untyped-def]
     mask = b < batch
     row = tl.load(rows + b, mask=mask, other=0).to(tl.int64)
     seq = tl.load(seq_lens + b, mask=mask, other=0).to(tl.int32)
-    score_from = tl.load(table + row * table_stride + 2, mask=mask, other=0)
+    score_from = tl.load(table + row * table_stride + SCORE_FROM, mask=mask, other=0)
     scored = (row != 0) & (seq % every == 0)
     gamma = tl.zeros([BLOCK], tl.float32) + step_decay
     if WINDOW:
-        score_after = tl.load(table + row * table_stride + 3, mask=mask, other=0)
+        score_after = tl.load(table + row * table_stride + SCORE_AFTER, mask=mask, other=0)
         scored = scored & (seq > score_after)
         gamma = tl.where(seq == score_after + 1, 0.0, gamma)
-    tl.store(first + b, tl.where(scored, score_from, 2147483647), mask=mask)
+    tl.store(first + b, tl.where(scored, score_from, NEVER), mask=mask)
     tl.store(decay + b, gamma, mask=mask)
-
-
-@triton.jit  # type: ignore[misc]
-def _attention(  # type: ignore[no-untyped-def]
-    query,
-    keys,
-    lse,
-    cell,
-    mask,
-    query_stride,
-    logit_scale,
-    lse_scale,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    GROUP_PAD: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """``sum_h exp(logit - lse)`` of one request's cells."""
-    heads = tl.arange(0, GROUP_PAD)
-    dims = tl.arange(0, DIM_PAD)
-    total = tl.zeros([BLOCK_N], tl.float32)
-    row = keys + cell * (KV_HEADS * HEAD_DIM)
-    for kv_head in range(KV_HEADS):
-        head = kv_head * GROUP + heads
-        k = tl.load(
-            row[:, None] + (kv_head * HEAD_DIM + dims)[None, :],
-            mask=mask[:, None] & (dims < HEAD_DIM)[None, :],
-            other=0.0,
-        )
-        q = tl.load(
-            query + head[None, :] * query_stride + dims[:, None],
-            mask=(heads < GROUP)[None, :] & (dims < HEAD_DIM)[:, None],
-            other=0.0,
-        )
-        normaliser = tl.load(lse + head, mask=heads < GROUP, other=float("inf")) * lse_scale
-        logits = tl.dot(k.to(COMPUTE), q.to(COMPUTE), input_precision="ieee") * logit_scale
-        total += tl.sum(tl.exp2(logits - normaliser[None, :]), axis=1)
-    return total
 
 
 @triton.jit  # type: ignore[misc]
@@ -134,28 +94,30 @@ def _score(  # type: ignore[no-untyped-def]
     length = (tl.load(indptr + b + 1).to(tl.int64) - begin).to(tl.int32)
     gamma = tl.load(decay + b)
     now = tl.load(step + b).to(tl.float32)
+    heads = tl.arange(0, GROUP_PAD)
+    dims = tl.arange(0, DIM_PAD)
     own = tl.minimum(tl.load(first + b), length)  # NEVER plus a program's offset would wrap around
     for start in range(own + tl.program_id(0) * BLOCK_N, length, tl.num_programs(0) * BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         mask = j < length
         cell = tl.load(indices + begin + j, mask=mask, other=0).to(tl.int64)
-        total = _attention(
-            query + b * query_stride_b,
-            keys,
-            lse + b * lse_stride,
-            cell,
-            mask,
-            query_stride_h,
-            logit_scale,
-            lse_scale,
-            KV_HEADS,
-            GROUP,
-            HEAD_DIM,
-            GROUP_PAD,
-            DIM_PAD,
-            COMPUTE,
-            BLOCK_N,
-        )
+        total = tl.zeros([BLOCK_N], tl.float32)  # sum_h exp(logit - lse)
+        row = keys + cell * (KV_HEADS * HEAD_DIM)
+        for kv_head in range(KV_HEADS):
+            head = kv_head * GROUP + heads
+            k = tl.load(
+                row[:, None] + (kv_head * HEAD_DIM + dims)[None, :],
+                mask=mask[:, None] & (dims < HEAD_DIM)[None, :],
+                other=0.0,
+            )
+            q = tl.load(
+                query + b * query_stride_b + head[None, :] * query_stride_h + dims[:, None],
+                mask=(heads < GROUP)[None, :] & (dims < HEAD_DIM)[:, None],
+                other=0.0,
+            )
+            normaliser = tl.load(lse + b * lse_stride + head, mask=heads < GROUP, other=float("inf")) * lse_scale
+            logits = tl.dot(k.to(COMPUTE), q.to(COMPUTE), input_precision="ieee") * logit_scale
+            total += tl.sum(tl.exp2(logits - normaliser[None, :]), axis=1)
         a = total / (KV_HEADS * GROUP)
         old = tl.load(scores + cell, mask=mask, other=0.0)
         if RULE == 0:
@@ -200,7 +162,7 @@ def schedule(
     Parameters
     ----------
     table
-        int32 ``[R, 4 + 2L]``: the ledger's table (P, T, first scored position, scored-after length, k_l, off_l).
+        int32 ``[R, columns]``: the device table (``kernels/table.py``).
     rows, seq_lens
         int32 or int64 ``[B]``: the requests' rows (0 for padding), and their lengths (tokens), the newest included.
     accumulation
@@ -222,8 +184,7 @@ def schedule(
     expect("first", first, torch.int32, [batch])
     expect("decay", decay, torch.float32, [batch])
     expect_contiguous(rows=rows, seq_lens=seq_lens, first=first, decay=decay)
-    if table.shape[1] < 4:
-        raise ValueError(f"table must have 4 + 2L columns, not {table.shape[1]}")
+    num_layers = layers_of(table)
     if batch:
         _SCHEDULE.launch(
             lambda meta: (triton.cdiv(batch, meta["BLOCK"]),),
@@ -237,6 +198,8 @@ def schedule(
             table.stride(0),
             accumulation.every,
             accumulation.step_decay,
+            *(column(name, num_layers) for name in ("score_from", "score_after")),
+            NEVER,
             accumulation.window is not None,
         )
 
@@ -306,9 +269,30 @@ def score(
     ValueError
         For a dtype, shape, stride or base other than these.
     """
-    _check(rule, query, keys, lse, indptr, indices, first, decay, step, scores, memories, lse_base)
+    expect("query", query, _FLOAT, [None, None, None])
     batch, heads, head_dim = query.shape
-    kv_heads = keys.shape[1]
+    expect("keys", keys, (*_FLOAT, *_FP8), [None, None, head_dim])
+    cells, kv_heads = keys.shape[:2]
+    if kv_heads == 0 or heads % kv_heads or not 0 < head_dim <= 256:
+        raise ValueError(f"{heads} query heads do not share {kv_heads} KV heads, or head_dim {head_dim} exceeds 256")
+    expect("lse", lse, torch.float32, [batch, heads])
+    expect("indptr", indptr, _INTEGER, [None])
+    expect("indices", indices, _INTEGER, [None])
+    expect("first", first, torch.int32, [batch])
+    expect("decay", decay, torch.float32, [batch])
+    expect("step", step, _INTEGER, [batch])
+    expect("scores", scores, torch.float32, [cells])
+    if indptr.shape[0] < batch + 1:
+        raise ValueError(f"indptr holds {indptr.shape[0]} entries; {batch} requests need {batch + 1}")
+    if (memories is not None) != (rule.rule == "recurrence"):
+        raise ValueError(f"memories go with rule recurrence, the rule is {rule.rule}")
+    if memories is not None:
+        expect("memories", memories, torch.float32, [cells])
+    if lse_base not in ("e", "2"):
+        raise ValueError(f"lse_base must be 'e' or '2', not {lse_base!r}")
+    expect_contiguous(
+        keys=keys, indptr=indptr, indices=indices, first=first, decay=decay, step=step, scores=scores, memories=memories
+    )
     if batch == 0:
         return
     group, splits = heads // kv_heads, _splits(query, splits)
@@ -338,46 +322,6 @@ def score(
         max(16, bucket(group)),
         max(16, bucket(head_dim)),
         _compute_dtype(query.dtype, keys.dtype),
-    )
-
-
-def _check(
-    rule: Accumulation,
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    lse: torch.Tensor,
-    indptr: torch.Tensor,
-    indices: torch.Tensor,
-    first: torch.Tensor,
-    decay: torch.Tensor,
-    step: torch.Tensor,
-    scores: torch.Tensor,
-    memories: torch.Tensor | None,
-    lse_base: str,
-) -> None:
-    expect("query", query, _FLOAT, [None, None, None])
-    batch, heads, head_dim = query.shape
-    expect("keys", keys, (*_FLOAT, *_FP8), [None, None, head_dim])
-    cells, kv_heads = keys.shape[:2]
-    if kv_heads == 0 or heads % kv_heads or not 0 < head_dim <= 256:
-        raise ValueError(f"{heads} query heads do not share {kv_heads} KV heads, or head_dim {head_dim} exceeds 256")
-    expect("lse", lse, torch.float32, [batch, heads])
-    expect("indptr", indptr, _INTEGER, [None])
-    expect("indices", indices, _INTEGER, [None])
-    expect("first", first, torch.int32, [batch])
-    expect("decay", decay, torch.float32, [batch])
-    expect("step", step, _INTEGER, [batch])
-    expect("scores", scores, torch.float32, [cells])
-    if indptr.shape[0] < batch + 1:
-        raise ValueError(f"indptr holds {indptr.shape[0]} entries; {batch} requests need {batch + 1}")
-    if (memories is not None) != (rule.rule == "recurrence"):
-        raise ValueError(f"memories go with rule recurrence, the rule is {rule.rule}")
-    if memories is not None:
-        expect("memories", memories, torch.float32, [cells])
-    if lse_base not in ("e", "2"):
-        raise ValueError(f"lse_base must be 'e' or '2', not {lse_base!r}")
-    expect_contiguous(
-        keys=keys, indptr=indptr, indices=indices, first=first, decay=decay, step=step, scores=scores, memories=memories
     )
 
 

@@ -1,0 +1,103 @@
+"""The device table is read by name: with its columns in another order, everything that reads or writes it agrees."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cache_model import MiniPool
+from flashinfer_double import BUDGETS, SUM, Server, ours, portable
+
+from lethe_sglang.cache.shadow import Shadow
+from lethe_sglang.kernels import table
+from lethe_sglang.policies.lethe import LethePolicy
+
+RULE = SUM._replace(window=5)
+PERMUTED = (("score_after", "tail", "score_from", "prefix"), ("offset", "kept"))
+
+
+@pytest.fixture
+def permuted(monkeypatch):
+    def permute():
+        monkeypatch.setattr(table, "SINGLE", PERMUTED[0])
+        monkeypatch.setattr(table, "PER_LAYER", PERMUTED[1])
+
+    return permute
+
+
+def flashinfer(single):
+    def make(runner, world, rows):
+        pool = runner.token_to_kv_pool
+        return ours.flashinfer.LetheFlashInferBackend(
+            runner, pool, world.ledger, RULE, (BUDGETS,), rows, single_plan=single
+        )
+
+    return make
+
+
+def triton(runner, world, rows):
+    return ours.triton.LetheTritonBackend(runner, runner.token_to_kv_pool, world.ledger, RULE)
+
+
+def drive(make, graph=False):
+    """Outputs, scores and rows of some steps, rounds in between."""
+    server = Server(make, window=RULE.window)
+    if graph:
+        server.capture()
+    server.admit()
+    outputs = [server.step([(1, 2, 3, 4, 5, 6), (2, 3, 5)][n % 2], LethePolicy()) for n in range(12)]
+    assert sum(s.rounds for s in server.world.ledger.requests.values()) >= 4
+    scores = server.world.cells.score.view(len(BUDGETS), -1)[:, 1:]
+    return [*(layer for step in outputs for layer in step), scores, server.world.req_to_token]
+
+
+def test_every_column_has_one_place():
+    assert sorted(PERMUTED[0]) == sorted(table.SINGLE) and sorted(PERMUTED[1]) == sorted(table.PER_LAYER)
+    assert {*table.SINGLE, *table.PER_LAYER} == {*table.Lines._fields}
+    single = {name: n for n, name in enumerate(table.SINGLE, 10)}
+    line = torch.tensor(table.line((1, 2, 3), (4, 5, 6), **single), dtype=torch.int32)
+    assert len(line) == table.width(3) and table.layers_of(line) == 3
+    read = table.read(line)
+    assert {name: int(getattr(read, name)) for name in single} == single
+    assert read.kept.tolist() == [1, 2, 3] and read.offset.tolist() == [4, 5, 6]
+    for name in (*table.SINGLE, *table.PER_LAYER):
+        assert int(line[table.column(name, 3)]) == int(getattr(read, name).flatten()[0])
+
+
+def test_a_table_of_no_number_of_layers_is_refused():
+    for columns in (table.width(0), table.width(2) + 1):
+        with pytest.raises(ValueError, match=f"no table has {columns} columns"):
+            table.layers_of(torch.zeros(3, columns))
+
+
+@pytest.mark.parametrize(
+    ("make", "graph"),
+    [
+        (portable(RULE), False),
+        (triton, False),
+        (triton, True),
+        (flashinfer(False), True),
+        (flashinfer(True), True),
+    ],
+    ids=["portable", "triton", "triton-graph", "flashinfer-classes", "flashinfer-single"],
+)
+def test_backends_decode_alike_whatever_the_order_of_the_columns(make, graph, permuted):
+    expected = drive(make, graph)
+    permuted()
+    assert all(torch.equal(a, b) for a, b in zip(drive(make, graph), expected, strict=True))
+
+
+def test_the_shadow_finds_its_cells_whatever_the_order_of_the_columns(permuted):
+    permuted()
+    pool = MiniPool()
+    shadow = Shadow(pool.cells, pool.ledger, pool.req_to_token)
+    state = pool.admit(1, 50, 8, (9, 4, 14))
+    batch = type("Batch", (), {"req_pool_indices": torch.tensor([1]), "seq_lens": torch.tensor([50])})
+    for layer in range(3):
+        shadow.write_extend(layer, batch)
+    pool.round([state], LethePolicy())
+    pool.append(1)
+    batch.seq_lens = torch.tensor([51])
+    lists = pool.lists([1])
+    for layer in range(3):
+        shadow.check_decode(layer, batch, lists.cells[layer], lists.length[layer])
+    assert shadow.checks == 3
