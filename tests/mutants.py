@@ -37,6 +37,7 @@ ROUNDS, LEDGER, LIFE = (
     "lethe_sglang/cache/ledger.py",
     "lethe_sglang/engine/lifecycle.py",
 )
+COMMON, REFERENCE = "lethe_sglang/kernels/common.py", "lethe_sglang/kernels/reference.py"
 UNIT, SERVE = "tests/unit/test_rounds.py", "tests/engine/test_serving.py"
 ARTIFACT, MEASURE, CACHE = (
     "tests/unit/test_profile_artifact.py",
@@ -48,23 +49,26 @@ PAGE8 = f"{SERVE} -k page8"
 STORM = "tests/engine/test_pressure.py -k storm"
 MUTANTS = {
     "sinks are not pinned": Mutant(
-        ROUNDS, "select(rank, valid, pinned, count)", "select(rank, valid, ~valid, count)", UNIT
+        ROUNDS, "candidates.valid, pinned, numbers", "candidates.valid, ~candidates.valid, numbers", UNIT
     ),
     "blocks that moved are freed": Mutant(
         ROUNDS,
-        "p.old_tail + p.moved_pages, p.new_tail - p.old_tail - p.moved_pages",
-        "p.old_tail, p.new_tail - p.old_tail",
+        "slots_of(request, n.new_packed[request] + block)",
+        "slots_of(request, n.old_packed[request] + block)",
         UNIT,
     ),
-    "a shrunk request keeps its blocks": Mutant(ROUNDS, "max(p.old_packed - p.new_packed, 0)) for", "0) for", UNIT),
+    "a shrunk request keeps its blocks": Mutant(
+        ROUNDS,
+        "block - n.old_packed[request]",
+        "block - n.old_packed.minimum(n.new_packed)[request]",
+        f"{UNIT} -k shrink",
+    ),
     "the tail is packed in the wrong layer": Mutant(
-        ROUNDS, "(number % num_layers) * cells.blocks", "((number + 1) % num_layers) * cells.blocks", UNIT
+        "lethe_sglang/cache/layout.py", "return number % num_layers,", "return (number + 1) % num_layers,", UNIT
     ),
-    "states stay behind": Mutant(
-        ROUNDS, "if id(b) not in anew], source", "if id(b) not in anew and b is not cells.score], source", UNIT
-    ),
+    "states stay behind": Mutant(ROUNDS, "if name not in renewed]", "if name not in {*renewed, 'score'}]", UNIT),
     "ties go to the earlier token": Mutant(
-        "lethe_sglang/kernels/repack.py",
+        REFERENCE,
         "order = (n - 1) - order",
         "order = (n - 1) - order if False else key.argsort(-1, True, stable=True)",
         UNIT,
@@ -73,10 +77,8 @@ MUTANTS = {
         LEDGER, "committed - self.recent, self.page_size", "committed, self.page_size", UNIT
     ),
     "rounds ignore their interval": Mutant(LEDGER, "max(self.interval, room + 1)", "room + 1", UNIT),
-    "the device table is not written": Mutant(LEDGER, "lines.to(device, non_blocking=True)", "self.table[rows]", UNIT),
-    "scores do not decay": Mutant(
-        "lethe_sglang/kernels/score.py", ".mul_(decay).add_", ".add_", "tests/unit/test_score.py"
-    ),
+    "the device table is not written": Mutant(LEDGER, "= lines.to(torch.int32)", "= self.table[rows]", UNIT),
+    "scores do not decay": Mutant(COMMON, ".mul_(decay).add_", ".add_", "tests/unit/test_score.py"),
     "the breakpoint ignores the mean": Mutant(
         "lethe_sglang/allocation/breakpoint.py", "if total > limit:", "if False:", "tests/unit/test_breakpoint.py"
     ),
@@ -86,7 +88,7 @@ MUTANTS = {
         "from itertools import accumulate\nimport lethe_sglang.engine.compat",
         "tests/unit/test_architecture.py",
     ),
-    "the memory is not renewed": Mutant(ROUNDS, "(cells.memory, remembered)", "(cells.memory, None)", f"{REF} -k gkv"),
+    "the memory is not renewed": Mutant(ROUNDS, 'renewed["memory"] = remembered', "pass", f"{REF} -k gkv"),
     "windows reach behind a round": Mutant(
         LEDGER, "max(state.due_at - self.window, committed)", "state.due_at - self.window", f"{REF} -k snapkv"
     ),
@@ -114,14 +116,12 @@ MUTANTS = {
     "redundancy is of who looks": Mutant(FEATURES, "cosine.sum(-2)", "cosine.sum(-1)", f"{REF} -k rkv"),
     "pooling takes the largest": Mutant(FEATURES, 'if how == "avg" else', "if False else", f"{REF} -k snapkv"),
     "max is a sum": Mutant(
-        "lethe_sglang/kernels/score.py",
+        COMMON,
         "torch.maximum(score.mul_(decay), attention)",
         "score.mul_(decay).add(attention)",
         f"{REF} -k morphkv",
     ),
-    "gaps are not remembered": Mutant(
-        "lethe_sglang/kernels/score.py", "torch.maximum(memory, gap)", "gap", f"{REF} -k lazy"
-    ),
+    "gaps are not remembered": Mutant(COMMON, "torch.maximum(memory, gap)", "gap", f"{REF} -k lazy"),
     "keys like the mean stay": Mutant(
         "lethe_sglang/policies/keydiff.py", "return -candidates", "return candidates", f"{REF} -k keydiff"
     ),
@@ -225,6 +225,36 @@ MUTANTS = {
     "fp8 keys are ranked as bytes": Mutant(
         ROUNDS, "cells.keys[c].float()", "cells.key[c].float()", "tests/unit/test_flashinfer_backend.py -k fp8"
     ),
+    "a column is read by its number": Mutant(
+        "lethe_sglang/kernels/triton/indices.py",
+        "tl.load(line + TAIL, ",
+        "tl.load(line + 1, ",
+        "tests/kernels/test_table.py",
+    ),
+    "the twin reads a column by its number": Mutant(
+        REFERENCE,
+        "torch.where(scored, lines.score_from,",
+        "torch.where(scored, table[rows, 2],",
+        "tests/unit/test_table.py",
+    ),
+    "a round has a second upload": Mutant(
+        ROUNDS,
+        "numbers.pinned.view(1, -1, 1)",
+        "torch.tensor([p.pinned for p in plans], device=j.device).view(1, -1, 1)",
+        "tests/unit/test_uploads.py",
+    ),
+    "the table is two uploads": Mutant(
+        LEDGER,
+        "= lines.to(torch.int32)",
+        "= lines.to(torch.int32) * torch.ones(1, dtype=torch.int32).to(lines.device)",
+        "tests/unit/test_uploads.py",
+    ),
+    "a CPU's score takes all attention from the first list position on": Mutant(
+        "lethe_sglang/attention/torch_native.py",
+        "heads[:, :, lists.first :].mean(1)",
+        "heads[:, :, : lists.scored.shape[-1]].mean(1)",
+        "tests/unit/test_triton_backend.py -k every_rule",
+    ),
     "ranks do not compare what they kept": Mutant(
         "lethe_sglang/engine/runtime.py", "if len(set(digests)) > 1:", "if False:", "tests/unit/test_rank_agreement.py"
     ),
@@ -248,12 +278,14 @@ MUTANTS = {
     "dead positions count as held": Mutant(
         LIFE, "result - current().ledger.dead_len(kv.req_pool_idx)", "result", PAGE8, True
     ),
-    "dead row entries stay": Mutant(ROUNDS, "req_to_token[_ranges(dead, column)] = 0", "pass", PAGE8, True),
+    "dead row entries stay": Mutant(
+        ROUNDS, "n.new_packed[request] + place] = 0", "n.new_packed[request] + place] *= 1", PAGE8, True
+    ),
     "pruned requests enter the tree": Mutant(
         LIFE, "req.skip_radix_cache_insert = True  # nothing", "pass  # nothing", PAGE8, True
     ),
     "keys move, values do not": Mutant(
-        ROUNDS, "(self.key, self.value, self.score", "(self.key, self.score", PAGE8, True
+        ROUNDS, '("key", "value", "score", "position", "memory")', '("key", "score", "position", "memory")', PAGE8, True
     ),
     "re-prefills after retraction are shared": Mutant(
         LIFE,

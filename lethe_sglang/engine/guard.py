@@ -190,7 +190,7 @@ _SUPPORTED = (
     ("chunked prefill", "yes", ""),
     ("continuous batching, retraction, abort, pause", "yes", ""),
     ("page sizes", "yes", "1, 8 and 16 are tested"),
-    ("tensor parallelism", "yes", "scores are summed over ranks in rounds; 2 ranks are tested on a CPU"),
+    ("tensor parallelism", "yes", "scores are averaged over ranks in rounds; 2 ranks are tested on a CPU"),
     ("attention backend torch_native", "yes", "on any device, without CUDA graphs"),
     (
         "attention backends flashinfer and triton, CUDA graphs",
