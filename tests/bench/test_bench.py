@@ -274,7 +274,7 @@ def test_the_options_become_a_plan():
         (["--budget", "3"], "--budget 3: budget.tokens"),
         (
             ["--budget", "48", "--policy", "leth"],
-            "--policy leth: unknown policy 'leth' (did you mean 'lethe'?); legal: l",
+            "--policy leth --budget 48: unknown policy 'leth' (did you mean 'lethe'?); legal: l",
         ),
         (["--budget", "48", "--server-args=--page-size=8"], "'--page-size=8' is set by lethe bench; use"),
         (["--budget", "48", "--server-args", "--tp '2"], "quote each argument"),

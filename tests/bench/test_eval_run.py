@@ -567,9 +567,8 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     ],
 )
 def test_a_mistake_is_found_before_a_server_starts(tmp_path, capsys, changes, options, message):
-    file = files(tmp_path) if "tasks" in changes else files(tmp_path, **changes)
-    if "tasks" in changes:
-        file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), **changes}))
+    file = files(tmp_path)
+    file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), **changes}))
     assert (
         program.main(["eval", "run", str(file), "--out", str(tmp_path / "out"), "--port", str(a_port()), *options]) == 2
     )

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from lethe_sglang.cache.ledger import Ledger
 from lethe_sglang.cache.rounds import run_round
 from lethe_sglang.config import from_mapping
-from lethe_sglang.policies import build_policy, policy_names
+from lethe_sglang.policies import policy_names
 from lethe_sglang.policies.random import RandomPolicy
 
 
@@ -63,7 +63,7 @@ def launch(policy, rows=(1, 2, 3)):
 
 @pytest.mark.parametrize("name", policy_names())
 def test_a_launch_is_one_upload(name):
-    assert launch(build_policy(from_mapping({"policy": name}))) == ["to"]
+    assert launch(from_mapping({"policy": name}).built_policy) == ["to"]
 
 
 def test_more_requests_are_no_more_uploads():
