@@ -11,7 +11,7 @@ from lethe_sglang.kernels.triton import launchers
 from lethe_sglang.policies.base import Accumulation
 
 PERMUTATIONS = [
-    (("score_after", "tail", "score_from", "prefix"), ("offset", "kept")),
+    (("score_after", "prefix", "tail", "score_from"), ("offset", "kept")),
     (("tail", "prefix", "score_after", "score_from"), ("kept", "offset")),
 ]
 RULE = Accumulation(decay=0.9, window=8)

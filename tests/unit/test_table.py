@@ -12,7 +12,7 @@ from lethe_sglang.kernels import table
 from lethe_sglang.policies.lethe import LethePolicy
 
 RULE = SUM._replace(window=5)
-PERMUTED = (("score_after", "tail", "score_from", "prefix"), ("offset", "kept"))
+PERMUTED = (("score_after", "prefix", "tail", "score_from"), ("offset", "kept"))
 
 
 @pytest.fixture
