@@ -57,7 +57,8 @@ def parse(data: Any, where: str) -> Experiment:
     try:
         experiment.every_arm()
     except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
+        message = str(error).replace("legal: none, ", "legal: ")  # the arm full is what none would be
+        raise ConfigError(f"{where}: {message}") from None
     return experiment
 
 

@@ -558,7 +558,11 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     [
         ({}, ["--only", "leth@48"], r"--only leth@48: no such arm \(did you mean lethe@48\?\); legal: full, lethe@48,"),
         ({}, ["--model-path", "/nowhere"], "model_path /nowhere: no model there; give a directory with a config.json"),
-        ({"grid": {**DATA["grid"], "policies": ["leth"]}}, [], r"arm leth@48: unknown policy 'leth' \(did you mean"),
+        (
+            {"grid": {**DATA["grid"], "policies": ["leth"]}},
+            [],
+            r"arm leth@48: unknown policy 'leth' \(did you mean 'lethe'\?\); legal: lethe, h2o",
+        ),
         (
             {"tasks": [{"dataset": "aime", "path": "a.jsonl", "max_new_tokens": 9}]},
             ["--data-dir", "/nowhere"],
