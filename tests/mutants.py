@@ -45,6 +45,8 @@ ARTIFACT, MEASURE, CACHE = (
     "tests/unit/test_profile_cache.py",
 )
 ALLOCATOR, BUDGETS = "lethe_sglang/allocation/budgets.py", "tests/unit/test_budgets.py"
+LIVE, RULES = "tests/unit/test_reconfigure.py", "lethe_sglang/engine/reconfigure.py"
+RECONF = "tests/engine/test_reconfigure.py"
 PAGE8 = f"{SERVE} -k page8"
 STORM = "tests/engine/test_pressure.py -k storm"
 MUTANTS = {
@@ -126,13 +128,16 @@ MUTANTS = {
         "lethe_sglang/policies/keydiff.py", "return -candidates", "return candidates", f"{REF} -k keydiff"
     ),
     "the shadow looks at keys only": Mutant(
-        "lethe_sglang/cache/shadow.py",
+        "lethe_sglang/observers/shadow.py",
         '("value", self.copy[1], self.store.value)',
         '("value", self.copy[0], self.store.key)',
         "tests/unit/test_shadow.py",
     ),
     "the shadow does not mind the order": Mutant(
-        "lethe_sglang/cache/shadow.py", "if not bool(ascending.all()) or", "if False or", "tests/unit/test_shadow.py"
+        "lethe_sglang/observers/shadow.py",
+        "if not bool(ascending.all()) or",
+        "if False or",
+        "tests/unit/test_shadow.py",
     ),
     "hoyer is not normalised": Mutant(
         "lethe_sglang/allocation/sparsity.py", "(root - 1).clamp(min=1e-6)", "root", "tests/unit/test_sparsity.py"
@@ -177,10 +182,10 @@ MUTANTS = {
         "lethe_sglang/profiling/automatic.py", "pickle.dumps(request(server_args, path))", 'b""', CACHE
     ),
     "rows keep what they had measured": Mutant(
-        "lethe_sglang/attention/measure.py", "tensor[:, row] = 0", "pass", MEASURE
+        "lethe_sglang/observers/measure.py", "tensor[:, row] = 0", "pass", MEASURE
     ),
     "a use is forgotten": Mutant(
-        "lethe_sglang/attention/measure.py", "torch.where(used | (valid", "torch.where((valid", MEASURE
+        "lethe_sglang/observers/measure.py", "torch.where(used | (valid", "torch.where((valid", MEASURE
     ),
     "nobody locks the cache": Mutant(
         "lethe_sglang/profiling/cache.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_UN", CACHE
@@ -214,7 +219,7 @@ MUTANTS = {
         "lethe_sglang/cli/server_args.py", 'name.startswith("--kv-evict")', "False", "tests/unit/test_files.py"
     ),
     "the product imports the laboratory": Mutant(
-        "lethe_sglang/cache/shadow.py",
+        "lethe_sglang/observers/shadow.py",
         "from __future__ import annotations",
         "from __future__ import annotations\nimport lethe_bench.servers",
         "tests/unit/test_architecture.py",
@@ -256,7 +261,37 @@ MUTANTS = {
         "tests/unit/test_triton_backend.py -k every_rule",
     ),
     "ranks do not compare what they kept": Mutant(
-        "lethe_sglang/engine/runtime.py", "if len(set(digests)) > 1:", "if False:", "tests/unit/test_rank_agreement.py"
+        "lethe_sglang/observers/kept.py", "if len(set(digests)) > 1:", "if False:", "tests/unit/test_rank_agreement.py"
+    ),
+    "admission forgets what a request holds until its next round": Mutant(
+        "lethe_sglang/engine/runtime.py",
+        "        if state is None:\n            return bound",
+        "        if True:\n            return bound",
+        LIVE,
+    ),
+    "a change leaves the next round where it was": Mutant(
+        LEDGER,
+        "state.thresholds = list(state.budgets)\n        state.due_at = self._due_at(state)",
+        "state.thresholds = list(state.budgets)",
+        LIVE,
+    ),
+    "a change throws a window's scores away": Mutant(LEDGER, "if not (goes_on and", "if not (False and", LIVE),
+    "running requests never hear of a change": Mutant(
+        "lethe_sglang/engine/runtime.py", "self.version += 1", "pass", LIVE
+    ),
+    "a busy server changes its policy": Mutant(RULES, "if idle and any(busy):", "if False:", LIVE),
+    "a live server changes what the start settles": Mutant(RULES, "if fixed:", "if False:", LIVE),
+    "a policy does without its states": Mutant(RULES, "if any(needed.values()):", "if False:", LIVE),
+    "captured graphs are forgotten": Mutant(RULES, "if runtime.captured and", "if False and", LIVE),
+    "plans of FlashInfer are forgotten": Mutant(RULES, " or not classes.serve(budgets)", "", LIVE),
+    "a request is counted twice": Mutant(
+        RULES, "running.add(scheduler.chunked_req)", "running = [*running, scheduler.chunked_req]", LIVE
+    ),
+    "the old policy's options outlive it": Mutant(
+        "lethe_sglang/config/policy_section.py", "merged.pop(before, None)", "pass", "tests/unit/test_changes.py"
+    ),
+    "a request loses the budget it asked for": Mutant(
+        "lethe_sglang/config/overrides.py", "if not self.own:", "if True:", "tests/unit/test_changes.py"
     ),
     "the score takes a log-sum-exp of another base": Mutant(
         "lethe_sglang/kernels/triton/score.py",
@@ -289,9 +324,19 @@ MUTANTS = {
     ),
     "re-prefills after retraction are shared": Mutant(
         LIFE,
-        "    if runtime.evicts(req):\n        req.skip_radix_cache_insert = True\n\n\ndef add_switch",
-        "\n\ndef add_switch",
+        "    if runtime.evicts(req):\n        req.skip_radix_cache_insert = True\n\n\ndef adder_class",
+        "\n\ndef adder_class",
         STORM,
+        True,
+    ),
+    "the verb is open to everyone": Mutant(
+        "lethe_sglang/engine/verb.py", "AuthLevel.ADMIN_OPTIONAL", "AuthLevel.NORMAL", f"{RECONF} -k authorised", True
+    ),
+    "the front keeps the old limits": Mutant(
+        "lethe_sglang/engine/verb.py",
+        "manager.server_args._lethe = replace(request, config=config, budgets=budgets)",
+        "pass",
+        f"{RECONF} -k limits",
         True,
     ),
     "admission is stock": Mutant(
@@ -299,7 +344,7 @@ MUTANTS = {
     ),
     "ranks rank their own scores": Mutant(
         "lethe_sglang/engine/runtime.py",
-        "self._reduce if self.tp_size > 1 else None",
+        "self.ranks.mean if self.ranks.size > 1 else None",
         "None",
         "tests/engine/test_tensor_parallel.py",
         True,

@@ -1,14 +1,14 @@
 """What an accuracy experiment runs: its YAML file, its arms, its problems, and the command lines of its servers.
 
 One stock server answers for the arm ``full``; one server of the plugin answers for all others, because an idle one can
-be switched from arm to arm (``debug.arms``).
+goes from arm to arm (``POST /kv_evict``).
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -178,7 +178,7 @@ class Arm:
     name
         Unique; ``full`` is stock SGLang.
     index
-        Its place among the arms that a server can be switched to; None for ``full``.
+        Its place among the arms that evict; None for ``full``.
     mapping
         What it lays over the base.
     config
@@ -230,9 +230,6 @@ class Experiment(Section):
                 raise ValueError(f"tasks[{i}].max_new_tokens: a dataset has no reference reply; give an integer >= 1")
         if not self.full and len(names) == 1:
             raise ValueError("arms: nothing to run; set full to true, or give arms or a grid")
-        debug = self.base.get("debug")
-        if isinstance(debug, Mapping) and "arms" in debug:
-            raise ValueError("base.debug.arms: is made from arms and grid; leave it out")
         return self
 
     def limit_of(self, task: TaskConfig) -> int | str:
@@ -254,13 +251,8 @@ class Experiment(Section):
             yield arm.name, arm.config
 
     def server_config(self) -> dict[str, Any]:
-        """Return what ``--kv-evict-config`` takes: the base and all arms, with the traced ones after the others."""
-        debug = {**self.base.get("debug", {}), "record_requests": True, "record_kept": self.trace > 0}
-        arms = [mapping for _, mapping in self.mappings()]
-        if self.trace:
-            quiet = [{**m, "debug": {**m.get("debug", {}), "record_kept": False}} for m in arms]
-            arms = [*quiet, *arms]
-        return {**self.base, "debug": {**debug, "arms": arms}}
+        """Return what ``--kv-evict-config`` takes: the base, with a pool that serves every policy."""
+        return laid_over(self.base, {"pool": {"states": "all"}, "debug": {"record_kept": self.trace > 0}})
 
     def every_arm(self) -> list[Arm]:
         """Return all arms, ``full`` first.
@@ -272,10 +264,7 @@ class Experiment(Section):
         """
         found = [Arm(FULL, None, {}, None)] if self.full else []
         for i, (name, mapping) in enumerate(self.mappings()):
-            from_mapping(laid_over(self.base, mapping), where=f"arm {name}")
-            debug = {**self.base.get("debug", {}), "arms": [mapping]}
-            whole = from_mapping({**self.base, "debug": debug}, where=f"arm {name}")
-            found.append(Arm(name, i, mapping, whole.arm(0)))
+            found.append(Arm(name, i, mapping, from_mapping(laid_over(self.base, mapping), where=f"arm {name}")))
         return found
 
     def items(self, data_dir: Path | None = None) -> dict[str, list[Item]]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
+import urllib.error
 from collections.abc import Sequence
 from typing import Any
 
 from lethe_bench.accuracy.experiment import Arm
-from lethe_bench.servers import Server, ServerError, tail
+from lethe_bench.servers import Server, ServerError
 
 _FACTS = (
     "device",
@@ -29,12 +29,12 @@ def check_server(server: Server, evicts: bool) -> dict[str, Any]:
     state = info["internal_states"][0].get("lethe")
     if not evicts and state is not None:
         raise ServerError("the stock server evicts; it must run without --kv-evict")
-    if evicts and (state is None or "finished" not in state):
-        raise ServerError("the server does not report what its requests held; is this version of the plugin installed?")
+    if evicts and state is None:
+        raise ServerError("the server does not evict; is the plugin installed where it runs?")
     return {name: info[name] for name in _FACTS if name in info}
 
 
-def switch(server: Server, arm: Arm, index: int) -> None:
+def switch(server: Server, arm: Arm) -> None:
     """Empty the prefix cache and bring the server to an arm.
 
     Raises
@@ -42,15 +42,20 @@ def switch(server: Server, arm: Arm, index: int) -> None:
     ServerError
         If the server refuses, or then reports another configuration.
     """
+    config = arm.config
+    assert config is not None
+    options = config.model_dump(mode="json", exclude={"debug", "pool"})  # those are settled at the start
     for attempt in range(PATIENCE):
         server.post("/flush_cache?timeout=60", {})
-        if _updated(json.loads(server.post("/set_internal_state", {"server_args": {"kv_evict_arm": index}}))):
+        try:
+            server.post("/kv_evict", options)
             break
-        if attempt == PATIENCE - 1:
-            raise ServerError(f"the server refused to switch to arm {index}; its last lines:\n{tail(server.log)}")
+        except urllib.error.HTTPError as error:
+            if attempt == PATIENCE - 1:
+                why = error.read().decode(errors="replace")[:500]
+                raise ServerError(f"the server refused to switch to arm {arm.name}: {why}") from None
         time.sleep(0.25)
-    state, config = state_of(server), arm.config
-    assert config is not None
+    state = state_of(server)
     wanted = {"policy": config.policy, "budget_tokens": config.budget.tokens, "interval": config.rounds.interval}
     if found := {name: state.get(name) for name, value in wanted.items() if state.get(name) != value}:
         raise ServerError(f"the server was switched to {wanted} and reports {found}")
@@ -72,9 +77,9 @@ def held(server: Server, lines: Sequence[dict[str, Any]]) -> dict[str, dict[str,
     found: dict[str, dict[str, Any]] = {}
     for _ in range(PATIENCE):
         found = {}
-        for record in state_of(server)["finished"]:
+        for record in server.get("/kv_evict/requests")["requests"]:
             if (rid := record["rid"]) in rids:
-                values = {name: value for name, value in record.items() if name != "rid"}
+                values = {name: value for name, value in record.items() if name not in ("rid", "number")}
                 found[rid] = _joined(found[rid], values) if rid in found else values
         if expected <= found.keys():
             return {rid: found.get(rid, held_by_stock(1)) for rid in rids}
@@ -108,9 +113,3 @@ def held_by_stock(tokens: int) -> dict[str, Any]:
 def state_of(server: Server) -> dict[str, Any]:
     """Return what the plugin reports of a server."""
     return dict(server.get("/server_info")["internal_states"][0]["lethe"])
-
-
-def _updated(answer: Any) -> bool:
-    """Read the answer to ``/set_internal_state``: one flag per scheduler, plain or under ``updated``."""
-    flags = answer if isinstance(answer, list) else [answer]
-    return bool(flags) and all(flag["updated"] if isinstance(flag, dict) else flag for flag in flags)

@@ -179,7 +179,7 @@ class Run:
         if arm.index is None:
             server.post("/flush_cache?timeout=60", {})
         else:
-            switch(server, arm, arm.index)
+            switch(server, arm)
         path = self.store.generations(arm.name)
         segment = 1 + max((line["segment"] for line in read_lines(path)), default=0)
         began = fetched = time.monotonic()
@@ -272,8 +272,7 @@ class Run:
         """Ask a few problems one by one on the arm that records kept sets."""
         if arm.index is None or not items:
             return
-        count = sum(1 for _ in self.experiment.mappings())
-        switch(server, arm, count + arm.index)
+        switch(server, arm)
         limits = {task.label: self.experiment.limit_of(task) for task in self.experiment.tasks}
         for item in items:
             job = Job(item, 0, self._limit(item, limits[item.task]))

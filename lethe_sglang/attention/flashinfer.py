@@ -146,7 +146,7 @@ class LetheFlashInferBackend(ScoredBackend, FlashInferAttnBackend):  # type: ign
     pool, ledger, accumulation
         See :class:`~lethe_sglang.attention.scored.ScoredDecode`.
     budgets
-        k_l of every layer for the configuration and each of its arms: they make the length classes.
+        k_l of every layer: they make the length classes.
     rows
         Returns the rows of the batch whose forward is being prepared (host numbers, without padding). SGLang's view of
         a replayed batch names them on the device only.
@@ -169,7 +169,7 @@ class LetheFlashInferBackend(ScoredBackend, FlashInferAttnBackend):  # type: ign
         pool: PackedKVPool,
         ledger: Ledger,
         accumulation: Accumulation | None,
-        budgets: Sequence[Sequence[int]],
+        budgets: Sequence[int],
         rows: Callable[[], Sequence[int]],
         single_plan: bool = False,
     ) -> None:
@@ -180,7 +180,7 @@ class LetheFlashInferBackend(ScoredBackend, FlashInferAttnBackend):  # type: ign
         device, max_batch = req_to_token.device, self.kv_last_page_len.shape[0]
         self.scored = ScoredDecode(pool, ledger, req_to_token, accumulation, max_batch)
         classes = None if single_plan else LengthClasses(budgets, ledger)
-        self.wrapper_of = (0,) * len(budgets[0]) if classes is None else classes.of_layer
+        self.wrapper_of = (0,) * len(budgets) if classes is None else classes.of_layer
         if single_plan:
             self.decode_use_tensor_cores = True  # the other kernel's plan splits whatever it is told
         count = 1 + max(self.wrapper_of)

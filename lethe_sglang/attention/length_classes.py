@@ -24,7 +24,7 @@ class LengthClasses:
     Parameters
     ----------
     budgets
-        k_l of every layer for the configuration and each of its arms; two layers share a class if all of them agree.
+        k_l of every layer at the server's start; layers of one budget share a class.
     ledger
         What the host knows of every request.
 
@@ -36,10 +36,9 @@ class LengthClasses:
         Layers of each class, ascending.
     """
 
-    def __init__(self, budgets: Sequence[Sequence[int]], ledger: Ledger) -> None:
-        columns = list(zip(*budgets, strict=True))
-        distinct = sorted(set(columns))
-        self.of_layer = tuple(distinct.index(column) for column in columns)
+    def __init__(self, budgets: Sequence[int], ledger: Ledger) -> None:
+        distinct = sorted(set(budgets))
+        self.of_layer = tuple(distinct.index(budget) for budget in budgets)
         self.layers = tuple(
             tuple(layer for layer, owner in enumerate(self.of_layer) if owner == number)
             for number in range(len(distinct))
@@ -47,6 +46,10 @@ class LengthClasses:
         self.ledger = ledger
         self._intact = (0,) * len(distinct)
         self._known: dict[int, tuple[RowLayout, tuple[int, ...]]] = {}
+
+    def serve(self, budgets: Sequence[int]) -> bool:
+        """Whether the layers of each class have one budget among ``budgets`` too."""
+        return all(len({budgets[layer] for layer in layers}) == 1 for layers in self.layers)
 
     def lengths(self, rows: Sequence[int], seq_lens: torch.Tensor) -> torch.Tensor:
         """Resolve the lengths of a decode batch's lists: ``P + k_l + seq - T``.

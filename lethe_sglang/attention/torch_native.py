@@ -6,6 +6,7 @@ CPU, so the lists of all layers are resolved at once, when the step begins.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,10 +19,9 @@ from lethe_sglang.kernels.reference import attend
 from lethe_sglang.kernels.table import read
 
 if TYPE_CHECKING:
-    from lethe_sglang.attention.measure import Measurer
     from lethe_sglang.cache.ledger import Ledger
     from lethe_sglang.cache.pool import PackedKVPool
-    from lethe_sglang.cache.shadow import Shadow
+    from lethe_sglang.observers.base import Observer
     from lethe_sglang.policies.base import Accumulation
 
 
@@ -55,10 +55,8 @@ class LetheTorchNativeBackend(ScoredBackend, TorchNativeAttnBackend):  # type: i
         SGLang's runner.
     pool, ledger, accumulation
         See :class:`~lethe_sglang.attention.scored.ScoredDecode`.
-    shadow
-        Uncompressed copy to compare gathered cells with (``debug.shadow``).
-    measurer
-        Sees the attention of every decode query (``debug.measure``).
+    observers
+        Are shown every layer; none in production.
     """
 
     def __init__(
@@ -67,14 +65,12 @@ class LetheTorchNativeBackend(ScoredBackend, TorchNativeAttnBackend):  # type: i
         pool: PackedKVPool,
         ledger: Ledger,
         accumulation: Accumulation | None,
-        shadow: Shadow | None = None,
-        measurer: Measurer | None = None,
+        observers: Sequence[Observer] = (),
     ) -> None:
         super().__init__(model_runner)
         req_to_token = self.req_to_token_pool.req_to_token
         self.scored = ScoredDecode(pool, ledger, req_to_token, accumulation, max_batch=req_to_token.shape[0])
-        self.shadow = shadow
-        self.measurer = measurer
+        self.observers = observers
         self.lists: DecodeLists | None = None
 
     @staticmethod
@@ -91,8 +87,6 @@ class LetheTorchNativeBackend(ScoredBackend, TorchNativeAttnBackend):  # type: i
         rows, seq_lens, scored = forward_batch.req_pool_indices, forward_batch.seq_lens, self.scored
         at = read(scored.ledger.table[rows])
         width = int(at.length(seq_lens).max())
-        if self.measurer is not None:
-            self.measurer.begin_step(rows, seq_lens, width)
         cells, length = token_lists(
             scored.req_to_token,
             rows,
@@ -122,12 +116,10 @@ class LetheTorchNativeBackend(ScoredBackend, TorchNativeAttnBackend):  # type: i
             self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
         store, lists, index = self.scored.pool.cells, self.lists, self.scored.index_of(layer)
         cells, length = lists.cells[index], lists.length[index]
-        if self.shadow is not None:
-            self.shadow.check_decode(index, forward_batch, cells, length)
         query = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         output, heads = attend(query, store.keys, store.values, cells, length, layer.scaling)
-        if self.measurer is not None:
-            self.measurer.add(index, forward_batch.req_pool_indices, heads, forward_batch.seq_lens)
+        for observer in self.observers:
+            observer.on_decode_layer(index, forward_batch, cells, length, heads)
         if lists.scored is not None:
             self.scored.accumulate(lists.scored[index], heads[:, :, lists.first :].mean(1), forward_batch.seq_lens)
         return output.reshape(-1, layer.tp_q_head_num * layer.v_head_dim)
@@ -135,8 +127,8 @@ class LetheTorchNativeBackend(ScoredBackend, TorchNativeAttnBackend):  # type: i
     def forward_extend(
         self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **kwargs: Any
     ) -> Any:
-        """As the other backends; the shadow follows."""
+        """As the other backends; observers follow."""
         output = super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
-        if self.shadow is not None:
-            self.shadow.write_extend(self.scored.index_of(layer), forward_batch)
+        for observer in self.observers:
+            observer.on_extend_layer(self.scored.index_of(layer), forward_batch)
         return output

@@ -58,6 +58,10 @@ class RequestState:
         Per layer, the candidates above which a round is due. Equal to ``budgets`` but under breakpoint allocation.
     pending
         Breakpoint allocation: the last round's counts on their way to the host.
+    listens_from
+        Sequence length behind which steps are scored, where the policy listens to a window.
+    version
+        Of the server's configuration, as the runtime counts them.
     """
 
     rid: str
@@ -77,6 +81,8 @@ class RequestState:
     stock_sum: int = 0
     thresholds: list[int] = field(default_factory=list)
     pending: object | None = None
+    listens_from: int = 0
+    version: int = 0
 
     def observe(self, allocated: int, page_size: int) -> None:
         """Note the blocks held with ``allocated`` row positions in use."""
@@ -162,7 +168,7 @@ class Ledger:
         self._dirty: dict[int, list[int]] = {}
 
     def configure(self, recent: int, interval: int, pack_always: bool, window: int | None) -> None:
-        """Set what decides about rounds; see the class for the meaning. No request may be followed."""
+        """Set what decides about rounds; see the class for the meaning. Followed requests are to be renewed."""
         self.recent = recent
         self.interval = page_ceil(interval, self.page_size)
         self.pack_always = pack_always
@@ -288,17 +294,37 @@ class Ledger:
         leaving = page_ceil(max(self.interval, room + 1), self.page_size)
         return state.layout.tail + leaving + self.recent
 
+    def renew(self, state: RequestState, budgets: tuple[int, ...], committed: int) -> None:
+        """Go over to new budgets, and to the window and interval of :meth:`configure`, with the next round.
+
+        That round comes an interval after the last one at the earliest, and as late as the *new* window requires: its
+        tail is never before the present one. A window that the policy listens to goes on if it has begun.
+
+        Parameters
+        ----------
+        state
+            A request that is evicted from.
+        budgets, committed
+            As for :meth:`open`.
+        """
+        state.budgets = tuple(k + state.rest for k in budgets)
+        state.thresholds = list(state.budgets)
+        state.due_at = self._due_at(state)
+        self._mark(state, committed, goes_on=True)
+
     # -- device table -----------------------------------------------------------------------------------------------
 
-    def _mark(self, state: RequestState, committed: int) -> None:
+    def _mark(self, state: RequestState, committed: int, goes_on: bool = False) -> None:
         layout = state.layout
         score_from = layout.prefix if state.budgets else NEVER
-        score_after = 0 if self.window is None else max(state.due_at - self.window, committed)
+        listens_from = 0 if self.window is None else max(state.due_at - self.window, committed)
+        if not (goes_on and state.listens_from < committed == listens_from):
+            state.listens_from = listens_from
         self._dirty[state.row] = table.line(
             prefix=layout.prefix,
             tail=layout.tail,
             score_from=score_from,
-            score_after=score_after,
+            score_after=state.listens_from,
             kept=state.kept,
             offset=packed_offsets(state.kept),
         )

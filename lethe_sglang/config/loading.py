@@ -82,7 +82,7 @@ def resolve(
     flags += [] if budget is None else [f"--kv-evict-budget {budget}"]
     flags += [] if profile is None else [f"--kv-evict-profile {profile}"]
     config = from_mapping(data, where=" ".join(flags))
-    if profile not in (None, "none") and not any(arm.budget.reads_profile for arm in config.every_arm):
+    if profile not in (None, "none") and not config.budget.reads_profile:
         raise one_line(
             [
                 f"--kv-evict-profile {profile}: not read by budget.allocation {config.budget.allocation}; "
@@ -130,12 +130,12 @@ def _read(source: str) -> dict[Any, Any]:
     """Read ``source`` into a new mapping, without checking its keys."""
     if _is_json(source):
         label = "--kv-evict-config JSON text"
-        data = _parse_json(source, label)
+        data = parse_json(source, label)
     else:
         label = f"--kv-evict-config {source}"
         path = presets().get(source, Path(source))
         text = _read_text(path, label)
-        data = _parse_json(text, label) if path.suffix == ".json" else parse_yaml(text, label)
+        data = parse_json(text, label) if path.suffix == ".json" else parse_yaml(text, label)
     if not isinstance(data, dict):
         given = "nothing" if data is None else show(data)
         raise one_line([f"{label}: holds {given}, expected a mapping of sections such as 'budget:'"])
@@ -154,7 +154,8 @@ def _read_text(path: Path, label: str) -> str:
         raise one_line([f"{label}: cannot be read: {error}"]) from None
 
 
-def _parse_json(text: str, label: str) -> Any:
+def parse_json(text: str, label: str) -> Any:
+    """Parse JSON text; ``label`` names it in the one-line ``ConfigError`` of text that is not JSON."""
     try:
         return json.loads(text, object_pairs_hook=lambda pairs: _no_repeats(pairs, label))
     except json.JSONDecodeError as error:

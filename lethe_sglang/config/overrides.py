@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from lethe_sglang.config.errors import unknown_key
@@ -25,10 +25,24 @@ class RequestOverride:
     budget
         Mean tokens kept per layer after a round, recent window included, shared prefix not. The recent window stays
         the server's, so K of this request is ``budget - config.recent``.
+    own
+        Whether the request asked for ``budget``; otherwise it is the server's.
     """
 
     mode: Literal["on", "none"]
     budget: int
+    own: bool = field(default=False, compare=False, repr=False)
+
+    def under(self, config: EvictionConfig) -> RequestOverride:
+        """Return it under another configuration than the one it was read with.
+
+        A request that asked for a budget keeps it, or gets the nearest that is legal now; others get the server's.
+        Mode none stays, also where new requests may not ask for it any more.
+        """
+        if not self.own:
+            return replace(self, budget=config.budget.tokens)
+        largest = max(config.max_request_budget, config.budget.tokens)
+        return replace(self, budget=min(max(self.budget, config.min_request_budget), largest))
 
 
 def parse_request(
@@ -90,7 +104,7 @@ def parse_request(
         raise one_line(problems)
     if mode == "none":
         return RequestOverride(mode="none", budget=default.budget)
-    return default if budget is None else RequestOverride(mode="on", budget=budget)
+    return default if budget is None else RequestOverride(mode="on", budget=budget, own=True)
 
 
 def _budget_problems(budget: object, config: EvictionConfig, context_length: int | None) -> list[str]:

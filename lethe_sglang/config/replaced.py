@@ -45,7 +45,7 @@ REPLACED: dict[str, str] = {
     "retain.prompt=private": "write evict",
     "debug.measure": "not an option; lethe profile measures a model",
     "debug.arms": "not an option; POST /kv_evict gives a live server another configuration",
-    "debug.record_requests": "not an option; leave it out",
+    "debug.record_requests": "not an option; GET /kv_evict/requests always has them",
 }
 """Dotted key, or ``key=value``, -> what to write instead."""
 

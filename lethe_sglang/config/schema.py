@@ -16,9 +16,9 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from lethe_sglang.config.policy_section import WithPolicy, laid_over
+from lethe_sglang.config.policy_section import WithPolicy
 from lethe_sglang.config.section import Section
 
 DEFAULT_REQUEST_FACTOR = 4
@@ -174,21 +174,15 @@ class DebugConfig(Section):
         default=False,
         description="Pack every interval even if nothing has to be evicted (tests). true or false.",
     )
-    record_requests: bool = Field(
-        default=False,
-        description="Keep what each of the last 1,024 finished requests held, for the telemetry. true or false.",
-    )
-    measure: bool = Field(
-        default=False,
-        description="Evict nothing and accumulate attention statistics of decode queries per layer; what lethe profile "
-        "runs. true or false.",
-    )
-    arms: tuple[dict[str, Any], ...] | None = Field(
-        default=None,
-        strict=False,
-        min_length=1,
-        description="Configurations laid over this one that a running, idle server can be switched to by number "
-        "(set_internal_state, kv_evict_arm), so that an experiment needs one start. A list of mappings, or null.",
+
+
+class PoolConfig(Section):
+    """What the KV pool carries."""
+
+    states: Literal["policy", "all"] = Field(
+        default="policy",
+        description="Which states the pool keeps beside every cell, 4 bytes each. policy: those that the policy needs; "
+        "all: those that any policy needs, so that a live server can go over to another one.",
     )
 
 
@@ -199,6 +193,7 @@ class EvictionConfig(WithPolicy):
     rounds: RoundsConfig = Field(default_factory=RoundsConfig, description="When a request is pruned.")
     retain: RetainConfig = Field(default_factory=RetainConfig, description="What is never evicted.")
     requests: RequestsConfig = Field(default_factory=RequestsConfig, description="What one request may change.")
+    pool: PoolConfig = Field(default_factory=PoolConfig, description="What the KV pool carries.")
     debug: DebugConfig = Field(default_factory=DebugConfig, description="Checks and records for tests.")
 
     @property
@@ -234,29 +229,6 @@ class EvictionConfig(WithPolicy):
         """Largest budget that a request may ask for, in tokens."""
         limit = self.requests.max_budget
         return DEFAULT_REQUEST_FACTOR * self.budget.tokens if limit is None else limit
-
-    def arm(self, index: int) -> EvictionConfig:
-        """Return the configuration that arm ``index`` of ``debug.arms`` stands for."""
-        assert self.debug.arms is not None
-        base: dict[str, Any] = self.model_dump(exclude_unset=True)
-        base["debug"] = {k: v for k, v in base["debug"].items() if k != "arms"}
-        return EvictionConfig.model_validate(laid_over(base, self.debug.arms[index]))
-
-    @property
-    def every_arm(self) -> tuple[EvictionConfig, ...]:
-        """The configuration itself and those it can be switched to."""
-        return (self, *(self.arm(i) for i in range(len(self.debug.arms or ()))))
-
-    @model_validator(mode="after")
-    def _check_arms(self) -> EvictionConfig:
-        for i in range(len(self.debug.arms or ())):
-            try:
-                self.arm(i)
-            except ValidationError as error:
-                first = error.errors()[0]
-                option = ".".join(str(part) for part in first["loc"])
-                raise ValueError(f"debug.arms[{i}]: {option}{': ' if option else ''}{first['msg']}") from None
-        return self
 
     @model_validator(mode="after")
     def _check_lengths(self) -> EvictionConfig:

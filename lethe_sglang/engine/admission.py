@@ -36,9 +36,9 @@ class LethePrefillAdder(PrefillAdder):  # type: ignore[misc]
         if not req.kv.holds_kv or not self.lethe.evicts(req):
             return growth
         # Between its prefill and the processing of that result, a prompt that will be shared still looks private.
-        seen = req.kv.req_pool_idx in self.lethe.ledger.requests
-        if seen or is_private(req, self.tree_cache):
-            lacking = self.lethe.bound(req, int(req.kv.cache_protected_len)) - self.lethe.own_blocks(req)
+        state = self.lethe.ledger.requests.get(req.kv.req_pool_idx)
+        if state is not None or is_private(req, self.tree_cache):
+            lacking = self.lethe.bound(req, int(req.kv.cache_protected_len), state) - self.lethe.own_blocks(req)
         else:
             lacking = self.lethe.bound(req, self._shared_prompt(req))
         page: int = self.page_size

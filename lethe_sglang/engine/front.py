@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from lethe_sglang import __version__
-from lethe_sglang.allocation.fingerprint import fingerprint_of
+from lethe_sglang.allocation.fingerprint import ModelFingerprint, fingerprint_of
 from lethe_sglang.config import ConfigError, EvictionConfig, parse_request, resolve
 from lethe_sglang.engine import compat, guard
 from lethe_sglang.engine.hooks import LAUNCHER_HOOKS, SCHEDULER_HOOKS, install
@@ -39,13 +39,19 @@ class EvictionRequest:
         The resolved configuration.
     from_cli
         Whether errors belong on a terminal (one line, exit status 2) or to a Python caller (``ConfigError``).
+    measures
+        Whether the server measures a profile (``lethe profile``): it evicts nothing.
     budgets
-        k_l of every layer for the configuration and each of its arms; the launcher settles them once for all ranks.
+        k_l of every layer; the launcher settles them once for all ranks.
+    model
+        Fingerprint of the model, once the launcher has taken it.
     """
 
     config: EvictionConfig
     from_cli: bool
-    budgets: tuple[tuple[int, ...], ...] = ()
+    measures: bool = False
+    budgets: tuple[int, ...] = ()
+    model: ModelFingerprint | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -195,7 +201,7 @@ def check_resolution(server_args: Any, previous: Callable[[Any], None]) -> None:
 
     try:
         guard.check_options(resolving_view(server_args))
-        guard.check_debug(resolving_view(server_args), request.config.debug)
+        guard.check_debug(resolving_view(server_args), request.config.debug, request.measures)
         model = model_config_of(server_args)
         guard.check_model(model)
         check_defaults(resolving_view(server_args).preferred_sampling_params, request.config, model.context_len)
@@ -226,12 +232,15 @@ def launch(original: Callable[..., Any], cls: type, server_args: Any, *args: Any
         return original(cls, server_args, *args, **kwargs)
     from sglang.srt.arg_groups.model_override_base import model_config_of, resolved_view
 
+    from lethe_sglang.engine import verb
+
     try:
         model = fingerprint_of(model_config_of(server_args), resolved_view(server_args))
         budgets = settle(request.config, model, lambda path: automatic.run(server_args, path))
     except ConfigError as error:
         request.fail(error)
-    request = replace(request, budgets=budgets)
+    request = replace(request, budgets=budgets, model=model)
+    verb.open_doors(cls)
     server_args._lethe = request
     result = original(cls, server_args, *args, **kwargs)
     _check_ranks(request, *result)
@@ -289,7 +298,14 @@ def start_scheduler(scheduler: Any, server_args: Any, *args: Any, **kwargs: Any)
     if not request.budgets:
         raise RuntimeError("--kv-evict: the launcher has not settled the layers' budgets; another plugin replaced it")
     set_runtime(
-        Runtime(request.config, request.budgets, model.num_attention_layers, resolved.page_size or 1, model.context_len)
+        Runtime(
+            request.config,
+            request.budgets,
+            resolved.page_size or 1,
+            model.context_len,
+            measures=request.measures,
+            captured=guard.captures(resolved),
+        )
     )
     install(SCHEDULER_HOOKS)
     ATTENTION_BACKENDS.update(lifecycle.BACKENDS)

@@ -276,22 +276,25 @@ def check_request(params: Mapping[str, Any]) -> None:
         raise ConfigError(f"a server with --kv-evict does not take {'; '.join(found)}")
 
 
-def check_debug(resolved: Any, debug: DebugConfig) -> None:
-    """Refuse checks and records where they would be wrong or silently do nothing.
+def captures(resolved: Any) -> bool:
+    """Whether decode steps are replayed from CUDA graphs."""
+    return _graph(resolved, "decode") not in (None, "disabled")
+
+
+def check_debug(resolved: Any, debug: DebugConfig, measures: bool) -> None:
+    """Refuse checks and the measuring of a profile where they would be wrong or silently do nothing.
 
     Raises
     ------
     ConfigError
         One line with the option to change.
     """
-    if debug.measure and not resolved.disable_overlap_schedule:
-        raise ConfigError("debug.measure: counts a step too many under overlap; set --disable-overlap-schedule")
+    if measures and not resolved.disable_overlap_schedule:
+        raise ConfigError("lethe profile: counts a step too many under overlap; set --disable-overlap-schedule")
     _, decode = attention_backends(resolved)
-    for name in ("measure", "shadow"):
-        if getattr(debug, name) and decode != "torch_native":
-            raise ConfigError(f"debug.{name}: needs --attention-backend torch_native, the server uses {decode}")
-    if debug.arms and _graph(resolved, "decode") not in (None, "disabled"):
-        raise ConfigError("debug.arms: a captured decode step holds one policy's rule; set --disable-cuda-graph")
+    for name, wanted in (("lethe profile", measures), ("debug.shadow", debug.shadow)):
+        if wanted and decode != "torch_native":
+            raise ConfigError(f"{name}: needs --attention-backend torch_native, the server uses {decode}")
 
 
 def check_model(model: Any) -> None:

@@ -45,6 +45,7 @@ SCHEDULER_HOOKS = (
     Hook(f"{_SCHEDULER}.update_running_batch", HookType.BEFORE, "lifecycle.prune"),
     Hook(f"{_SCHEDULER}._add_request_to_queue", HookType.BEFORE, "lifecycle.check_arrival"),
     Hook(f"{_SCHEDULER}.get_prefill_adder_class", HookType.AFTER, "lifecycle.adder_class"),
+    Hook(f"{_SCHEDULER}.init_request_dispatcher", HookType.AFTER, "verb.listen"),
     Hook(f"{_SCHEDULER}.get_init_info", HookType.AFTER, "front.report_rank"),
     Hook(
         "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_mha_kv_pool",
@@ -74,11 +75,6 @@ SCHEDULER_HOOKS = (
         HookType.AFTER,
         "telemetry.internal_state",
     ),
-    Hook(
-        f"{_COMPONENTS}.internal_state.SchedulerInternalStateController._update_handlers",
-        HookType.AFTER,
-        "lifecycle.add_switch",
-    ),
     Hook(f"{_METRICS}.__init__", HookType.AFTER, "telemetry.start_metrics"),
     Hook(f"{_METRICS}.log_stats", HookType.AFTER, "telemetry.log_metrics"),
 )
@@ -86,6 +82,11 @@ SCHEDULER_HOOKS = (
 
 READ_TARGETS = (
     f"{_SCHEDULER}._reqs_finishing_inflight",
+    f"{_SCHEDULER}.collect_inflight_reqs",
+    "sglang.srt.managers.communicator.FanOutCommunicator",
+    "sglang.srt.managers.io_struct.hook_custom_types",
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager.auto_create_handle_loop",
+    "sglang.srt.utils.auth.auth_level",
     f"{_BATCH}.ScheduleBatch.prepare_for_decode",
     f"{_BATCH}.ScheduleBatch.check_decode_mem",
     f"{_BATCH}.release_req",

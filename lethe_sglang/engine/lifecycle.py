@@ -14,6 +14,7 @@ from lethe_sglang.cache.pool import PackedKVPool, pool_class
 from lethe_sglang.config import ConfigError
 from lethe_sglang.engine.admission import LethePrefillAdder, is_private
 from lethe_sglang.engine.runtime import Runtime, current
+from lethe_sglang.observers.base import Observer
 
 logger = logging.getLogger("lethe_sglang")
 
@@ -26,7 +27,7 @@ UNPROVEN = (
 def build_pool(original: Callable[..., Any], configurator: Any, **kwargs: Any) -> Any:
     """AROUND ``KVCacheConfigurator._build_mha_kv_pool``: build the packed pool."""
     runtime = current()
-    kwargs["mha_pool_class"] = pool_class(*runtime.tracked)
+    kwargs["mha_pool_class"] = pool_class(*runtime.tracked())
     pool = original(configurator, **kwargs)
     if not isinstance(pool, PackedKVPool):
         raise RuntimeError(f"--kv-evict needs the plain multi-head KV pool, SGLang built {type(pool).__name__}")
@@ -36,7 +37,7 @@ def build_pool(original: Callable[..., Any], configurator: Any, **kwargs: Any) -
 def add_state_bytes(size: int, configurator: Any, kvc: Any, num_layers: int) -> int:
     """AFTER ``DefaultPoolConfigurator._compute_cell_size``: the states take 4 bytes a cell each."""
     runtime = current()
-    return size + 4 * num_layers * sum(runtime.tracked)
+    return size + 4 * num_layers * sum(runtime.tracked())
 
 
 def prune(scheduler: Any, batch: Any) -> None:
@@ -89,8 +90,8 @@ def observe_prefill(result: Any, batch: Any) -> None:
         row = req.kv.req_pool_idx
         if row is None:
             continue
-        if runtime.measurer is not None:
-            runtime.measurer.names[row] = req.rid
+        for observer in runtime.observers:
+            observer.on_prefill(row, req.rid)
         private = runtime.policy.accumulation is not None and runtime.evicts(req) and is_private(req, batch.tree_cache)
         prefix, rest = runtime.protected(req, int(req.kv.cache_protected_len))
         if private and len(req.full_untruncated_fill_ids) > prefix + rest:  # a kept prompt alone needs no scores
@@ -140,27 +141,6 @@ def after_retract(result: Any, req: Any) -> None:
         req.skip_radix_cache_insert = True
 
 
-def add_switch(handlers: dict[str, Any], controller: Any) -> dict[str, Any]:
-    """AFTER ``SchedulerInternalStateController._update_handlers``: ``kv_evict_arm`` switches an idle server."""
-    from sglang.srt.managers.scheduler_components.internal_state import UpdateRejected, _UpdateHandler
-
-    scheduler = controller.scheduler
-
-    def validate(key: str, value: Any) -> None:
-        idle = scheduler.running_batch.is_empty() and not scheduler.waiting_queue
-        if int(value) != value or not idle:
-            raise UpdateRejected(f"{key}: takes a whole number, on an idle server")
-        try:
-            current().check_arm(int(value))
-        except ValueError as error:
-            raise UpdateRejected(str(error)) from None
-
-    def apply(key: str, value: Any) -> None:
-        current().switch(int(value))
-
-    return {**handlers, "kv_evict_arm": _UpdateHandler(validate, apply)}
-
-
 def adder_class(result: type, scheduler: Any) -> type:
     """AFTER ``Scheduler.get_prefill_adder_class``."""
     return LethePrefillAdder
@@ -172,9 +152,9 @@ def torch_native_backend(runner: Any) -> Any:
 
     runtime = attach(runner)
     backend = LetheTorchNativeBackend(
-        runner, runtime.pool, runtime.ledger, runtime.policy.accumulation, runtime.shadow, runtime.measurer
+        runner, runtime.pool, runtime.ledger, runtime.policy.accumulation, _of_attention(runtime)
     )
-    return _switched(runtime, backend)
+    return _known(runtime, backend)
 
 
 def flashinfer_backend(runner: Any) -> Any:
@@ -188,11 +168,13 @@ def flashinfer_backend(runner: Any) -> Any:
         runtime.pool,
         runtime.ledger,
         runtime.policy.accumulation,
-        runtime.budgets_of_arms,
+        runtime.budgets,
         rows=lambda: runtime.step_rows,
         single_plan=runtime.config.budget.allocation == "breakpoint",
     )
-    return _switched(runtime, backend)
+    if backend.planner.classes is not None:
+        runtime.length_classes.append(backend.planner.classes)
+    return _known(runtime, backend)
 
 
 def triton_backend(runner: Any) -> Any:
@@ -201,17 +183,22 @@ def triton_backend(runner: Any) -> Any:
 
     runtime = attach(runner)
     logger.warning(UNPROVEN, "triton")
-    return _switched(runtime, LetheTritonBackend(runner, runtime.pool, runtime.ledger, runtime.policy.accumulation))
+    return _known(runtime, LetheTritonBackend(runner, runtime.pool, runtime.ledger, runtime.policy.accumulation))
 
 
 BACKENDS = {"torch_native": torch_native_backend, "flashinfer": flashinfer_backend, "triton": triton_backend}
 """Factories for ``ATTENTION_BACKENDS``."""
 
 
-def _switched(runtime: Runtime, backend: Any) -> Any:
-    """Let a backend follow ``debug.arms``."""
-    runtime.on_switch.append(lambda policy: setattr(backend, "accumulation", policy.accumulation))
+def _known(runtime: Runtime, backend: Any) -> Any:
+    """Let a backend follow the runtime when it takes another policy."""
+    runtime.backends.append(backend)
     return backend
+
+
+def _of_attention(runtime: Runtime) -> list[Observer]:
+    """Return the observers that want to see every layer; the guard refuses them with other backends."""
+    return [observer for observer in runtime.observers if observer.sees_attention]
 
 
 def attach(runner: Any) -> Runtime:
@@ -223,5 +210,5 @@ def attach(runner: Any) -> Runtime:
     runtime.attach(pool, runner.req_to_token_pool.req_to_token)
     tp_size = get_parallel().tp_size
     if tp_size > 1:
-        runtime.tp_size, runtime.tp_group = tp_size, get_tp_group().device_group
+        runtime.ranks.size, runtime.ranks.group = tp_size, get_tp_group().device_group
     return runtime

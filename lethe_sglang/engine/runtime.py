@@ -2,60 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lethe_sglang.allocation.breakpoint import breakpoint_budgets, breakpoint_counts
 from lethe_sglang.allocation.budgets import scale
-from lethe_sglang.attention.measure import Measurer
-from lethe_sglang.cache.layout import pinned_cells, protected, request_bound
+from lethe_sglang.cache.layout import page_ceil, pinned_cells, protected, request_bound
 from lethe_sglang.cache.ledger import Ledger, RequestState, RoundPlan
 from lethe_sglang.cache.pool import PackedKVPool
-from lethe_sglang.cache.rounds import RoundResult, run_round
-from lethe_sglang.cache.shadow import Shadow
+from lethe_sglang.cache.rounds import run_round
 from lethe_sglang.config import ConfigError, EvictionConfig, RequestOverride, parse_request
-from lethe_sglang.policies import Policy
+from lethe_sglang.config.changes import changes
+from lethe_sglang.engine import breakpoints
+from lethe_sglang.engine.counters import Counters
+from lethe_sglang.engine.ranks import Ranks
+from lethe_sglang.engine.reconfigure import check, settled
+from lethe_sglang.observers.base import Observer
+from lethe_sglang.observers.kept import KeptSets
+from lethe_sglang.observers.measure import Measurer
+from lethe_sglang.observers.shadow import Shadow
 
-logger = logging.getLogger("lethe_sglang")
+if TYPE_CHECKING:
+    from lethe_sglang.attention.length_classes import LengthClasses
 
 SCRATCH_FRACTION = 0.01
 """Part of the pool that one launch of a round may move at a time; more due requests are split into several."""
-
-
-class Pending(NamedTuple):
-    """Counts of a round that travel to the host.
-
-    ``counts`` is int32 ``[L]`` on the host once ``event`` (None on a CPU) has been reached; ``observed`` are the
-    candidates they were taken over.
-    """
-
-    counts: torch.Tensor
-    event: Any
-    observed: tuple[int, ...]
-
-
-class Counters:
-    """What happened since the server started (host numbers)."""
-
-    def __init__(self, num_layers: int) -> None:
-        self.rounds = 0
-        self.launches = 0
-        self.requests_pruned = 0
-        self.retracted = 0
-        self.evicted = [0] * num_layers
-        self.blocks_freed = 0
-        self.peak_request = 0
-        self.round_seconds = 0.0
-        self.last_finished: dict[str, Any] | None = None
-        self.fingerprint = hashlib.sha256()
-        self.kept_log: deque[dict[str, Any]] = deque(maxlen=256)
-        self.finished: deque[dict[str, Any]] = deque(maxlen=1024)
 
 
 class Runtime:
@@ -66,87 +40,106 @@ class Runtime:
     config
         The resolved configuration.
     budgets
-        k_l of every layer for the configuration and each of its arms (``config.every_arm``), first layer first.
-    num_layers
-        Attention layers of the model (of this rank's pool).
+        k_l of every layer, first layer first.
     page_size
         SGLang's page size (tokens).
     context_length
         Longest sequence the server takes (tokens).
+    measures
+        Whether the server measures a profile: it evicts nothing.
+    captured
+        Whether decode steps are replayed from CUDA graphs, which hold how the policy scores.
 
     Attributes
     ----------
+    version
+        How often the configuration has changed; a followed request is brought to it at its next decode step.
     step_rows
         Rows of the decode step whose forward is being prepared (host numbers).
+    backends
+        Attention backends, which hold the policy's rule of accumulation.
+    length_classes
+        FlashInfer's maps from layers to plans, which no configuration may contradict.
+    observers
+        Watch what happens; none in production.
     """
+
+    pool: PackedKVPool
+    ledger: Ledger
+    req_to_token: torch.Tensor
 
     def __init__(
         self,
         config: EvictionConfig,
-        budgets: Sequence[tuple[int, ...]],
-        num_layers: int,
+        budgets: tuple[int, ...],
         page_size: int,
         context_length: int | None,
+        measures: bool = False,
+        captured: bool = False,
     ) -> None:
-        self.base = config
-        self.budgets_of_arms = tuple(budgets)
-        self.num_layers = num_layers
+        self.num_layers = len(budgets)
         self.page_size = page_size
         self.context_length = context_length
-        self.on_switch: list[Callable[[Policy], None]] = []
+        self.measures = measures
+        self.captured = captured
+        self.version = 0
         self.step_rows: list[int] = []
-        self.configure(config, self.budgets_of_arms[0])
-        self.counters = Counters(num_layers)
-        self.tp_group: Any = None
-        self.tp_size = 1
-        self.pool: PackedKVPool
-        self.ledger: Ledger
-        self.req_to_token: torch.Tensor
-        self.shadow: Shadow | None = None
-        self.measurer: Measurer | None = None
+        self.backends: list[Any] = []
+        self.length_classes: list[LengthClasses] = []
+        self.observers: list[Observer] = []
+        self.counters = Counters(evicted=[0] * self.num_layers)
+        self.ranks = Ranks()
+        self._configure(config, budgets)
 
-    # -- construction -----------------------------------------------------------------------------------------------
+    # -- configuration ----------------------------------------------------------------------------------------------
 
-    def configure(self, config: EvictionConfig, budgets: tuple[int, ...]) -> None:
-        """Take a configuration and its k_l; nothing else of the runtime depends on it."""
-        self.config = config
+    def _configure(self, config: EvictionConfig, budgets: tuple[int, ...]) -> None:
+        self.config, self.budgets = config, budgets
         self.policy = config.built_policy
-        self.budgets = budgets
 
-    @property
-    def tracked(self) -> tuple[bool, bool, bool]:
-        """Which states a cell carries for any of the arms: score, position (of packed cells), memory."""
-        policies = [arm.built_policy for arm in self.base.every_arm]
-        debug = self.base.debug
-        positions = debug.shadow or debug.fingerprints or debug.record_kept
-        return (
-            any(policy.accumulation is not None for policy in policies),
-            positions or any(policy.uses_position for policy in policies),
-            any(policy.uses_memory for policy in policies),
-        )
+    def reconfigure(self, config: EvictionConfig, budgets: tuple[int, ...], busy: tuple[int, int]) -> dict[str, Any]:
+        """Go over to another configuration, if nothing stands against it.
 
-    def switch(self, arm: int) -> None:
-        """Go over to arm ``arm`` of ``debug.arms``; the server must be idle (see :meth:`check_arm`)."""
-        self.check_arm(arm)
-        self.configure(self.base.arm(arm), self.budgets_of_arms[arm + 1])
-        self.ledger.configure(*self._rounds())
-        for react in self.on_switch:
-            react(self.policy)
-        self.counters = Counters(self.num_layers)
+        Requests that are followed keep what they have until their next round, which is planned by the new budget,
+        interval and recent window (:meth:`follow`).
 
-    def check_arm(self, arm: int) -> None:
-        """Check that the server can go over to an arm.
+        Parameters
+        ----------
+        config, budgets
+            As at the start.
+        busy
+            Requests that run and that wait.
+
+        Returns
+        -------
+        dict
+            ``changed``: dotted key -> old and new value; ``effective``: ``now``, or ``next round`` of each request.
 
         Raises
         ------
-        ValueError
-            If there is no such arm or a request is followed.
+        ConfigError
+            With the reason; then nothing has changed.
         """
-        arms = self.base.debug.arms or ()
-        if not 0 <= arm < len(arms):
-            raise ValueError(f"kv_evict_arm: got {arm}, debug.arms has {len(arms)}; legal: 0 to {len(arms) - 1}")
-        if self.ledger.requests:
-            raise ValueError("kv_evict_arm: requests are running; wait until the server is idle")
+        changed = changes(self.config, config)
+        check(self, changed, config, settled(budgets, self.num_layers), busy)
+        if changed:
+            self._configure(config, budgets)
+            self.ledger.configure(*self._rounds())
+            self.version += 1
+            for backend in self.backends:
+                backend.accumulation = self.policy.accumulation
+        rounds = any(option.startswith(("budget.", "rounds.")) for option in changed)
+        return {"changed": changed, "effective": "next round" if rounds and any(busy) else "now"}
+
+    def tracked(self) -> tuple[bool, bool, bool]:
+        """Say which states a cell carries: score, position (of packed cells), memory."""
+        policy, debug, everything = self.policy, self.config.debug, self.config.pool.states == "all"
+        positions = debug.shadow or debug.fingerprints or debug.record_kept
+        return (
+            everything or policy.accumulation is not None,
+            everything or positions or policy.uses_position,
+            everything or policy.uses_memory,
+        )
 
     def _rounds(self) -> tuple[int, int, bool, int | None]:
         window = None if self.policy.accumulation is None else self.policy.accumulation.window
@@ -168,25 +161,43 @@ class Runtime:
             pack_always=pack_always,
             window=window,
         )
-        if self.config.debug.shadow:
-            self.shadow = Shadow(pool.cells, self.ledger, req_to_token)
-        if self.base.debug.measure:
-            self.measurer = Measurer(req_to_token.shape[0], self.num_layers, self.config.retain.sinks, pool.device)
+        self.observers[:] = self._observers()
+
+    def _observers(self) -> list[Observer]:
+        debug, found = self.config.debug, list[Observer]()
+        if debug.shadow:
+            found.append(Shadow(self.pool.cells, self.ledger, self.req_to_token))
+        if debug.fingerprints or debug.record_kept:
+            found.append(KeptSets(log=debug.record_kept, compare=debug.fingerprints, gather=self.ranks.gather))
+        if self.measures:
+            rows = self.req_to_token.shape[0]
+            found.append(Measurer(rows, self.num_layers, self.config.retain.sinks, self.pool.device))
+        return found
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
+    def evicts(self, req: Any) -> bool:
+        """Whether a request is evicted from. Beams are not, by whatever door they came: their rows share blocks."""
+        return self.override_of(req).mode == "on" and req.beam_group is None
+
     def override_of(self, req: Any) -> RequestOverride:
-        """Return what a request asks for (parsed once; see :meth:`check` for one that asks for what is not legal)."""
-        cached: RequestOverride | None = getattr(req, "_kv_evict", None)
-        if cached is None:
-            try:
-                cached = parse_request(req.sampling_params.custom_params, self.config, self.context_length)
-            except ConfigError:
-                cached = RequestOverride(mode="none", budget=self.config.budget.tokens)
-            if self.base.debug.measure:
-                cached = RequestOverride(mode="none", budget=cached.budget)
-            req._kv_evict = cached
-        return cached
+        """Return what a request asks for, under the configuration of now.
+
+        It is parsed once. One that asks for what is not legal is not evicted from (see :meth:`check`); a budget that a
+        later configuration does not allow any more becomes the nearest that it does.
+        """
+        known: tuple[int, RequestOverride, RequestOverride] | None = getattr(req, "_kv_evict", None)
+        if known is None or known[0] != self.version:
+            asked = self._asked(req) if known is None else known[1]
+            known = req._kv_evict = self.version, asked, asked.under(self.config)
+        return known[2]
+
+    def _asked(self, req: Any) -> RequestOverride:
+        try:
+            asked = parse_request(req.sampling_params.custom_params, self.config, self.context_length)
+        except ConfigError:
+            return RequestOverride(mode="none", budget=self.config.budget.tokens)
+        return replace(asked, mode="none") if self.measures else asked
 
     def check(self, req: Any) -> None:
         """Check what a request asks for: the front door has, but requests may come by others.
@@ -198,10 +209,6 @@ class Runtime:
         """
         parse_request(req.sampling_params.custom_params, self.config, self.context_length)
 
-    def evicts(self, req: Any) -> bool:
-        """Whether a request is evicted from. Beams are not, by whatever door they came: their rows share blocks."""
-        return self.override_of(req).mode == "on" and req.beam_group is None
-
     def protected(self, req: Any, tree: int) -> tuple[int, int]:
         """Divide what is never evicted of a request into P and the rest of its prompt (see ``layout.protected``).
 
@@ -211,7 +218,7 @@ class Runtime:
         prompt = len(req.origin_input_ids) if self.config.retain.prompt == "keep" else 0
         return protected(tree, prompt, self.page_size)
 
-    def bound(self, req: Any, tree: int) -> int:
+    def bound(self, req: Any, tree: int, state: RequestState | None = None) -> int:
         """Most blocks that the tree does not own and the request holds while it decodes.
 
         Parameters
@@ -220,10 +227,16 @@ class Runtime:
             The request; its own budget counts, not the server's.
         tree
             Positions that the radix tree owns (tokens).
+        state
+            Of a request that is followed: after a change of the configuration it may hold more than its new budget
+            until its next round.
         """
         prefix, rest = self.protected(req, tree)
         budget = self.override_of(req).budget + rest
-        return prefix - tree + request_bound(budget, self.config.rounds.interval, self.page_size)
+        bound = prefix - tree + request_bound(budget, self.config.rounds.interval, self.page_size)
+        if state is None:
+            return bound
+        return max(bound, page_ceil(state.due_at + 1, self.page_size) - tree - state.layout.dead_len)
 
     def budgets_of(self, req: Any) -> tuple[int, ...] | None:
         """Per-layer k_l of a request, None if it is not evicted from."""
@@ -242,9 +255,9 @@ class Runtime:
     # -- rounds -----------------------------------------------------------------------------------------------------
 
     def follow(self, req: Any) -> RequestState:
-        """Look up a decoding request's state, opening it at its first sight."""
+        """Look up a decoding request's state, opening it at its first sight; bring it to a new configuration."""
         kv = req.kv
-        state = self.ledger.requests.get(kv.req_pool_idx)
+        state, committed = self.ledger.requests.get(kv.req_pool_idx), int(kv.kv_committed_len)
         if state is None:
             prefix, rest = self.protected(req, int(kv.cache_protected_len))
             state = self.ledger.open(
@@ -252,10 +265,15 @@ class Runtime:
                 kv.req_pool_idx,
                 prefix,
                 self.budgets_of(req),
-                committed=int(kv.kv_committed_len),
+                committed=committed,
                 rest=rest,
                 pinned=pinned_cells(prefix, rest, self.config.retain.sinks, self.config.retain.own_sinks),
             )
+            state.version = self.version
+        elif state.version != self.version:
+            if budgets := self.budgets_of(req):
+                self.ledger.renew(state, budgets, committed)
+            state.version = self.version
         state.observe(kv.kv_allocated_len, self.page_size)
         state.count_step(kv.kv_allocated_len, self.page_size)
         return state
@@ -283,133 +301,22 @@ class Runtime:
         self.counters.round_seconds += time.perf_counter() - started
 
     def _plan(self, state: RequestState, committed: int) -> RoundPlan:
-        if self.config.budget.allocation != "breakpoint":
-            return self.ledger.plan(state, committed, state.budgets)
-        pending = state.pending
-        if not isinstance(pending, Pending):
-            return self.ledger.plan(state, committed, state.budgets)
-        if pending.event is not None:
-            pending.event.synchronize()  # reached long ago; polling instead would let ranks diverge
-        everything = self.ledger.plan(state, committed, (committed,) * self.num_layers)
-        budgets, flat = breakpoint_budgets(
-            pending.counts.tolist(),
-            pending.observed,
-            everything.candidates,
-            sum(state.budgets) // self.num_layers,
-            self.config.floor,
-        )
-        state.thresholds = [2 * t if f else b for t, b, f in zip(state.thresholds, state.budgets, flat, strict=True)]
-        return self.ledger.plan(state, committed, budgets)
+        if self.config.budget.allocation == "breakpoint":
+            return breakpoints.plan(self.ledger, state, committed, self.config.floor)
+        return self.ledger.plan(state, committed, state.budgets)
 
     def _launch(self, plans: list[RoundPlan], states: list[RequestState], allocator: Any) -> None:
-        result = run_round(
-            plans,
-            self.pool.cells,
-            self.req_to_token,
-            self.policy,
-            self._reduce if self.tp_size > 1 else None,
-        )
+        mean = self.ranks.mean if self.ranks.size > 1 else None
+        result = run_round(plans, self.pool.cells, self.req_to_token, self.policy, mean)
         allocator.free_segment(result.freed, start_pos=0)
-        counts = self._breakpoints(result)
-        counters = self.counters
-        counters.launches += 1
-        counters.rounds += len(plans)
-        counters.blocks_freed += result.freed.numel()
-        for i, (state, plan) in enumerate(zip(states, plans, strict=True)):
-            counters.requests_pruned += state.rounds == 0
-            for layer, (n, k) in enumerate(zip(plan.candidates, plan.kept, strict=True)):
-                counters.evicted[layer] += n - k
-            self.ledger.commit(state, plan)
-            if counts is not None:
-                state.pending = Pending(counts[0][:, i], counts[1], plan.candidates)
-        if self.config.debug.fingerprints or self.config.debug.record_kept:
-            self._record(states, plans, result)
-
-    def _breakpoints(self, result: RoundResult) -> tuple[torch.Tensor, Any] | None:
-        if self.config.budget.allocation != "breakpoint":
-            return None
-        counts = breakpoint_counts(result.rank, result.pinned, result.candidates)
-        if counts.device.type == "cpu":
-            return counts, None
-        host = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
-        host.copy_(counts, non_blocking=True)
-        event = torch.get_device_module(counts.device).Event()
-        event.record()
-        return host, event
-
-    def measured(self) -> list[dict[str, Any]]:
-        """Hand out, once, the statistics of requests that finished under ``debug.measure``, averaged over ranks.
-
-        Every rank must call it at the same time, as SGLang does for what it reports.
-
-        Returns
-        -------
-        list[dict]
-            Per request: ``rid``, ``prompt_tokens``, ``queries``; ``by_length`` maps a power of two to the ``queries``
-            whose context has that many to twice as many tokens, and the ``sums`` ``[L][PER_QUERY]`` over them;
-            ``per_prompt`` ``[L][PER_PROMPT]``.
-        """
-        records = self.measurer.drain() if self.measurer is not None else []
-        if records and self.tp_size > 1:
-            mean = self._reduce(torch.stack([record.values for record in records]).to(self.req_to_token.device)).cpu()
-            records = [record._replace(values=values) for record, values in zip(records, mean, strict=True)]
-        return [record.report() for record in records]
-
-    def _reduce(self, scores: torch.Tensor) -> torch.Tensor:
-        """Average over tensor-parallel ranks, in rank order, so that every rank ranks the same numbers."""
-        parts = [torch.empty_like(scores) for _ in range(self.tp_size)]
-        torch.distributed.all_gather(parts, scores.contiguous(), group=self.tp_group)
-        total = parts[0]
-        for part in parts[1:]:
-            total = total + part
-        return total / self.tp_size
-
-    def _record(self, states: list[RequestState], plans: list[RoundPlan], result: RoundResult) -> None:
-        """Debug only: hash and log which logical positions survived (synchronises)."""
-        assert result.kept_position is not None
-        positions = result.kept_position.tolist()
-        start = 0
+        self.counters.count_launch(states, plans, result.freed.numel())
         for state, plan in zip(states, plans, strict=True):
-            layers = []
-            for k in plan.kept:
-                layers.append(positions[start : start + k])
-                start += k
-            self.counters.fingerprint.update(repr((state.rid, plan.new_tail, layers)).encode())
-            if self.config.debug.record_kept:
-                self.counters.kept_log.append(
-                    {
-                        "rid": state.rid,
-                        "round": state.rounds,
-                        "prefix": plan.prefix,
-                        "rest": state.rest,
-                        "tail": plan.new_tail,
-                        "kept": layers,
-                    }
-                )
-
-        if self.config.debug.fingerprints:
-            digest = self.counters.fingerprint.digest()[:8]
-            logger.info("KV eviction: kept-set fingerprint %d %s", self.counters.launches, digest.hex())
-            if self.tp_size > 1:
-                self._compare_ranks(digest)
-
-    def _compare_ranks(self, digest: bytes) -> None:
-        """Debug only: stop the server where tensor-parallel ranks have kept different tokens.
-
-        Raises
-        ------
-        RuntimeError
-            With every rank's fingerprint, on every rank.
-        """
-        mine = torch.tensor(list(digest), dtype=torch.uint8, device=self.req_to_token.device)
-        parts = [torch.empty_like(mine) for _ in range(self.tp_size)]
-        torch.distributed.all_gather(parts, mine, group=self.tp_group)
-        digests = [bytes(part.tolist()).hex() for part in parts]
-        if len(set(digests)) > 1:
-            raise RuntimeError(
-                f"KV eviction: tensor-parallel ranks kept different tokens in launch {self.counters.launches}: "
-                f"fingerprints {', '.join(digests)} of ranks 0 to {self.tp_size - 1}"
-            )
+            self.ledger.commit(state, plan)
+        if self.config.budget.allocation == "breakpoint":
+            for state, pending in zip(states, breakpoints.count(result, plans), strict=True):
+                state.pending = pending
+        for observer in self.observers:
+            observer.on_round(states, plans, result)
 
     # -- end of a request -------------------------------------------------------------------------------------------
 
@@ -421,24 +328,10 @@ class Runtime:
 
     def close_rows(self, rows: Sequence[int]) -> None:
         """Forget rows that SGLang frees."""
-        if self.measurer is not None:
-            self.measurer.close(rows)
-        if self.shadow is not None:
-            self.shadow.forget(rows)
+        for observer in self.observers:
+            observer.on_close(rows)
         for state in self.ledger.close(rows):
-            self.counters.peak_request = max(self.counters.peak_request, state.peak)
-            self.counters.last_finished = {
-                "rid": state.rid,
-                "rounds": state.rounds,
-                "blocks_held_peak": state.peak,
-                "blocks_stock_peak": state.length,
-                "evicted_per_layer": list(state.evicted),
-                "steps": state.steps,
-                "own_held_mean": state.held_sum / max(state.steps, 1),
-                "own_stock_mean": state.stock_sum / max(state.steps, 1),
-            }
-            if self.config.debug.record_requests:
-                self.counters.finished.append(self.counters.last_finished)
+            self.counters.record(state)
 
 
 _runtime: Runtime | None = None

@@ -15,10 +15,13 @@ logger = logging.getLogger("lethe_sglang")
 def snapshot(runtime: Runtime) -> dict[str, Any]:
     """Everything ``/server_info`` reports under ``internal_states[i]["lethe"]``.
 
+    It only reads: two in a row are the same, and it needs no other rank.
+
     Returns
     -------
     dict
-        Blocks and tokens as counts; ``blocks_held`` is what followed requests hold now, shared prefixes included.
+        Blocks and tokens as counts; ``blocks_packed`` is what followed requests hold now in front of their tails,
+        shared prefixes included.
     """
     counters, config = runtime.counters, runtime.config
     held = sum(s.layout.prefix + s.layout.packed for s in runtime.ledger.requests.values())
@@ -43,16 +46,8 @@ def snapshot(runtime: Runtime) -> dict[str, Any]:
         "last_finished": counters.last_finished,
         "auxiliary_bytes": auxiliary_bytes(runtime),
     }
-    if config.debug.fingerprints:
-        out["fingerprint"] = counters.fingerprint.hexdigest()
-    if config.debug.record_requests:
-        out["finished"] = list(counters.finished)
-    if config.debug.record_kept:
-        out["kept"] = list(counters.kept_log)
-    if runtime.measurer is not None:
-        out["measured"], out["statistics_bytes"] = runtime.measured(), runtime.measurer.bytes
-    if runtime.shadow is not None:
-        out["shadow"] = {"checks": runtime.shadow.checks, "cells": runtime.shadow.cells}
+    for observer in runtime.observers:
+        out |= observer.report()
     return out
 
 

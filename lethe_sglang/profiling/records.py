@@ -12,7 +12,7 @@ from lethe_sglang.allocation.profile import PER_PROMPT, PER_QUERY, Statistic
 from lethe_sglang.files import Journal
 
 Record = dict[str, Any]
-"""One prompt's report, see ``Runtime.measured``; ``rid`` is the prompt's number as text."""
+"""One prompt's report, see ``Measurer.reports``; ``rid`` is the prompt's number as text."""
 
 
 class Partial(Journal):

@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ class Pass:
 
     def engine_args(self) -> list[str]:
         """Return SGLang's arguments."""
-        measuring = {"retain": {"sinks": self.config.retain.sinks}, "debug": {"measure": True}}
+        measuring = {"retain": {"sinks": self.config.retain.sinks}}
         backend = [] if "--attention-backend" in self.server_args else ["--attention-backend", "torch_native"]
         return [
             "--model-path",
@@ -167,7 +167,9 @@ def _start(task: Pass) -> Any:
     load_plugins()
     from sglang.srt.server_args import prepare_server_args
 
-    return sgl.Engine(server_args=prepare_server_args(task.engine_args()))
+    server_args = prepare_server_args(task.engine_args())
+    server_args._lethe = replace(server_args._lethe, measures=True)
+    return sgl.Engine(server_args=server_args)
 
 
 def _measure(
@@ -176,7 +178,7 @@ def _measure(
     """Return the profile without rule and sensitivity, the prompts' token ids, and where finished prompts are kept."""
     from sglang.srt.arg_groups.model_override_base import model_config_of, resolved_view
 
-    from lethe_sglang.attention.measure import IDLE_STEPS
+    from lethe_sglang.observers.measure import IDLE_STEPS
 
     model = fingerprint_of(model_config_of(engine.server_args), resolved_view(engine.server_args))
     settings = Settings(
@@ -199,7 +201,7 @@ def _measure(
         engine.generate(
             input_ids=[ids[i] for i in numbers], sampling_params=params, rid=[f"lethe-{i}" for i in numbers]
         )
-        report = engine.get_server_info()["internal_states"][0]["lethe"]
+        report = engine.kv_evict_measured()
         asked = {f"lethe-{i}": str(i) for i in numbers}
         found = [{**r, "rid": asked[r["rid"]]} for r in report["measured"] if r["rid"] in asked]
         return longest(found), int(report["statistics_bytes"])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +17,6 @@ from lethe_sglang.profiling.progress import Progress
 
 if TYPE_CHECKING:
     from lethe_sglang.profiling.run import Pass
-
-IDLE_SECONDS = 30
-"""Longest wait for a server to go idle between two layers."""
 
 Ask = Callable[[int | None], list[list[int]]]
 """Puts all prompts with a layer pruned (None: none) and returns the token ids of the answers."""
@@ -32,7 +28,7 @@ def kept_by(config: EvictionConfig) -> int:
 
 
 def configuration(config: EvictionConfig, layers: int, longest: int) -> EvictionConfig:
-    """Return the configuration of the pass: one arm a layer, in which that layer alone is pruned.
+    """Return the configuration that the pass starts with, in which layer 0 alone is pruned.
 
     Parameters
     ----------
@@ -52,27 +48,25 @@ def configuration(config: EvictionConfig, layers: int, longest: int) -> Eviction
     kept = kept_by(config)
     recent = kept // 2
     mean = (kept + (layers - 1) * longest) // layers
-
-    def budget(pruned: int | None) -> dict[str, Any]:
-        tokens = [kept if layer == pruned else longest for layer in range(layers)]
-        return {"allocation": "list", "tokens": sum(tokens) // layers, "layers": tokens}
-
     whole = config.model_dump(mode="json", exclude_unset=True)
     retain = {**whole.get("retain", {}), "recent_ratio": (recent - 0.5) / mean}
-    arms = [{"budget": budget(layer)} for layer in range(layers)]
     try:
         return from_mapping(
             {
                 **{name: part for name, part in whole.items() if name not in ("budget", "retain", "debug", "requests")},
                 "retain": retain,
-                "budget": budget(0),
-                "debug": {"arms": arms},
+                **pruned(0, kept, layers, longest),
             }
         )
     except ConfigError as error:
         raise ConfigError(
             f"--sensitivity: half of budget.tokens {config.budget.tokens} is too small: {error}"
         ) from None
+
+
+def pruned(layer: int, kept: int, layers: int, longest: int) -> dict[str, Any]:
+    """Return the options by which one of ``layers`` layers keeps ``kept`` tokens and all others ``longest``."""
+    return {"budget": {"allocation": "list", "layers": [kept if i == layer else longest for i in range(layers)]}}
 
 
 def measure(layers: int, ask: Ask, kept: int, interval: int, progress: Progress) -> Sensitivity:
@@ -142,7 +136,6 @@ def run(task: Pass, prompts: Sequence[Sequence[int]], layers: int) -> Sensitivit
         If the configuration or the prompts cannot be used.
     """
     import sglang as sgl
-    from sglang.srt.managers.io_struct import SetInternalStateReq
     from sglang.srt.server_args import prepare_server_args
 
     longest = max(map(len, prompts)) + task.max_new_tokens + 1
@@ -169,7 +162,7 @@ def run(task: Pass, prompts: Sequence[Sequence[int]], layers: int) -> Sensitivit
 
     def ask(layer: int | None) -> list[list[int]]:
         if layer is not None:
-            _switch(engine, SetInternalStateReq(server_args={"kv_evict_arm": layer}))
+            engine.kv_evict_reconfigure(pruned(layer, kept_by(task.config), layers, longest))
         params: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": task.max_new_tokens}
         if layer is None:
             params["custom_params"] = {"kv_evict": "none"}
@@ -182,12 +175,3 @@ def run(task: Pass, prompts: Sequence[Sequence[int]], layers: int) -> Sensitivit
     finally:
         progress.end()
         engine.shutdown()
-
-
-def _switch(engine: Any, request: Any) -> None:
-    """Send the engine over to another arm once it is idle."""
-    deadline = time.monotonic() + IDLE_SECONDS
-    while not all(engine.loop.run_until_complete(engine.tokenizer_manager.set_internal_state(request))):
-        if time.monotonic() > deadline:
-            raise RuntimeError("the engine refuses to go over to the next layer")
-        time.sleep(0.1)

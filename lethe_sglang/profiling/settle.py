@@ -20,8 +20,8 @@ Make = Callable[[Path], None]
 
 def settle(
     config: EvictionConfig, model: ModelFingerprint, make: Make | None, folder: Path | None = None
-) -> tuple[tuple[int, ...], ...]:
-    """Return k_l of every layer for the configuration and each of its arms.
+) -> tuple[int, ...]:
+    """Return k_l of every layer.
 
     Parameters
     ----------
@@ -30,7 +30,8 @@ def settle(
     model
         The server's model.
     make
-        Makes the profile that ``budget.profile: auto`` needs; None checks the rest and leaves those arms out.
+        Makes the profile that ``budget.profile: auto`` needs; None only checks the rest, and returns () where that one
+        is needed.
     folder
         The profiles' cache; None is the user's.
 
@@ -39,15 +40,12 @@ def settle(
     ConfigError
         If a profile cannot be read or made, is of another model, or budgets do not fit the model.
     """
-    budgets, profiles = [], dict[str, Profile]()
-    for arm in config.every_arm:
-        source = arm.budget.profile
-        if arm.budget.reads_profile and source not in profiles:
-            if source == "auto" and make is None:
-                continue
-            profiles[source] = _profile(source, model, make, folder)
-        budgets.append(from_config(arm, model.layers, profiles.get(source)))
-    return tuple(budgets)
+    source, profile = config.budget.profile, None
+    if config.budget.reads_profile:
+        if source == "auto" and make is None:
+            return ()
+        profile = _profile(source, model, make, folder)
+    return from_config(config, model.layers, profile)
 
 
 def _profile(source: str, model: ModelFingerprint, make: Make | None, folder: Path | None) -> Profile:

@@ -1,4 +1,3 @@
-import contextlib
 import http.server
 import json
 import re
@@ -17,7 +16,6 @@ import yaml
 from lethe_bench.accuracy import live, prompts
 from lethe_bench.accuracy import run as eval_run
 from lethe_bench.accuracy.datasets import DATASETS
-from lethe_bench.accuracy.live import switch
 from lethe_bench.accuracy.loading import parse
 from lethe_bench.accuracy.prompts import Prompts
 from lethe_bench.accuracy.run import Run
@@ -25,6 +23,7 @@ from lethe_bench.accuracy.store import Store
 from lethe_bench.servers import Server, ServerError
 from lethe_sglang.cli import main as program
 from lethe_sglang.config import ConfigError, from_mapping
+from lethe_sglang.config.changes import reconfigured
 from lethe_sglang.files import read_lines
 
 DATA = {
@@ -50,17 +49,18 @@ class Fake(Server):
     def __enter__(self):
         source = dict(zip(self.command, self.command[1:], strict=False)).get("--kv-evict-config")
         self.config = from_mapping(yaml.safe_load(Path(source).read_text())) if source else None
-        self.arm, self.finished, self.kept, self.lock = None, deque(maxlen=1024), deque(maxlen=256), threading.Lock()
+        self.finished, self.kept, self.lock = deque(maxlen=1024), deque(maxlen=256), threading.Lock()
         self.log.write_text("Some line\nlast line of the log\n")
         fake = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
-                self.answer({}, fake.info)
+                requests = self.path == "/kv_evict/requests"
+                self.answer({}, fake.requests if requests else fake.info)
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                routes = {"/generate": fake.generate, "/flush_cache": lambda body: {}, "/set_internal_state": fake.set}
+                routes = {"/generate": fake.generate, "/flush_cache": lambda body: {}, "/kv_evict": fake.reconfigure}
                 self.answer(body, routes[self.path.partition("?")[0]])
 
             def answer(self, body, route):
@@ -84,33 +84,29 @@ class Fake(Server):
         self._http.shutdown()
         self._http.server_close()
 
-    @property
-    def current(self):
-        return self.config if self.arm is None else self.config.arm(self.arm)
-
     def info(self, body):
         state = {}
         if self.config is not None:
-            now = self.current
+            now = self.config
             shape = {"policy": now.policy, "budget_tokens": now.budget.tokens, "interval": now.rounds.interval}
-            records = {"finished": list(self.finished), "kept": list(self.kept)}
-            state = {"lethe": {**shape, **records, **self.odd.get("state", {})}}
+            state = {"lethe": {**shape, "kept": list(self.kept), **self.odd.get("state", {})}}
         return {"device": "cpu", "page_size": 1, "internal_states": [state]}
 
-    def set(self, body):
+    def requests(self, body):
+        return {"requests": [{**r, "number": i} for i, r in enumerate(self.finished)], "newest": len(self.finished)}
+
+    def reconfigure(self, body):
         if self.odd.get("refuse"):
-            return [False]
-        self.arm = body["server_args"]["kv_evict_arm"]
-        self.finished.clear()
-        self.kept.clear()
-        return [True]
+            return 400, {"error": {"message": "kv_evict: 1 requests are running"}}
+        self.config = reconfigured(self.config, body)
+        return {"changed": {}}
 
     def generate(self, body):
         if "status" in self.odd:
             return self.odd["status"], {"error": "too long"}
         question = "".join(map(chr, body["input_ids"]))
         text, finish = Fake.answers[question], {"type": "stop"}
-        if self.config is not None and self.current.policy == "random" and len(question) % 2:
+        if self.config is not None and self.config.policy == "random" and len(question) % 2:
             text = text[:-1] + "?"
         limit = body["sampling_params"]["max_new_tokens"]
         if len(text) > limit:
@@ -128,7 +124,7 @@ class Fake(Server):
                 "blocks_stock_peak": steps,
             }
             self.finished.extend([record] * self.odd.get("records", 1))
-            if self.current.debug.record_kept:
+            if self.config.debug.record_kept:
                 entry = {"rid": rid, "round": 0, "prefix": 10, "tail": 40, "kept": [[10, 12], [11]]}
                 self.kept.extend([entry, {**entry, "rid": "another"}, {**entry, "round": 1, "tail": 52}])
         ended = "<eos>" if finish["type"] == "stop" else ""
@@ -214,9 +210,13 @@ def test_every_arm_answers_every_problem_once_and_what_it_held_is_joined(tmp_pat
 def test_stock_answers_for_full_and_one_server_is_switched_through_the_other_arms(tmp_path):
     run(tmp_path)
     assert len(asked(kind="stock")) == 5 and len(asked(kind="lethe")) == 10
-    assert [body["server_args"] for body in asked("/set_internal_state")] == [{"kv_evict_arm": 0}, {"kv_evict_arm": 1}]
+    assert [(body["policy"], body["budget"]["tokens"]) for body in asked("/kv_evict")] == [
+        ("lethe", 48),
+        ("random", 48),
+    ]
+    assert not any({"debug", "pool"} & set(body) for body in asked("/kv_evict")), "settled at the start"
     paths = [what for where, what, _ in Fake.log_of if where == "lethe"]
-    assert paths.index("/flush_cache") < paths.index("/set_internal_state") < paths.index("/generate")
+    assert paths.index("/flush_cache") < paths.index("/kv_evict") < paths.index("/generate")
     notes = Store(tmp_path).config()["runs"][-1]
     assert list(notes["servers"]) == ["stock", "lethe"] and notes["servers"]["stock"]["device"] == "cpu"
     assert {"command", "machine", "versions", "verifier"} <= set(notes)
@@ -232,7 +232,7 @@ def test_servers_side_by_side_share_the_arms_out(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Run, "_ask", meet)
     store = run(tmp_path, servers=3, full=False, trace=1)
-    assert sorted(body["server_args"]["kv_evict_arm"] for body in asked("/set_internal_state")) == [0, 1, 2, 3]
+    assert sorted(body["policy"] for body in asked("/kv_evict")) == ["lethe", "lethe", "random", "random"]
     for arm in ARMS[1:]:
         assert len({line["id"] for line in read_lines(store.generations(arm))}) == 5
     assert sorted(line["arm"] for line in read_lines(store.traces)) == sorted(ARMS[1:])
@@ -280,9 +280,9 @@ def test_sampled_replies_have_seeds_of_their_own_which_are_those_of_every_arm(tm
     assert len(set.union(*seeds.values())) == 10
 
 
-def test_traces_are_taken_from_the_arms_that_record_and_hold_their_own_request_only(tmp_path):
+def test_traces_are_taken_from_every_arm_and_hold_their_own_request_only(tmp_path):
     store = run(tmp_path, trace=2)
-    assert [body["server_args"]["kv_evict_arm"] for body in asked("/set_internal_state")] == [0, 2, 1, 3]
+    assert [body["policy"] for body in asked("/kv_evict")] == ["lethe", "lethe", "random", "random"]
     traces = read_lines(store.traces)
     assert [(line["arm"], line["id"]) for line in traces] == [
         (arm, id) for arm in ("lethe@48", "random@48") for id in ("chain/0", "walk/0")
@@ -376,8 +376,7 @@ def test_more_problems_and_arms_are_added_and_nothing_is_asked_twice(tmp_path):
     run(tmp_path, grid=more, tasks=[{"family": "chain", "problems": 4}, {"family": "walk", "problems": 2}])
     new = [body["rid"].partition("/")[2] for body in asked()]
     assert new.count("chain/3/0") == 4 and len(new) == 4 + 5
-    arms = [body["server_args"]["kv_evict_arm"] for body in asked("/set_internal_state")]
-    assert arms == [0, 1, 2]
+    assert [body["policy"] for body in asked("/kv_evict")] == ["h2o", "lethe", "random"]
 
 
 def test_another_configuration_in_the_same_directory_is_refused(tmp_path):
@@ -410,7 +409,7 @@ def test_two_runs_do_not_write_into_one_directory(tmp_path):
 @pytest.mark.parametrize(
     ("odd", "message"),
     [
-        ({"refuse": True}, r"refused to switch to arm 0; its last lines:\n(.|\n)*last line of the log"),
+        ({"refuse": True}, "refused to switch to arm lethe@48: .*1 requests are running"),
         ({"state": {"policy": "h2o"}}, r"switched to .*'policy': 'lethe'.* and reports {'policy': 'h2o'}"),
         ({"state": {"budget_tokens": 49}}, r"reports {'budget_tokens': 49}"),
         ({"forget": True}, r"did not report what \d requests held, \w+/"),
@@ -440,12 +439,11 @@ def test_a_stock_server_that_evicts_and_an_evicting_one_that_does_not_are_refuse
         return SimpleNamespace(get=lambda path: {"internal_states": [state], "device": "cpu", "other": 1})
 
     assert live.check_server(server({}), evicts=False) == {"device": "cpu"}
-    assert live.check_server(server({"lethe": {"finished": []}}), evicts=True) == {"device": "cpu"}
+    assert live.check_server(server({"lethe": {"rounds": 1}}), evicts=True) == {"device": "cpu"}
     with pytest.raises(ServerError, match="the stock server evicts"):
         live.check_server(server({"lethe": {}}), evicts=False)
-    for state in ({}, {"lethe": {"rounds": 1}}):
-        with pytest.raises(ServerError, match="is this version of the plugin installed"):
-            live.check_server(server(state), evicts=True)
+    with pytest.raises(ServerError, match="is the plugin installed"):
+        live.check_server(server({}), evicts=True)
 
 
 def test_a_request_that_was_retracted_has_one_record(tmp_path):
@@ -454,30 +452,6 @@ def test_a_request_that_was_retracted_has_one_record(tmp_path):
     memory, steps = line["memory"], line["tokens"] - 1
     assert (memory["rounds"], memory["evicted_per_layer"], memory["steps"]) == (6, [20, 40], 2 * steps)
     assert (memory["own_held_mean"], memory["own_stock_mean"], memory["blocks_held_peak"]) == (40, steps / 2, 60)
-
-
-@pytest.mark.parametrize(
-    ("answer", "switched"),
-    [
-        ([True], True),
-        ([{"updated": True}], True),
-        ({"updated": True}, True),
-        ([True, False], False),
-        ([], False),
-        ([{"updated": False}], False),
-        ({"updated": False}, False),
-    ],
-)
-def test_the_answer_to_a_switch_is_understood_in_all_its_forms(answer, switched):
-    config = from_mapping({"budget": {"tokens": 48}})
-    state = {"policy": "lethe", "budget_tokens": 48, "interval": 128}
-    server = SimpleNamespace(
-        get=lambda path: {"internal_states": [{"lethe": state}]},
-        post=lambda *args: json.dumps(answer),
-        log=Path("none"),
-    )
-    with contextlib.nullcontext() if switched else pytest.raises(ServerError, match="refused to switch to arm 7"):
-        switch(server, SimpleNamespace(config=config), 7)
 
 
 # -- prompts -----------------------------------------------------------------------------------------------------------

@@ -28,10 +28,12 @@ START_SECONDS = 420
 class Server(servers.Server):
     """One SGLang server process and a few ways to talk to it."""
 
-    def __init__(self, *args: str, entry=("-m", "sglang.launch_server"), env=None, log: Path):
+    def __init__(self, *args: str, entry=("-m", "sglang.launch_server"), env=None, key: str | None = None, log: Path):
         port = servers.some_free_port()
         command = [sys.executable, *entry, "--model-path", str(MODEL), "--port", str(port), "--sleep-on-idle", *args]
         super().__init__(command, port, log, {**STRICT, **(env or {})})
+        if key is not None:
+            self._opener.addheaders += [("authorization", f"Bearer {key}")]
         self.start()
 
     def wait(self) -> Server:

@@ -70,7 +70,7 @@ NO_TREE = ("--max-total-tokens", "700", "--disable-radix-cache", "--decode-log-i
 
 @pytest.fixture(scope="module", params=[1, 8], ids=lambda page: f"page{page}")
 def treeless(request, start):
-    settings = config(**BASE, debug={**DEBUG, "arms": matrix.ARMS})
+    settings = config(**BASE, debug=DEBUG, pool={"states": "all"})
     server = start(
         *NO_TREE, "--page-size", str(request.param), "--kv-evict", "lethe", "--kv-evict-config", settings
     ).wait()

@@ -13,7 +13,6 @@ import pytest
 from conftest import MODEL, STRICT, config
 
 pytest.importorskip("sglang")
-ARMS = [{"budget": {"allocation": "uniform"}}]
 BUDGET = {"tokens": 48}
 
 
@@ -24,7 +23,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(start, cache):
-    settings = config(budget=BUDGET, rounds={"interval": 16}, debug={"arms": ARMS})
+    settings = config(budget=BUDGET, rounds={"interval": 16})
     server = start(
         "--max-total-tokens",
         "2048",
@@ -64,14 +63,18 @@ def budgets_of(weights) -> tuple[int, ...]:
     return layer_budgets(33, weights, 5)
 
 
-def test_the_ranks_get_the_budgets_of_the_profile_in_every_arm(server, kept):
+def test_the_ranks_get_the_budgets_of_the_profile_at_the_start_and_later(server, kept):
     report = server.lethe()
     assert report["allocation"] == "profile" and kept.rule == "concentration"
     assert report["layers"] == list(budgets_of(kept.mean("concentration")))
     assert len(set(report["layers"])) > 1 and 4 * 32 < sum(report["layers"]) <= 4 * 33
-    (reply,) = server.post("/set_internal_state", {"server_args": {"kv_evict_arm": 0}})
-    assert reply is True
+    at_the_start = report["layers"]
+    server.flush()
+    server.post("/kv_evict", {"budget": {"allocation": "uniform"}})
     assert server.lethe()["layers"] == [33] * 4
+    answer = server.post("/kv_evict", {"budget": {"allocation": "profile"}})  # the kept profile is read again
+    assert answer["changed"] == {"budget.allocation": ["uniform", "profile"]}
+    assert server.lethe()["layers"] == at_the_start
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +166,7 @@ def launcher():
         words = ["--model-path", str(MODEL), "--kv-evict", "lethe", "--kv-evict-budget", "48", *args]
         server_args = prepare_server_args(words)
         server_args.resolve_once()
-        front.launch(lambda cls, server_args: (ready, None), object, server_args)
+        front.launch(lambda cls, server_args: (ready, None), type("Engine", (), {}), server_args)
         return server_args._lethe.budgets
 
     return launch
@@ -176,7 +179,7 @@ def test_a_second_start_reads_the_kept_profile_and_measures_nothing(kept, cache,
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.setattr(automatic, "run", lambda server_args, path: pytest.fail("measured again"))
-    assert launcher("--kv-evict-profile", "auto") == (from_config(resolve("lethe", None, 48, "auto"), 4, kept),)
+    assert launcher("--kv-evict-profile", "auto") == from_config(resolve("lethe", None, 48, "auto"), 4, kept)
 
 
 def test_a_start_follows_the_rule_that_a_profile_is_rewritten_with(kept, cache, launcher, tmp_path):
@@ -190,7 +193,7 @@ def test_a_start_follows_the_rule_that_a_profile_is_rewritten_with(kept, cache, 
     ):
         out = str(tmp_path / f"{rule}{alpha}.yaml")
         assert main(["profile", "--from", str(path), "--rule", rule, "--alpha", alpha, "-o", out]) == 0
-        assert launcher("--kv-evict-profile", out) == (budgets_of(weights),)
+        assert launcher("--kv-evict-profile", out) == budgets_of(weights)
 
 
 def test_a_profile_of_another_model_is_refused_with_what_differs(kept, launcher, tmp_path, capsys):
@@ -203,14 +206,6 @@ def test_a_profile_of_another_model_is_refused_with_what_differs(kept, launcher,
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lethe: error:")]
     assert stopped.value.code == 2 and len(lines) == 1
     assert "profile of another model (other): KV heads 8 against 1, head width 128 against 64" in lines[0]
-
-
-def test_measuring_by_hand_needs_the_overlap_scheduler_off(launcher, capsys):
-    with pytest.raises(SystemExit):
-        launcher("--kv-evict-config", '{"debug": {"measure": true}}')
-    assert (
-        "debug.measure: counts a step too many under overlap; set --disable-overlap-schedule" in capsys.readouterr().err
-    )
 
 
 def test_every_layer_is_pruned_alone_and_the_budgets_follow(tmp_path):

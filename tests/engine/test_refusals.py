@@ -118,24 +118,30 @@ def test_on_cuda_three_backends_serve_and_prefill_and_decode_share_one(monkeypat
 
 
 @pytest.mark.parametrize(
-    ("debug", "server", "named"),
+    ("measures", "debug", "server", "named"),
     [
-        ({"measure": True}, {"attention_backend": "torch_native", "disable_overlap_schedule": False}, "overlap"),
-        ({"measure": True}, {}, "debug.measure: needs --attention-backend torch_native, the server uses flashinfer"),
-        ({"shadow": True}, {"attention_backend": "triton"}, "debug.shadow: needs --attention-backend torch_native"),
-        ({"arms": [{"policy": "h2o"}]}, {}, "debug.arms: .*set --disable-cuda-graph"),
+        (True, {}, {"attention_backend": "torch_native", "disable_overlap_schedule": False}, "overlap"),
+        (True, {}, {}, "lethe profile: needs --attention-backend torch_native, the server uses flashinfer"),
+        (False, {"shadow": True}, {"attention_backend": "triton"}, "debug.shadow: needs --attention-backend torch_na"),
     ],
 )
-def test_checks_that_a_backend_cannot_do_are_refused(debug, server, named):
+def test_checks_that_a_backend_cannot_do_are_refused(measures, debug, server, named):
     from lethe_sglang.config import from_mapping
     from lethe_sglang.engine import guard
 
     config = from_mapping({"debug": debug}).debug
     with pytest.raises(guard.ConfigError, match=named):
-        guard.check_debug(options(**server), config)
-    fine = {"attention_backend": "torch_native", "cuda_graph_config": graphs(prefill="disabled", decode="disabled")}
-    guard.check_debug(options(**fine), config)
-    guard.check_debug(options(), from_mapping({}).debug)
+        guard.check_debug(options(**server), config, measures)
+    guard.check_debug(options(attention_backend="torch_native"), config, measures)
+    guard.check_debug(options(), from_mapping({}).debug, measures=False)
+
+
+def test_a_server_knows_whether_its_decode_steps_are_captured():
+    from lethe_sglang.engine import guard
+
+    assert guard.captures(options())
+    assert not guard.captures(options(cuda_graph_config=graphs(prefill="full", decode="disabled")))
+    assert not guard.captures(options(cuda_graph_config=None))
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,10 @@ MAY_IMPORT = {
     "allocation": {"config"},
     "kernels": {"config", "policies"},
     "cache": {"config", "policies", "allocation", "kernels"},
-    "attention": {"config", "policies", "allocation", "kernels", "cache"},
-    "profiling": {"config", "allocation", "attention"},
-    "engine": {"config", "policies", "allocation", "kernels", "cache", "attention", "profiling"},
+    "observers": {"config", "policies", "allocation", "kernels", "cache"},
+    "attention": {"config", "policies", "allocation", "kernels", "cache", "observers"},
+    "profiling": {"config", "allocation", "observers"},
+    "engine": {"errors", "config", "policies", "allocation", "kernels", "cache", "observers", "attention", "profiling"},
     "cli": {"config", "policies", "allocation", "profiling"},
 }
 EXCEPTIONS = {("cli/show.py", "lethe_sglang.engine.guard")}

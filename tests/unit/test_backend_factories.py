@@ -31,12 +31,12 @@ def served(request, monkeypatch):
             pool=runner.token_to_kv_pool,
             ledger=world.ledger,
             policy=SimpleNamespace(accumulation=SUM),
-            budgets_of_arms=(BUDGETS,),
+            budgets=BUDGETS,
             config=SimpleNamespace(budget=SimpleNamespace(allocation="uniform")),
             step_rows=[],
-            on_switch=[],
-            shadow=None,
-            measurer=None,
+            backends=[],
+            length_classes=[],
+            observers=[],
         )
         monkeypatch.setattr(runtime_module, "_runtime", held["runtime"])
         return lifecycle.BACKENDS[name](runner)
@@ -65,9 +65,10 @@ def test_a_backend_of_the_engine_decodes_as_the_portable_one(served):
 def test_a_backend_follows_the_policy(served):
     server, runtime = served
     rule = Accumulation(rule="max")
-    (react,) = runtime.on_switch
-    react(SimpleNamespace(accumulation=rule))
+    assert runtime.backends == [server.backend]
+    server.backend.accumulation = rule
     assert server.backend.accumulation is rule
+    assert len(runtime.length_classes) == hasattr(server.backend, "planner")
 
 
 def test_rows_are_those_of_the_last_decode_batch(monkeypatch):
@@ -83,7 +84,7 @@ def test_the_runtime_binds_to_a_pool_once(monkeypatch):
     """SGLang builds one backend for prefill and one for decode where they differ; both must see one ledger."""
     from lethe_sglang.config import from_mapping
 
-    runtime = runtime_module.Runtime(from_mapping({}), ((1024,) * 2,), 2, 1, 4096)
+    runtime = runtime_module.Runtime(from_mapping({}), (1024,) * 2, 1, 4096)
     pool, rows = SimpleNamespace(cells=None, device="cpu"), torch.zeros(3, 8, dtype=torch.int32)
     runtime.attach(pool, rows)
     ledger = runtime.ledger

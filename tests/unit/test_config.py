@@ -473,24 +473,3 @@ class TestOverrides:
         config = from_mapping({"requests": {"allow_off": False}})
         assert "requests.allow_off" in request_message("none", config)
         assert parse_request({"kv_evict": "on"}, config).mode == "on"
-
-
-def test_arms_are_laid_over_the_configuration_and_checked_with_it():
-    config = from_mapping(
-        {
-            "budget": {"tokens": 64},
-            "debug": {
-                "record_requests": True,
-                "arms": [{"policy": "h2o"}, {"budget": {"tokens": 32}, "rounds": {"interval": 8}}],
-            },
-        }
-    )
-    first, second = config.every_arm[1:]
-    assert (first.policy, first.budget.tokens) == ("h2o", 64)
-    assert (second.policy, second.budget.tokens, second.rounds.interval) == ("lethe", 32, 8)
-    assert second.debug.record_requests and second.debug.arms is None
-    with pytest.raises(ConfigError, match=r"debug\.arms\[1\]: rounds\.interval"):
-        from_mapping({"debug": {"arms": [{}, {"rounds": {"interval": 0}}]}})
-    for wrong in (3, [3], {"policy": "h2o"}):
-        with pytest.raises(ConfigError, match=r"debug\.arms.*mapping"):
-            from_mapping({"debug": {"arms": wrong}})

@@ -45,7 +45,7 @@ VARIANTS = [(graph, single) for graph in (False, True) for single in (False, Tru
 NAMES = [f"{'graph' if graph else 'eager'}-{'single' if single else 'classes'}" for graph, single in VARIANTS]
 
 
-def flashinfer(accumulation=SUM, budgets=(BUDGETS,), single=False):
+def flashinfer(accumulation=SUM, budgets=BUDGETS, single=False):
     def make(runner, world, rows):
         pool = runner.token_to_kv_pool
         return ours.flashinfer.LetheFlashInferBackend(
@@ -198,13 +198,14 @@ def test_a_capture_plans_its_dummy_batch_whatever_is_running():
     assert server.backend.decode_cuda_graph_metadata[4][0].planned == [[0, 1, 2, 3, 4]]
 
 
-def test_classes_are_the_same_for_every_arm_and_every_request():
+def test_classes_are_the_same_for_every_request_and_say_what_they_can_serve():
     world = World()
-    classes = LengthClasses([(4, 4, 8, 8), (4, 4, 4, 8)], world.ledger)
+    classes = LengthClasses((4, 4, 8, 9), world.ledger)
     assert classes.of_layer == (0, 0, 1, 2) and classes.layers == ((0, 1), (2,), (3,))
+    assert classes.serve((7, 7, 7, 7)) and classes.serve((9, 9, 3, 1)) and not classes.serve((4, 5, 8, 9))
     for mean in range(4, 40):
         other = scale(BUDGETS, mean, 3)
-        owned = [{other[layer] for layer in layers} for layers in LengthClasses((BUDGETS,), world.ledger).layers]
+        owned = [{other[layer] for layer in layers} for layers in LengthClasses(BUDGETS, world.ledger).layers]
         assert all(len(kept) == 1 for kept in owned)
 
 
@@ -333,7 +334,7 @@ def test_shared_reads_end_behind_the_replay_of_a_decode_step_only():
     assert backend.shared_read_ends(Mode.EXTEND) is ends.UNKNOWN
 
 
-def test_a_switch_of_arms_reaches_the_score():
+def test_another_policy_reaches_the_score():
     backend = Server(flashinfer()).backend
     rule = Accumulation(decay=0.5)
     backend.accumulation = rule

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lethe_sglang.allocation.profile import PER_PROMPT, PER_QUERY
-from lethe_sglang.attention.measure import IDLE_STEPS, MASSES, Measurer, query_statistics
+from lethe_sglang.observers.measure import IDLE_STEPS, MASSES, Measurer, query_statistics
 
 LAYERS, HEADS, SINKS = 3, 2, 4
 
@@ -94,7 +94,7 @@ def test_records_equal_whole_matrices(together):
     measurer.names = {2: "two", 5: "five"}
     for group in [requests] if together else [{row: request} for row, request in requests.items()]:
         feed(measurer, group)
-    measurer.close([5, 2])
+    measurer.on_close([5, 2])
     records = {record.rid: record for record in measurer.drain()}
     for row, name in ((2, "two"), (5, "five")):
         record, steps = records[name], requests[row][1]
@@ -109,7 +109,7 @@ def test_queries_are_told_apart_by_the_length_of_their_context():
     measurer = Measurer(4, LAYERS, SINKS, "cpu")
     measurer.names[1] = "r"
     feed(measurer, {1: (0, steps)})
-    measurer.close([1])
+    measurer.on_close([1])
     report = measurer.drain()[0].report()
     assert {length: part["queries"] for length, part in report["by_length"].items()} == {"8": 3, "16": 16, "32": 11}
     expected = [query_statistics(a[1].unsqueeze(0), torch.tensor([a.shape[-1]]), SINKS)[0] for a in steps[3:19]]
@@ -121,11 +121,11 @@ def test_a_row_that_is_used_again_starts_anew():
     second = normalised(rows_of(8, 10, 25))
     measurer.names[1] = "first"
     feed(measurer, {1: (0, normalised(rows_of(7, 40, 33)))})
-    measurer.close([1])
+    measurer.on_close([1])
     for m in (measurer, fresh):
         m.names[1] = "second"
         feed(m, {1: (0, second)})
-        m.close([1])
+        m.on_close([1])
     again, alone = measurer.drain()[1].report(), fresh.drain()[0].report()
     assert again == alone
     assert measurer.drain() == [], "records are handed out once"
@@ -135,7 +135,7 @@ def test_rows_without_a_decode_query_or_a_name_leave_no_record():
     measurer = Measurer(4, LAYERS, SINKS, "cpu")
     measurer.names[1] = "prefill only"
     feed(measurer, {2: (0, normalised(rows_of(7, 10, 3)))})
-    measurer.close([1, 2, 3])
+    measurer.on_close([1, 2, 3])
     assert measurer.drain() == []
 
 
@@ -151,7 +151,7 @@ def test_a_token_that_comes_back_after_a_pause_counts_as_recurring():
         measurer = Measurer(4, LAYERS, SINKS, "cpu")
         measurer.names[1] = "r"
         feed(measurer, {1: (0, [attention(5 + t, t == back_at) for t in range(steps)])})
-        measurer.close([1])
+        measurer.on_close([1])
         return report_of(measurer.drain()[0])[0]["recurrence"]
 
     steps = IDLE_STEPS + 9

@@ -97,7 +97,7 @@ class Guard(TorchFunctionMode):
 
 def flashinfer(runner, world, rows, single=False):
     pool = runner.token_to_kv_pool
-    return ours.flashinfer.LetheFlashInferBackend(runner, pool, world.ledger, SUM, (BUDGETS,), rows, single_plan=single)
+    return ours.flashinfer.LetheFlashInferBackend(runner, pool, world.ledger, SUM, BUDGETS, rows, single_plan=single)
 
 
 def triton(runner, world, rows):

@@ -283,14 +283,11 @@ class TestFlag:
         with pytest.raises(ConfigError, match=r"--kv-evict-profile auto: not read by budget.allocation breakpoint"):
             resolve("lethe", source, None, "auto")
 
-    def test_a_flag_that_nothing_reads_is_refused_unless_an_arm_does(self):
+    def test_a_flag_that_nothing_reads_is_refused(self):
         uniform = {"budget": {"allocation": "uniform"}}
         with pytest.raises(ConfigError, match=r"--kv-evict-profile p.yaml: not read by budget.allocation uniform"):
             resolve("lethe", json.dumps(uniform), None, "p.yaml")
-        arms = [{"budget": {"allocation": "profile"}}, {"budget": {"allocation": "breakpoint"}}, {}]
-        config = resolve("lethe", json.dumps({**uniform, "debug": {"arms": arms}}), None, "p.yaml")
-        assert [arm.budget.reads_profile for arm in config.every_arm] == [False, True, True, False]
-        assert config.every_arm[1].budget.profile == "p.yaml"
+        assert resolve("lethe", '{"budget": {"allocation": "profile"}}', None, "p.yaml").budget.profile == "p.yaml"
 
 
 class TestShow:

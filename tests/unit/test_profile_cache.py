@@ -157,34 +157,36 @@ def config(**budget):
 def test_budgets_of_a_file_of_auto_and_of_uniform(tmp_path):
     save(MADE, tmp_path / "p.yaml")
     shared = settle(config(allocation="profile", profile=str(tmp_path / "p.yaml")), MODEL, None)
-    assert 276 < sum(shared[0]) <= 280 and len(set(shared[0])) == 4
+    assert 276 < sum(shared) <= 280 and len(set(shared)) == 4
     make = Fake()
     assert settle(config(allocation="profile"), MODEL, make, tmp_path / "cache") == shared
     assert settle(config(allocation="profile"), MODEL, never, tmp_path / "cache") == shared
-    assert settle(config(), MODEL, never) == ((70,) * 4,), "uniform measures nothing"
-    assert settle(config(allocation="breakpoint"), MODEL, never) == ((70,) * 4,), "breakpoint measures nothing"
+    assert settle(config(), MODEL, never) == (70,) * 4, "uniform measures nothing"
+    assert settle(config(allocation="breakpoint"), MODEL, never) == (70,) * 4, "breakpoint measures nothing"
     first = settle(config(allocation="breakpoint", profile=str(tmp_path / "p.yaml")), MODEL, never)
     assert first == shared, "the first round of breakpoint"
 
 
-def test_arms_choose_their_allocation_and_share_one_measuring(tmp_path):
+def test_configurations_choose_their_profile_and_share_one_measuring(tmp_path):
     save(profile(rule="hoyer", hoyer=(0.1, 0.2, 0.3, 0.9)), tmp_path / "other.yaml")
     save(profile(rule="hoyer", alpha=-1.0, hoyer=HOYER), tmp_path / "inverted.yaml")
     save(profile(rule="pyramid"), tmp_path / "pyramid.yaml")
-    files = ({"profile": str(tmp_path / f"{name}.yaml")} for name in ("inverted", "other", "pyramid"))
-    arms = [{"budget": {"allocation": "profile", **more}} for more in ({}, {}, *files)]
-    whole = from_mapping({"budget": {"tokens": 100}, "debug": {"arms": arms}})
     make = Fake()
-    uniform, kept, again, inverted, other, pyramid = settle(whole, MODEL, make, tmp_path / "cache")
+
+    def budgets(**more):
+        return settle(config(allocation="profile", **more), MODEL, make, tmp_path / "cache")
+
+    kept, again = budgets(), budgets()
+    inverted, other, pyramid = (budgets(profile=str(tmp_path / f"{n}.yaml")) for n in ("inverted", "other", "pyramid"))
     assert len(make.paths) == 1
-    assert uniform == (70,) * 4 and kept == again
+    assert settle(config(), MODEL, make) == (70,) * 4 and kept == again
     assert kept[1] == max(kept) and inverted[1] == min(inverted)
     assert other[3] == min(other) and list(pyramid) == sorted(pyramid, reverse=True)
 
 
 def test_a_kept_profile_says_by_which_rule_the_budget_is_shared(tmp_path):
     save(profile(rule="sensitivity", changed=(0.4, 0.0, 0.1, 0.1)), file_of(MODEL, tmp_path))
-    (budgets,) = settle(config(allocation="profile"), MODEL, never, tmp_path)
+    budgets = settle(config(allocation="profile"), MODEL, never, tmp_path)
     assert budgets[0] == max(budgets) and budgets[1] == min(budgets)
 
 

@@ -296,7 +296,7 @@ class TestCommandLine:
         task = Pass(model_path="m", seed=7, concurrency=3, config=EvictionConfig(), server_args=("--tp", "2"))
         words = task.engine_args()
         config = json.loads(words[words.index("--kv-evict-config") + 1])
-        assert config == {"retain": {"sinks": 4}, "debug": {"measure": True}}
+        assert config == {"retain": {"sinks": 4}}
         for pair in (
             ["--tp", "2"],
             ["--random-seed", "7"],

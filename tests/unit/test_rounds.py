@@ -83,7 +83,7 @@ def test_a_request_never_holds_more_than_its_bound():
 @pytest.mark.parametrize(("page", "tree", "prompt"), [(1, 0, 11), (4, 0, 11), (8, 0, 29), (8, 8, 29), (8, 16, 11)])
 def test_a_kept_prompt_that_the_tree_does_not_own_is_part_of_the_bound(page, tree, prompt):
     config = from_mapping({"budget": {"tokens": 18}, "rounds": {"interval": 8}, "retain": {"sinks": 2}})
-    runtime = Runtime(config, [(12, 12, 12)], num_layers=3, page_size=page, context_length=None)
+    runtime = Runtime(config, (12, 12, 12), page_size=page, context_length=None)
     request = SimpleNamespace(origin_input_ids=[0] * prompt, sampling_params=SimpleNamespace(custom_params=None))
     pool = MiniPool(page=page, num_layers=3, recent=6, interval=8)
     state = pool.admit(1, prompt, tree, (4, 20, 12), prompt=prompt)

@@ -7,8 +7,9 @@ import io
 import pytest
 
 from lethe_sglang.config import ConfigError, from_mapping
+from lethe_sglang.config.changes import reconfigured
 from lethe_sglang.profiling.progress import Progress
-from lethe_sglang.profiling.sensitivity import agreement, configuration, measure
+from lethe_sglang.profiling.sensitivity import agreement, configuration, measure, pruned
 
 
 @pytest.mark.parametrize(
@@ -27,11 +28,12 @@ def test_answers_agree_up_to_the_first_token_that_differs(whole, pruned, expecte
 
 
 class TestConfiguration:
-    def test_one_arm_a_layer_prunes_that_layer_alone_to_half_the_budget(self):
+    def test_one_layer_alone_is_pruned_to_half_the_budget(self):
         config = configuration(from_mapping({"policy": "h2o", "budget": {"tokens": 80}}), 3, 500)
         assert config.policy == "h2o"
-        assert [arm.budget.layers for arm in config.every_arm[1:]] == [(40, 500, 500), (500, 40, 500), (500, 500, 40)]
-        assert {arm.recent for arm in config.every_arm} == {20}
+        each = [reconfigured(config, pruned(layer, 40, 3, 500)) for layer in range(3)]
+        assert [one.budget.layers for one in each] == [(40, 500, 500), (500, 40, 500), (500, 500, 40)]
+        assert each[0] == config and {one.recent for one in each} == {20}
         assert config.requests.allow_off, "the reference is asked without eviction"
 
     def test_rounds_retention_and_scores_are_the_servers(self):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cache_model import MiniPool
 
-from lethe_sglang.cache.shadow import Shadow, ShadowMismatch
+from lethe_sglang.observers.shadow import Shadow, ShadowMismatch
 from lethe_sglang.policies.lethe import LethePolicy
 
 PREFIX, PROMPT = 8, 50
@@ -22,7 +22,7 @@ class Watched:
         self.shadow = Shadow(self.pool.cells, self.pool.ledger, self.pool.req_to_token)
         self.states = [self.pool.admit(row, PROMPT + row, PREFIX, (9, 4, 14)) for row in (1, 2)]
         for layer in range(self.pool.num_layers):
-            self.shadow.write_extend(layer, self.batch([1, 2]))
+            self.shadow.on_extend_layer(layer, self.batch([1, 2]))
 
     def batch(self, rows):
         lengths = [self.pool.seq.get(row, 1) for row in rows]
@@ -40,7 +40,7 @@ class Watched:
         lists, pad = self.pool.lists([1, 2]), torch.nn.functional.pad  # the batch begins with a row of padding
         for layer in range(self.pool.num_layers):
             cells, length = pad(lists.cells[layer], (0, 0, 1, 0)), pad(lists.length[layer], (1, 0), value=1)
-            self.shadow.check_decode(layer, self.batch([0, 1, 2]), cells, length)
+            self.shadow.on_decode_layer(layer, self.batch([0, 1, 2]), cells, length, torch.empty(0))
 
 
 @pytest.fixture(params=[1, 8])
@@ -82,6 +82,6 @@ def test_cells_out_of_order_are_noticed(watched):
 
 def test_a_row_that_is_freed_leaves_its_place_to_another(watched):
     places = set(watched.shadow.places.values())
-    watched.shadow.forget([1, 7])
+    watched.shadow.on_close([1, 7])
     assert set(watched.shadow.places) == {2}
     assert len(places) == 2 and set(watched.shadow.free) >= places - set(watched.shadow.places.values())

@@ -7,8 +7,8 @@ import torch
 from cache_model import MiniPool
 from flashinfer_double import BUDGETS, SUM, Server, ours, portable
 
-from lethe_sglang.cache.shadow import Shadow
 from lethe_sglang.kernels import table
+from lethe_sglang.observers.shadow import Shadow
 from lethe_sglang.policies.lethe import LethePolicy
 
 RULE = SUM._replace(window=5)
@@ -28,7 +28,7 @@ def flashinfer(single):
     def make(runner, world, rows):
         pool = runner.token_to_kv_pool
         return ours.flashinfer.LetheFlashInferBackend(
-            runner, pool, world.ledger, RULE, (BUDGETS,), rows, single_plan=single
+            runner, pool, world.ledger, RULE, BUDGETS, rows, single_plan=single
         )
 
     return make
@@ -93,11 +93,11 @@ def test_the_shadow_finds_its_cells_whatever_the_order_of_the_columns(permuted):
     state = pool.admit(1, 50, 8, (9, 4, 14))
     batch = type("Batch", (), {"req_pool_indices": torch.tensor([1]), "seq_lens": torch.tensor([50])})
     for layer in range(3):
-        shadow.write_extend(layer, batch)
+        shadow.on_extend_layer(layer, batch)
     pool.round([state], LethePolicy())
     pool.append(1)
     batch.seq_lens = torch.tensor([51])
     lists = pool.lists([1])
     for layer in range(3):
-        shadow.check_decode(layer, batch, lists.cells[layer], lists.length[layer])
+        shadow.on_decode_layer(layer, batch, lists.cells[layer], lists.length[layer], torch.empty(0))
     assert shadow.checks == 3

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from lethe_sglang.kernels.table import read
+from lethe_sglang.observers.base import Observer
 
 if TYPE_CHECKING:
     from lethe_sglang.cache.ledger import Ledger
@@ -18,7 +19,7 @@ class ShadowMismatch(AssertionError):
     """A gathered cell differs from the uncompressed cell at its logical position."""
 
 
-class Shadow:
+class Shadow(Observer):
     """The keys and values of all logical positions of every row in use: ``[2, L, S, capacity, H, D]``.
 
     Only own tokens are compared: the radix tree may replace a prefix by an equal one that another batch computed.
@@ -31,6 +32,8 @@ class Shadow:
         Cells compared so far.
     """
 
+    sees_attention: ClassVar[bool] = True
+
     def __init__(self, cells: Cells, ledger: Ledger, req_to_token: torch.Tensor) -> None:
         if cells.position is None:
             raise ValueError("debug.shadow needs positions to be tracked")
@@ -41,7 +44,7 @@ class Shadow:
         self.checks = 0
         self.cells = 0
 
-    def forget(self, rows: Iterable[int]) -> None:
+    def on_close(self, rows: Sequence[int]) -> None:
         """Give back the places of rows that SGLang frees."""
         self.free += [self.places.pop(row) for row in rows if row in self.places]
 
@@ -59,7 +62,7 @@ class Shadow:
             self.places[row] = self.free.pop()
         return torch.tensor([self.places[row] for row in rows])
 
-    def write_extend(self, layer: int, forward_batch: Any) -> None:
+    def on_extend_layer(self, layer: int, forward_batch: Any) -> None:
         """Copy what a prefill (or one chunk of it) has written; rows are intact then."""
         rows, lengths = forward_batch.req_pool_indices.tolist(), forward_batch.seq_lens.tolist()
         for row, place, length in zip(rows, self._place(rows, max(lengths)).tolist(), lengths, strict=True):
@@ -67,7 +70,9 @@ class Shadow:
             self.copy[0, layer, place, :length] = self.store.key[cells]
             self.copy[1, layer, place, :length] = self.store.value[cells]
 
-    def check_decode(self, layer: int, forward_batch: Any, cells: torch.Tensor, length: torch.Tensor) -> None:
+    def on_decode_layer(
+        self, layer: int, forward_batch: Any, cells: torch.Tensor, length: torch.Tensor, attention: torch.Tensor
+    ) -> None:
         """Copy the newest tokens, then compare all own cells of every request's token list.
 
         Raises
@@ -108,3 +113,7 @@ class Shadow:
                 raise ShadowMismatch(f"rows {row} layer {layer} {name}: positions {at[1][wrong][:4].tolist()} differ")
         self.checks += int(followed.sum())
         self.cells += int(own.sum())
+
+    def report(self) -> dict[str, Any]:
+        """Return how much was compared."""
+        return {"shadow": {"checks": self.checks, "cells": self.cells}}

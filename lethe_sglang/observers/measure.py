@@ -10,13 +10,14 @@ Both are averages over this rank's query heads; ranks are averaged when a record
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
 from lethe_sglang.allocation import sparsity
 from lethe_sglang.allocation.profile import PER_PROMPT, PER_QUERY
+from lethe_sglang.observers.base import Observer
 
 BUCKETS = 24
 """Lengths of contexts are told apart by their power of two."""
@@ -49,7 +50,7 @@ class Record(NamedTuple):
     values: torch.Tensor
 
     def report(self) -> dict[str, Any]:
-        """Return plain numbers, without empty buckets; see ``Runtime.measured``."""
+        """Return plain numbers, without empty buckets; see ``Measurer.reports``."""
         sums = self.values[:, : BUCKETS * len(PER_QUERY)].view(-1, BUCKETS, len(PER_QUERY))
         return {
             "rid": self.rid,
@@ -93,7 +94,7 @@ def query_statistics(attention: torch.Tensor, length: torch.Tensor, sinks: int) 
     return torch.stack([part.mean(1) for part in parts], -1)
 
 
-class Measurer:
+class Measurer(Observer):
     """Accumulates the statistics of every running request.
 
     Parameters
@@ -115,6 +116,8 @@ class Measurer:
         Finished requests that have not been reported.
     """
 
+    sees_attention: ClassVar[bool] = True
+
     def __init__(self, num_rows: int, num_layers: int, sinks: int, device: torch.device | str) -> None:
         self.num_layers, self.sinks = num_layers, sinks
         self.names: dict[int, str] = {}
@@ -133,6 +136,19 @@ class Measurer:
         """Bytes of all accumulators."""
         tensors = (self.queries, self.received, self.squares, self.used_at, self.came_back)
         return sum(t.numel() * t.element_size() for t in tensors)
+
+    def on_prefill(self, row: int, rid: str) -> None:
+        """Remember whose row it is."""
+        self.names[row] = rid
+
+    def on_decode_layer(
+        self, layer: int, forward_batch: Any, cells: torch.Tensor, length: torch.Tensor, attention: torch.Tensor
+    ) -> None:
+        """Add a layer's attention; nothing is evicted, so that a list is the sequence itself."""
+        rows, seq_lens = forward_batch.req_pool_indices, forward_batch.seq_lens
+        if layer == 0:
+            self.begin_step(rows, seq_lens, attention.shape[2])
+        self.add(layer, rows, attention, seq_lens)
 
     def begin_step(self, rows: torch.Tensor, length: torch.Tensor, width: int) -> None:
         """Count one decode step.
@@ -173,7 +189,7 @@ class Measurer:
         self.came_back[layer, rows, :n] |= used & (used_at > 0) & (step - used_at >= IDLE_STEPS)
         self.used_at[layer, rows, :n] = torch.where(used | (valid & (used_at == 0)), step, used_at)
 
-    def close(self, rows: Iterable[int]) -> None:
+    def on_close(self, rows: Sequence[int]) -> None:
         """Turn rows that SGLang frees into records, and start them anew."""
         for row in rows:
             name = self.names.pop(row, None)
@@ -189,6 +205,27 @@ class Measurer:
         """Hand out the records, once."""
         records, self.records = self.records, []
         return records
+
+    def reports(self, mean: Callable[[torch.Tensor], torch.Tensor]) -> list[dict[str, Any]]:
+        """Hand out, once, the statistics of requests that have finished, averaged over ranks.
+
+        Parameters
+        ----------
+        mean
+            Averages a tensor over tensor-parallel ranks; every rank must call it at the same time.
+
+        Returns
+        -------
+        list[dict]
+            Per request: ``rid``, ``prompt_tokens``, ``queries``; ``by_length`` maps a power of two to the ``queries``
+            whose context has that many to twice as many tokens, and the ``sums`` ``[L][PER_QUERY]`` over them;
+            ``per_prompt`` ``[L][PER_PROMPT]``.
+        """
+        records = self.drain()
+        if not records:
+            return []
+        values = mean(torch.stack([record.values for record in records]).to(self.first.device)).cpu()
+        return [record._replace(values=mine).report() for record, mine in zip(records, values, strict=True)]
 
     def _record(self, name: str, row: int, first: int, last: int) -> Record:
         queries = last - first + 1

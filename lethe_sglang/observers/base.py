@@ -1,0 +1,61 @@
+"""The protocol of observers: everything they are told. They change nothing that is served.
+
+The engine and the portable attention backend hold a tuple of observers that is empty in production, so that the path
+of a request has one loop over nothing at each of these places, and a CUDA graph none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    import torch
+
+    from lethe_sglang.cache.ledger import RequestState, RoundPlan
+    from lethe_sglang.cache.rounds import RoundResult
+
+
+class Observer:
+    """Watches nothing; subclasses override what they want to see.
+
+    Attributes
+    ----------
+    sees_attention
+        Whether it needs ``on_extend_layer`` and ``on_decode_layer``, which only the portable backend calls.
+    """
+
+    sees_attention: ClassVar[bool] = False
+
+    def on_prefill(self, row: int, rid: str) -> None:
+        """Hear that request ``rid`` is about to be prefilled in ``row`` (of ``req_to_token``)."""
+
+    def on_extend_layer(self, layer: int, forward_batch: Any) -> None:
+        """See that a layer of a prefill, or of one chunk of it, has stored its keys and values."""
+
+    def on_decode_layer(
+        self, layer: int, forward_batch: Any, cells: torch.Tensor, length: torch.Tensor, attention: torch.Tensor
+    ) -> None:
+        """See a layer of a decode step once it is computed.
+
+        Parameters
+        ----------
+        layer
+            Number in the pool.
+        forward_batch
+            SGLang's batch.
+        cells, length
+            int64 ``[B, n]`` and ``[B]``: the layer's token lists and their valid entries.
+        attention
+            float32 ``[B, Hq, n]``: the weights of each list, 0 beyond its length.
+        """
+
+    def on_round(self, states: Sequence[RequestState], plans: Sequence[RoundPlan], result: RoundResult) -> None:
+        """See what a launch has done to requests; their states are the new ones."""
+
+    def on_close(self, rows: Sequence[int]) -> None:
+        """Hear that SGLang frees rows."""
+
+    def report(self) -> dict[str, Any]:
+        """Return what ``/server_info`` shows; reading changes nothing."""
+        return {}
