@@ -8,8 +8,8 @@ def register() -> None:
     from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
     from sglang.srt.entrypoints.engine import Engine
 
-    from lethe_sglang.engine.front import check_resolution, choose_backend, engine_server_args
-    from lethe_sglang.engine.hooks import ENTRY_HOOKS, install
+    from lethe_sglang.engine.entrypoints import ENTRY_HOOKS, check_resolution, choose_backend, engine_server_args
+    from lethe_sglang.engine.hooking import install
 
     register_resolution_hook("handle_attention_backend_compatibility")(choose_backend)
     register_resolution_hook("handle_other_validations")(check_resolution)

@@ -85,10 +85,15 @@ def main() -> int:
             f"KV cache  {stats['policy']}: {stats['budget_tokens']} tokens per layer, a round every {stats['interval']}"
         )
         print(f"          {last['rounds']} rounds evicted {last['evicted_per_layer']} tokens per layer")
-        print(f"          {last['blocks_held_peak']} blocks held at most; stock holds {last['blocks_stock_peak']}")
+        print(f"          {last['held_peak']} blocks held at most; stock holds {last['stock_peak']}")
         if args.json:
-            outcome = {name: last[name] for name in ("rounds", "blocks_held_peak", "blocks_stock_peak")}
-            outcome = {"answer_correct": correct, **outcome, "sglang": version("sglang")}
+            outcome = {
+                "answer_correct": correct,
+                "rounds": last["rounds"],
+                "blocks_held_peak": last["held_peak"],
+                "blocks_stock_peak": last["stock_peak"],
+                "sglang": version("sglang"),
+            }
             args.json.write_text(json.dumps(outcome) + "\n")
         if not args.once:
             body = json.dumps({"messages": [{"role": "user", "content": "a.a'7;cAc'5;bCb'2;?#02b#01c"}]})

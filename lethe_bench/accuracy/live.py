@@ -90,7 +90,7 @@ def held(server: Server, lines: Sequence[dict[str, Any]]) -> dict[str, dict[str,
 
 def _joined(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     steps = one["steps"] + other["steps"]
-    joined = {name: max(one[name], other[name]) for name in ("blocks_held_peak", "blocks_stock_peak")}
+    joined = {name: max(one[name], other[name]) for name in ("held_peak", "stock_peak")}
     for name in ("own_held_mean", "own_stock_mean"):
         joined[name] = (one[name] * one["steps"] + other[name] * other["steps"]) / max(steps, 1)
     columns = zip(one["evicted_per_layer"], other["evicted_per_layer"], strict=True)

@@ -39,7 +39,7 @@ _SERVER_FACTS = (
 )
 _TIMES = ("_ms", "_throughput", "_tokens", "duration", "concurrency")
 _COUNTERS = ("rounds", "round_launches", "round_seconds", "requests_pruned", "requests_retracted", "blocks_freed_total")
-_LEVELS = ("policy", "budget_tokens", "interval", "recent", "layers", "blocks_held_peak_request", "auxiliary_bytes")
+_LEVELS = ("policy", "budget_tokens", "interval", "recent", "layers", "held_peak_request", "auxiliary_bytes")
 
 
 @dataclass(frozen=True)

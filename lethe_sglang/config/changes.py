@@ -24,7 +24,7 @@ OPTIONS: dict[When, tuple[str, ...]] = {
         "retain.recent_ratio",
         "retain.prompt",
     ),
-    "start": ("pool.states", "debug.shadow", "debug.fingerprints", "debug.record_kept", "debug.pack_always"),
+    "start": ("pool.states", "debug.shadow", "debug.kept_hash", "debug.record_kept", "debug.pack_always"),
 }
 """When an option may change: while requests run, on an idle server, or at the start alone. A policy's own: idle."""
 

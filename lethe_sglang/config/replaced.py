@@ -43,6 +43,7 @@ REPLACED: dict[str, str] = {
     "breakpoint.reference": _BREAKPOINT,
     "retain.prompt=shared": "write keep",
     "retain.prompt=private": "write evict",
+    "debug.fingerprints": "write debug.kept_hash",
     "debug.measure": "not an option; lethe profile measures a model",
     "debug.arms": "not an option; POST /kv_evict gives a live server another configuration",
     "debug.record_requests": "not an option; GET /kv_evict/requests always has them",

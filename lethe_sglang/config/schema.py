@@ -162,7 +162,7 @@ class DebugConfig(Section):
         description="Keep an uncompressed copy of the cache and compare every gathered cell with it (tests). "
         "true or false.",
     )
-    fingerprints: bool = Field(
+    kept_hash: bool = Field(
         default=False,
         description="Hash the kept set of every round and stop where tensor-parallel ranks differ. true or false.",
     )

@@ -1,30 +1,45 @@
-"""One SGLang version at a time: the version, and a fingerprint of every function the plugin hooks or leans on."""
+"""One SGLang version at a time: its number, and the source of every function that the plugin wraps or leans on."""
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib.metadata
 import inspect
 import json
 import pkgutil
+import sys
 from pathlib import Path
 
 SUPPORTED = "0.5.23"
-FINGERPRINTS = Path(__file__).with_name("fingerprints.json")
+SOURCES = Path(__file__).with_name("upstream.json")
+"""Hash of every target's source in the supported version."""
 
 
 class CompatError(RuntimeError):
     """The installed SGLang is not the one this plugin was written for."""
 
 
-def fingerprint(target: str) -> str:
+def source_hash(target: str) -> str:
     """Hash the source of a function or class (what hooks wrap is looked through)."""
     source = inspect.getsource(inspect.unwrap(pkgutil.resolve_name(target)))
     return hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
-def verify() -> None:
-    """Check version and fingerprints.
+def changed() -> list[str]:
+    """Name the targets whose source in the installed SGLang is not the recorded one, or that it no longer has."""
+    return [target for target, recorded in json.loads(SOURCES.read_text()).items() if not _same(target, recorded)]
+
+
+def _same(target: str, recorded: str) -> bool:
+    try:
+        return source_hash(target) == recorded
+    except (AttributeError, ImportError, OSError, TypeError):
+        return False
+
+
+def version_check() -> None:
+    """Check the version and the sources.
 
     Raises
     ------
@@ -37,17 +52,7 @@ def verify() -> None:
             f"--kv-evict: lethe-sglang supports sglang=={SUPPORTED} and found {version}; "
             f"pip install sglang=={SUPPORTED}, or use --kv-evict none"
         )
-    from lethe_sglang.engine.hooks import ALL_TARGETS
-
-    expected = json.loads(FINGERPRINTS.read_text())
-    differing = []
-    for target in ALL_TARGETS:
-        try:
-            same = fingerprint(target) == expected.get(target)
-        except (AttributeError, ImportError, OSError, TypeError):
-            same = False
-        if not same:
-            differing.append(target)
+    differing = changed()
     if differing:
         raise CompatError(
             f"--kv-evict: the installed sglang {version} differs from the released one in {', '.join(differing)}; "
@@ -56,11 +61,40 @@ def verify() -> None:
 
 
 def write() -> None:
-    """Record the fingerprints of the installed SGLang (maintainers, when a new version is supported)."""
-    from lethe_sglang.engine.hooks import ALL_TARGETS
+    """Record the sources of the installed SGLang (maintainers, when a new version is supported)."""
+    from lethe_sglang.engine.hooks import TARGETS
 
-    FINGERPRINTS.write_text(json.dumps({target: fingerprint(target) for target in ALL_TARGETS}, indent=2) + "\n")
+    SOURCES.write_text(json.dumps({target: source_hash(target) for target in TARGETS}, indent=2) + "\n")
+
+
+def main() -> int:
+    """Say what another SGLang changed, record a new one, or print the page about it.
+
+    Returns
+    -------
+    int
+        1 if ``--against-installed`` found targets that changed, each printed on a line of its own; else 0.
+    """
+    parser = argparse.ArgumentParser(description=__doc__)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--against-installed", action="store_true", help="list what the installed SGLang changed")
+    what.add_argument("--write", action="store_true", help="record the installed SGLang as the supported one")
+    what.add_argument("--page", action="store_true", help="print docs/upstream.md")
+    args = parser.parse_args()
+    if args.write:
+        write()
+    elif args.page:
+        from lethe_sglang.engine.hooks import page
+
+        print(page())
+    else:
+        differing, version = changed(), importlib.metadata.version("sglang")
+        print(f"sglang {version}: {len(differing)} of the targets recorded from {SUPPORTED} changed")
+        for target in differing:
+            print(target)
+        return int(bool(differing))
+    return 0
 
 
 if __name__ == "__main__":
-    write()
+    sys.exit(main())

@@ -1,150 +1,213 @@
-"""The one table of hook targets. All of SGLang that the plugin changes or leans on is named here."""
+"""What this plugin needs of SGLang: every function that it wraps or leans on, and why. ``docs/upstream.md`` shows it.
+
+Imported once eviction is asked for, and after the version is known to be the right one: it imports the engine.
+"""
 
 from __future__ import annotations
 
-import pkgutil
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
+from sglang.srt.plugins.hook_registry import HookType
 
-_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
-_BATCH = "sglang.srt.managers.schedule_batch"
-_COMPONENTS = "sglang.srt.managers.scheduler_components"
-_FORWARD_BATCH = "sglang.srt.model_executor.forward_batch_info.ForwardBatch"
+from lethe_sglang.engine import entrypoints, lifecycle, telemetry, verb
+from lethe_sglang.engine.hooking import Hook
+
+AFTER, AROUND, BEFORE = HookType.AFTER, HookType.AROUND, HookType.BEFORE
+_MANAGERS = "sglang.srt.managers"
+_SCHEDULER = f"{_MANAGERS}.scheduler.Scheduler"
+_TOKENIZER = f"{_MANAGERS}.tokenizer_manager.TokenizerManager"
+_BATCH = f"{_MANAGERS}.schedule_batch"
+_COMPONENTS = f"{_MANAGERS}.scheduler_components"
+_CACHE = "sglang.srt.mem_cache"
 _ATTENTION = "sglang.srt.layers.attention"
 _METRICS = "sglang.srt.observability.metrics_collector.SchedulerMetricsCollector"
 
 
-class Hook(NamedTuple):
-    """One hooked function: ``target`` is wrapped by ``function``, a dotted name inside ``lethe_sglang.engine``."""
+class Reliance(NamedTuple):
+    """Something of SGLang that is not wrapped: the plugin subclasses it or counts on what it does, and why."""
 
     target: str
-    kind: HookType
-    function: str
+    why: str
 
-
-ENTRY_HOOKS = (
-    Hook("sglang.srt.server_args.ServerArgs.add_cli_args", HookType.AFTER, "front.add_flags"),
-    Hook("sglang.srt.server_args.ServerArgs.from_cli_args", HookType.AROUND, "front.from_cli_args"),
-    Hook(f"{_SCHEDULER}.__init__", HookType.BEFORE, "front.start_scheduler"),
-)
-"""Installed in every process that loads plugins; they do nothing unless eviction was asked for."""
 
 LAUNCHER_HOOKS = (
-    Hook("sglang.srt.entrypoints.engine.Engine._launch_scheduler_processes", HookType.AROUND, "front.launch"),
     Hook(
-        "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request",
-        HookType.BEFORE,
-        "front.check_request",
+        "sglang.srt.entrypoints.engine.Engine._launch_scheduler_processes",
+        AROUND,
+        entrypoints.launch,
+        "The layers' budgets are settled once for all ranks before a scheduler starts, and the launcher may not report "
+        "ready before every rank has said that it evicts.",
+    ),
+    Hook(
+        f"{_TOKENIZER}._validate_one_request",
+        BEFORE,
+        entrypoints.check_request,
+        "An illegal request must be an HTTP 400 before it reaches a scheduler; SGLang has no validator for custom "
+        "parameters that a plugin could register.",
     ),
 )
 """Installed in the launcher once eviction is asked for."""
 
 SCHEDULER_HOOKS = (
-    Hook(f"{_SCHEDULER}.update_running_batch", HookType.BEFORE, "lifecycle.prune"),
-    Hook(f"{_SCHEDULER}._add_request_to_queue", HookType.BEFORE, "lifecycle.check_arrival"),
-    Hook(f"{_SCHEDULER}.get_prefill_adder_class", HookType.AFTER, "lifecycle.adder_class"),
-    Hook(f"{_SCHEDULER}.init_request_dispatcher", HookType.AFTER, "verb.listen"),
-    Hook(f"{_SCHEDULER}.get_init_info", HookType.AFTER, "front.report_rank"),
     Hook(
-        "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_mha_kv_pool",
-        HookType.AROUND,
-        "lifecycle.build_pool",
+        f"{_SCHEDULER}.update_running_batch",
+        BEFORE,
+        lifecycle.on_decode_step,
+        "The only place between two decode steps where rows may change: rounds run here, before SGLang allocates.",
+    ),
+    Hook(
+        f"{_SCHEDULER}._add_request_to_queue",
+        BEFORE,
+        lifecycle.check_arrival,
+        "A request that came past the front door (another door, a default) is aborted here, where SGLang aborts too.",
+    ),
+    Hook(
+        f"{_SCHEDULER}.get_prefill_adder_class",
+        AFTER,
+        lifecycle.adder_class,
+        "Admission charges a request its full length; with eviction it never holds more than its bound.",
+    ),
+    Hook(
+        f"{_SCHEDULER}.init_request_dispatcher",
+        AFTER,
+        verb.listen,
+        "The scheduler dispatches by the type of a message; the verb that reconfigures a server brings one of its own.",
+    ),
+    Hook(
+        f"{_SCHEDULER}.get_init_info",
+        AFTER,
+        entrypoints.report_rank,
+        "Each rank proves to the launcher that its ledger is bound to its pool.",
+    ),
+    Hook(
+        f"{_CACHE}.kv_cache_configurator.KVCacheConfigurator._build_mha_kv_pool",
+        AROUND,
+        lifecycle.build_pool,
+        "The pool's layers have to be views of one buffer, so that a packed cell may lie in any layer's memory.",
     ),
     Hook(
         "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size",
-        HookType.AFTER,
-        "lifecycle.add_state_bytes",
+        AFTER,
+        lifecycle.add_state_bytes,
+        "A token's states take memory beside its keys and values; without this the pool would be sized too large.",
     ),
     Hook(
-        "sglang.srt.mem_cache.base_prefix_cache.BasePrefixCache.free_kv_row", HookType.AROUND, "lifecycle.free_kv_row"
+        f"{_CACHE}.base_prefix_cache.BasePrefixCache.free_kv_row",
+        AROUND,
+        lifecycle.free_kv_row,
+        "SGLang frees a row by position; positions that a round has emptied own no blocks any more.",
     ),
-    Hook("sglang.srt.mem_cache.memory_pool.ReqToTokenPool.free_rows", HookType.BEFORE, "lifecycle.forget_rows"),
-    Hook(f"{_FORWARD_BATCH}.init_new", HookType.AFTER, "lifecycle.name_rows"),
-    Hook(f"{_BATCH}.ScheduleBatch.prepare_for_extend", HookType.AFTER, "lifecycle.observe_prefill"),
-    Hook(f"{_BATCH}.Req.reset_for_retract", HookType.AFTER, "lifecycle.after_retract"),
-    Hook(f"{_COMPONENTS}.pool_stats_observer.kv_private_tokens", HookType.AFTER, "lifecycle.private_tokens"),
+    Hook(
+        f"{_CACHE}.memory_pool.ReqToTokenPool.free_rows",
+        BEFORE,
+        lifecycle.forget_rows,
+        "A row that is given back may be handed out at once; the ledger has to forget it first.",
+    ),
+    Hook(
+        "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new",
+        AFTER,
+        lifecycle.name_rows,
+        "FlashInfer's plans are made on the host, where a replayed batch does not name its rows.",
+    ),
+    Hook(
+        f"{_BATCH}.ScheduleBatch.prepare_for_extend",
+        AFTER,
+        lifecycle.observe_prefill,
+        "Tokens of a prefill that may be evicted start with the scores of its last queries.",
+    ),
+    Hook(
+        f"{_BATCH}.Req.reset_for_retract",
+        AFTER,
+        lifecycle.after_retract,
+        "What was generated stays the request's own when it is prefilled again, or nothing of it could be evicted.",
+    ),
+    Hook(
+        f"{_COMPONENTS}.pool_stats_observer.kv_private_tokens",
+        AFTER,
+        lifecycle.private_tokens,
+        "SGLang's memory checks count a request's tokens by its length; dead positions hold nothing.",
+    ),
     Hook(
         f"{_COMPONENTS}.pool_stats_observer.PoolStats.get_decode_usage_msg_parts",
-        HookType.AFTER,
-        "telemetry.decode_line",
+        AFTER,
+        telemetry.decode_line,
+        "One more part of the log line that operators read.",
     ),
     Hook(
         f"{_COMPONENTS}.internal_state.SchedulerInternalStateController.get_internal_state",
-        HookType.AFTER,
-        "telemetry.internal_state",
+        AFTER,
+        telemetry.internal_state,
+        "GET /server_info says what eviction does.",
     ),
-    Hook(f"{_METRICS}.__init__", HookType.AFTER, "telemetry.start_metrics"),
-    Hook(f"{_METRICS}.log_stats", HookType.AFTER, "telemetry.log_metrics"),
+    Hook(
+        f"{_METRICS}.__init__",
+        AFTER,
+        telemetry.start_metrics,
+        "Prometheus metrics have to be created where SGLang creates its own, with its labels.",
+    ),
+    Hook(f"{_METRICS}.log_stats", AFTER, telemetry.log_metrics, "They are published when SGLang publishes its own."),
 )
 """Installed in a scheduler process that evicts, and nowhere else."""
 
-READ_TARGETS = (
-    f"{_SCHEDULER}._reqs_finishing_inflight",
-    f"{_SCHEDULER}.collect_inflight_reqs",
-    "sglang.srt.managers.communicator.FanOutCommunicator",
-    "sglang.srt.managers.io_struct.hook_custom_types",
-    "sglang.srt.managers.tokenizer_manager.TokenizerManager.auto_create_handle_loop",
-    "sglang.srt.utils.auth.auth_level",
-    f"{_BATCH}.ScheduleBatch.prepare_for_decode",
-    f"{_BATCH}.ScheduleBatch.check_decode_mem",
-    f"{_BATCH}.release_req",
-    f"{_BATCH}.Req.set_finish_with_abort",
-    "sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object",
-    f"{_BATCH}.ReqKvInfo",
-    "sglang.srt.mem_cache.common.release_kv_cache",
-    "sglang.srt.mem_cache.common.checkpoint_kv_cache",
-    "sglang.srt.mem_cache.common.free_kv_row_segments",
-    "sglang.srt.mem_cache.allocation.alloc_for_decode_default",
-    "sglang.srt.mem_cache.allocator.token.TokenToKVPoolAllocator",
-    "sglang.srt.mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.free_segment",
-    "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool._create_buffers_normal",
-    "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool._kv_buffer_shapes",
-    "sglang.srt.managers.schedule_policy.PrefillAdder",
-    f"{_ATTENTION}.base_attn_backend.AttentionBackend",
-    f"{_ATTENTION}.torch_native_backend.TorchNativeAttnBackend",
-    f"{_ATTENTION}.flashinfer_backend.FlashInferAttnBackend",
-    f"{_ATTENTION}.flashinfer_backend.FlashInferIndicesUpdaterDecode",
-    f"{_ATTENTION}.triton_backend.TritonAttnBackend",
-    "sglang.kernels.ops.attention.decode_attention.decode_attention_fwd",
-    "sglang.srt.model_executor.runner.decode_cuda_graph_runner.build_replay_fb_view",
+RELIANCES = (
+    Reliance(f"{_SCHEDULER}._reqs_finishing_inflight", "Names requests that the result in flight will finish."),
+    Reliance(f"{_SCHEDULER}.collect_inflight_reqs", "Names what still runs: some changes need an idle server."),
+    Reliance(f"{_MANAGERS}.communicator.FanOutCommunicator", "Carries the verb to the scheduler and its answer back."),
+    Reliance(f"{_MANAGERS}.io_struct.hook_custom_types", "Registers the type of that message."),
+    Reliance(f"{_TOKENIZER}.auto_create_handle_loop", "Starts the loop that receives the answer."),
+    Reliance("sglang.srt.utils.auth.auth_level", "Authorises the verb as SGLang's other admin verbs are."),
+    Reliance(f"{_TOKENIZER}._create_tokenized_object", "Lays a request over the server's default sampling parameters."),
+    Reliance(f"{_BATCH}.Req.set_finish_with_abort", "Turns a request into an error of its own."),
+    Reliance(f"{_BATCH}.ScheduleBatch.prepare_for_decode", "Allocates the new token behind the row's last position."),
+    Reliance(f"{_BATCH}.ScheduleBatch.check_decode_mem", "Decides on retraction after the rounds of a step."),
+    Reliance(f"{_BATCH}.release_req", "Releases a row at the end of a request and at a retraction, in this order."),
+    Reliance(f"{_BATCH}.ReqKvInfo", "Says what of a row the tree owns, what is allocated and what is committed."),
+    Reliance(f"{_CACHE}.common.release_kv_cache", "Frees a request's own part through free_kv_row."),
+    Reliance(f"{_CACHE}.common.checkpoint_kv_cache", "Inserts a prompt into the tree, unless the request is flagged."),
+    Reliance(f"{_CACHE}.common.free_kv_row_segments", "Frees exactly the positions it is given."),
+    Reliance(f"{_CACHE}.allocation.alloc_for_decode_default", "Reads the row's last page to continue in it."),
+    Reliance(f"{_CACHE}.allocator.token.TokenToKVPoolAllocator", "Takes single blocks back in any order."),
+    Reliance(
+        f"{_CACHE}.allocator.paged.PagedTokenToKVPoolAllocator.free_segment", "Takes whole pages back in row order."
+    ),
+    Reliance(f"{_CACHE}.memory_pool.MHATokenToKVPool._create_buffers_normal", "Overridden: one buffer for all layers."),
+    Reliance(f"{_CACHE}.memory_pool.MHATokenToKVPool._kv_buffer_shapes", "Says the shape of a layer's buffer."),
+    Reliance(f"{_MANAGERS}.schedule_policy.PrefillAdder", "Subclassed: admission."),
+    Reliance(f"{_ATTENTION}.base_attn_backend.AttentionBackend", "Base of every backend: when metadata is made."),
+    Reliance(f"{_ATTENTION}.torch_native_backend.TorchNativeAttnBackend", "Subclassed: decode over packed rows."),
+    Reliance(f"{_ATTENTION}.flashinfer_backend.FlashInferAttnBackend", "Subclassed: decode over packed rows."),
+    Reliance(f"{_ATTENTION}.flashinfer_backend.FlashInferIndicesUpdaterDecode", "Replaced: plans by length classes."),
+    Reliance(f"{_ATTENTION}.triton_backend.TritonAttnBackend", "Subclassed: decode over packed rows."),
+    Reliance("sglang.kernels.ops.attention.decode_attention.decode_attention_fwd", "Called over our own lists."),
+    Reliance(
+        "sglang.srt.model_executor.runner.decode_cuda_graph_runner.build_replay_fb_view",
+        "What a backend sees of a replayed batch: no rows on the host, so name_rows keeps them.",
+    ),
 )
-"""Not wrapped, but the plugin subclasses them or relies on what they do."""
+"""Not wrapped."""
 
-ALL_TARGETS = (*(hook.target for hook in (*ENTRY_HOOKS, *LAUNCHER_HOOKS, *SCHEDULER_HOOKS)), *READ_TARGETS)
-
-
-def _resolve(function: str) -> Callable[..., Any]:
-    module, name = function.rsplit(".", 1)
-    hook: Callable[..., Any] = getattr(pkgutil.resolve_name(f"lethe_sglang.engine.{module}"), name)
-    return hook
+HOOKS = (*entrypoints.ENTRY_HOOKS, *LAUNCHER_HOOKS, *SCHEDULER_HOOKS)
+TARGETS = (*(hook.target for hook in HOOKS), *(reliance.target for reliance in RELIANCES))
 
 
-_installed: set[str] = set()
-
-
-def install(hooks: tuple[Hook, ...]) -> None:
-    """Install hooks that are not installed yet, and prove that each took effect.
-
-    SGLang's registry only logs a hook that fails to apply and skips a target that somebody has already patched; either
-    would leave a server that runs without eviction, so both are errors here.
-
-    Raises
-    ------
-    RuntimeError
-        Naming the target that could not be hooked.
-    """
-    missing = [hook for hook in hooks if hook.target not in _installed]
-    source = HookSource(plugin_name="lethe", dist_name="lethe-sglang")
-    before = {hook.target: pkgutil.resolve_name(hook.target) for hook in missing}
-    for hook in missing:
-        HookRegistry.register(hook.target, _resolve(hook.function), hook.kind, source=source)
-    HookRegistry.apply_hooks()
-    for hook in missing:
-        if pkgutil.resolve_name(hook.target) is before[hook.target]:
-            raise RuntimeError(
-                f"--kv-evict could not hook {hook.target}: another plugin has patched it, or SGLang's hook registry "
-                "refused (see the log above); remove the other plugin (SGLANG_PLUGINS=lethe) or use --kv-evict none"
-            )
-        _installed.add(hook.target)
+def page() -> str:
+    """Render ``docs/upstream.md``: for whoever moves the plugin to another version of SGLang."""
+    lines = [
+        "# What this plugin needs of SGLang",
+        "",
+        "One SGLang version is supported at a time: at start, its number and the source of every function named here "
+        "are checked. To move to another version, install it, let `python -m lethe_sglang.engine.compat "
+        "--against-installed` list what changed, read those functions with the reason given here, and record the new "
+        "sources with `--write`. This page is made by `--page`.",
+        "",
+        "## Wrapped",
+        "",
+        "| function of SGLang | how | our function | why |",
+        "| --- | --- | --- | --- |",
+    ]
+    for hook in HOOKS:
+        name = f"{hook.function.__module__.rpartition('.')[2]}.{hook.function.__qualname__}"
+        lines.append(f"| `{hook.target}` | {hook.kind.name.lower()} | `{name}` | {hook.why} |")
+    lines += ["", "## Relied on", "", "| function or class of SGLang | why |", "| --- | --- |"]
+    lines += [f"| `{reliance.target}` | {reliance.why} |" for reliance in RELIANCES]
+    return "\n".join(lines)

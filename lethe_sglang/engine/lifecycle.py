@@ -40,7 +40,7 @@ def add_state_bytes(size: int, configurator: Any, kvc: Any, num_layers: int) -> 
     return size + 4 * num_layers * sum(runtime.tracked())
 
 
-def prune(scheduler: Any, batch: Any) -> None:
+def on_decode_step(scheduler: Any, batch: Any) -> None:
     """BEFORE ``Scheduler.update_running_batch``: the head of a decode step, where rounds happen.
 
     A request is left alone until its second decode step (under overlap its prefill's result is not processed before),

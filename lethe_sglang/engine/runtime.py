@@ -134,7 +134,7 @@ class Runtime:
     def tracked(self) -> tuple[bool, bool, bool]:
         """Say which states a cell carries: score, position (of packed cells), memory."""
         policy, debug, everything = self.policy, self.config.debug, self.config.pool.states == "all"
-        positions = debug.shadow or debug.fingerprints or debug.record_kept
+        positions = debug.shadow or debug.kept_hash or debug.record_kept
         return (
             everything or policy.accumulation is not None,
             everything or positions or policy.uses_position,
@@ -167,8 +167,8 @@ class Runtime:
         debug, found = self.config.debug, list[Observer]()
         if debug.shadow:
             found.append(Shadow(self.pool.cells, self.ledger, self.req_to_token))
-        if debug.fingerprints or debug.record_kept:
-            found.append(KeptSets(log=debug.record_kept, compare=debug.fingerprints, gather=self.ranks.gather))
+        if debug.kept_hash or debug.record_kept:
+            found.append(KeptSets(log=debug.record_kept, compare=debug.kept_hash, gather=self.ranks.gather))
         if self.measures:
             rows = self.req_to_token.shape[0]
             found.append(Measurer(rows, self.num_layers, self.config.retain.sinks, self.pool.device))

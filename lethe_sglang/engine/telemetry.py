@@ -30,7 +30,7 @@ def snapshot(runtime: Runtime) -> dict[str, Any]:
         "budget_tokens": config.budget.tokens,
         "interval": config.rounds.interval,
         "recent": config.recent,
-        "layers": list(runtime.budgets),
+        "layers": [k + config.recent for k in runtime.budgets],
         "allocation": config.budget.allocation,
         "prompt": config.retain.prompt,
         "requests_running": len(runtime.ledger.requests),
@@ -42,7 +42,7 @@ def snapshot(runtime: Runtime) -> dict[str, Any]:
         "requests_retracted": counters.retracted,
         "tokens_evicted_per_layer": list(counters.evicted),
         "blocks_freed_total": counters.blocks_freed,
-        "blocks_held_peak_request": counters.peak_request,
+        "held_peak_request": counters.peak_request,
         "last_finished": counters.last_finished,
         "auxiliary_bytes": auxiliary_bytes(runtime),
     }

@@ -24,7 +24,7 @@ from sglang.utils import TypeBasedDispatcher
 from lethe_sglang.config import from_mapping
 from lethe_sglang.config.changes import reconfigured
 from lethe_sglang.config.loading import parse_json
-from lethe_sglang.engine import front
+from lethe_sglang.engine import entrypoints
 from lethe_sglang.engine.reconfigure import unfinished
 from lethe_sglang.engine.runtime import Runtime, current
 from lethe_sglang.errors import ConfigError, show
@@ -144,7 +144,7 @@ async def reconfigure(manager: Any, options: Any) -> dict[str, Any]:
     async with manager._lethe_lock:  # each is laid over what the one before has left
         request = _request(manager)
         config = reconfigured(request.config, options)
-        front.check_defaults(manager.preferred_sampling_params, config, manager.context_len)
+        entrypoints.check_defaults(manager.preferred_sampling_params, config, manager.context_len)
         assert request.model is not None, "the launcher takes it"
         budgets = settle(config, request.model, _refuse)
         plain = config.model_dump(mode="json", exclude_unset=True)
@@ -162,8 +162,8 @@ def configuration(manager: Any) -> dict[str, Any]:
     return _request(manager).config.model_dump(mode="json")
 
 
-def _request(manager: Any) -> front.EvictionRequest:
-    request = front.requested(manager.server_args)
+def _request(manager: Any) -> entrypoints.EvictionRequest:
+    request = entrypoints.requested(manager.server_args)
     if request is None:
         raise ConfigError("kv_evict: this server runs without eviction; start it with --kv-evict")
     return request

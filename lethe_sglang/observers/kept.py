@@ -1,4 +1,4 @@
-"""Which positions every round kept (``debug.record_kept``), and whether ranks agree (``debug.fingerprints``)."""
+"""Which positions every round kept (``debug.record_kept``), and whether ranks agree (``debug.kept_hash``)."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class KeptSets(Observer):
             )
         if self.compare:
             digest = self.hash.digest()[:8]
-            logger.info("KV eviction: kept-set fingerprint %d %s", self.launches, digest.hex())
+            logger.info("KV eviction: kept-set hash %d %s", self.launches, digest.hex())
             self._compare(digest, result.kept_position.device)
 
     def _compare(self, digest: bytes, device: torch.device) -> None:
@@ -78,10 +78,10 @@ class KeptSets(Observer):
         if len(set(digests)) > 1:
             raise RuntimeError(
                 f"KV eviction: tensor-parallel ranks kept different tokens in launch {self.launches}: "
-                f"fingerprints {', '.join(digests)} of ranks 0 to {len(digests) - 1}"
+                f"hashes {', '.join(digests)} of ranks 0 to {len(digests) - 1}"
             )
 
     def report(self) -> dict[str, Any]:
-        """Return the log under ``kept`` and the hash under ``fingerprint``, as far as they are asked for."""
+        """Return the log under ``kept`` and the hash under ``kept_hash``, as far as they are asked for."""
         found: dict[str, Any] = {"kept": list(self.entries)} if self.log else {}
-        return {**found, "fingerprint": self.hash.hexdigest()} if self.compare else found
+        return {**found, "kept_hash": self.hash.hexdigest()} if self.compare else found

@@ -92,7 +92,7 @@ def test_a_log_without_a_decode_step_is_an_error():
 def test_counters_are_those_of_the_measurement_alone():
     def info(rounds, evicted):
         names = ("round_launches", "round_seconds", "requests_pruned", "requests_retracted", "blocks_freed_total")
-        levels = ("policy", "budget_tokens", "interval", "recent", "layers", "blocks_held_peak_request")
+        levels = ("policy", "budget_tokens", "interval", "recent", "layers", "held_peak_request")
         state = dict.fromkeys((*names, *levels, "auxiliary_bytes"), 1)
         return {"internal_states": [{"lethe": {**state, "rounds": rounds, "tokens_evicted_per_layer": evicted}}]}
 

@@ -120,8 +120,8 @@ class Fake(Server):
                 "steps": steps,
                 "own_held_mean": 40.0,
                 "own_stock_mean": steps / 2,
-                "blocks_held_peak": 60,
-                "blocks_stock_peak": steps,
+                "held_peak": 60,
+                "stock_peak": steps,
             }
             self.finished.extend([record] * self.odd.get("records", 1))
             if self.config.debug.record_kept:
@@ -451,7 +451,7 @@ def test_a_request_that_was_retracted_has_one_record(tmp_path):
     line = read_lines(run(tmp_path, only=("lethe@48",)).generations("lethe@48"))[0]
     memory, steps = line["memory"], line["tokens"] - 1
     assert (memory["rounds"], memory["evicted_per_layer"], memory["steps"]) == (6, [20, 40], 2 * steps)
-    assert (memory["own_held_mean"], memory["own_stock_mean"], memory["blocks_held_peak"]) == (40, steps / 2, 60)
+    assert (memory["own_held_mean"], memory["own_stock_mean"], memory["held_peak"]) == (40, steps / 2, 60)
 
 
 # -- prompts -----------------------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def test_metrics_and_server_info_report_eviction(server):
     for name in ("kv_evict_rounds_total", "kv_evict_blocks_freed_total", "kv_evict_evicted_cells_total"):
         assert f"sglang:{name}" in text
     report = server.lethe()
-    assert report["policy"] == "lethe" and report["layers"] == [33] * 4
+    assert report["policy"] == "lethe" and report["layers"] == [48] * 4
     size = report["auxiliary_bytes"]
     cells = size["pool"] // (2 * 64 * 4)
     assert size["states"] == 4 * cells, "lethe declares one state: 4 bytes a cell"

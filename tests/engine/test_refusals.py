@@ -158,7 +158,7 @@ def test_flashinfer_is_picked_on_cuda_where_no_backend_is_named(sglang_front, ca
     from sglang.srt.arg_groups.model_override_base import resolving_view
     from sglang.srt.server_args import ServerArgs
 
-    from lethe_sglang.engine import front
+    from lethe_sglang.engine import entrypoints as front
 
     server_args = ServerArgs(model_path=str(MODEL), device=device, **named)
     if evicts:
@@ -273,12 +273,13 @@ def test_a_modified_sglang_function_is_refused(sglang_front, capsys, monkeypatch
 def test_none_installs_no_runtime_hook(sglang_front):
     from sglang.srt.managers.scheduler import Scheduler
 
-    from lethe_sglang.engine import front, hooks
+    from lethe_sglang.engine import entrypoints as front
+    from lethe_sglang.engine import hooking, hooks
 
     server_args = sglang_front("--kv-evict", "none")
     front.start_scheduler(object(), server_args)
     scheduler_targets = {hook.target for hook in hooks.SCHEDULER_HOOKS}
-    assert not scheduler_targets & hooks._installed
+    assert not scheduler_targets & hooking._installed
     assert not hasattr(Scheduler.update_running_batch, "__wrapped__")
 
 

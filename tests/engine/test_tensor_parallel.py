@@ -16,7 +16,7 @@ def server(start):
         rounds={"interval": 16},
         lethe={"half_life": 7},
         retain={"prompt": "evict"},
-        debug={"fingerprints": True, "shadow": True},
+        debug={"kept_hash": True, "shadow": True},
     )
     server = start(
         "--tp",
@@ -40,7 +40,7 @@ def test_both_ranks_keep_the_same_cells(server):
     server.check_healthy()
     log = server.log.read_text(errors="replace")
     by_round = {}
-    for rank, number, digest in re.findall(r"TP(\d)\] KV eviction: kept-set fingerprint (\d+) ([0-9a-f]+)", log):
+    for rank, number, digest in re.findall(r"TP(\d)\] KV eviction: kept-set hash (\d+) ([0-9a-f]+)", log):
         by_round.setdefault(int(number), {})[int(rank)] = digest
     assert len(by_round) > 10
     for number, digests in by_round.items():
@@ -52,7 +52,7 @@ def test_a_private_prompt_longer_than_the_budget_is_pruned(server):
     problem, _ = walk(5, nodes=20, steps=40)
     server.generate(prompt(problem), tokens=60)
     last = server.lethe()["last_finished"]
-    assert last["blocks_held_peak"] >= len(problem) > 80, "the prompt is intact first"
+    assert last["held_peak"] >= len(problem) > 80, "the prompt is intact first"
     assert min(last["evicted_per_layer"]) >= len(problem) + 60 - 48 - 16 - 2
     replay = server.generate(prompt(problem), tokens=1)
     assert replay["meta"]["cached_tokens"] == 0, "a private prompt seeded the tree"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,15 @@ def test_modules_stay_small():
 def test_the_page_of_the_configuration_is_the_schema_and_the_policies():
     page = (ROOT / "docs" / "configuration.md").read_text()
     assert page == configuration_page(IN_TREE) + "\n", "write it again: lethe show --options > docs/configuration.md"
+
+
+def test_the_page_about_upstream_is_the_hooks_and_every_target_has_its_source_and_reason():
+    from lethe_sglang.engine import compat, hooks
+
+    assert (ROOT / "docs" / "upstream.md").read_text() == hooks.page() + "\n", "compat --page > docs/upstream.md"
+    assert set(json.loads(compat.SOURCES.read_text())) == set(hooks.TARGETS)
+    assert len(set(hooks.TARGETS)) == len(hooks.TARGETS)
+    assert not [r.target for r in (*hooks.HOOKS, *hooks.RELIANCES) if len(r.why) < 20 or not r.why.endswith(".")]
 
 
 def test_the_readme_shows_the_support_matrix_of_the_guard():

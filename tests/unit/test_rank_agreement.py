@@ -1,4 +1,4 @@
-"""``debug.fingerprints``: ranks that keep different tokens stop the server instead of drifting apart."""
+"""``debug.kept_hash``: ranks that keep different tokens stop the server instead of drifting apart."""
 
 from __future__ import annotations
 
@@ -29,8 +29,6 @@ def test_ranks_that_agree_go_on(record):
     record([4, 6])
 
 
-def test_ranks_that_differ_stop_and_name_their_fingerprints(record):
-    with pytest.raises(
-        RuntimeError, match=r"ranks kept different tokens in launch 1: fingerprints (\w{16}), (?!\1)\w{16}"
-    ):
+def test_ranks_that_differ_stop_and_name_their_hashes(record):
+    with pytest.raises(RuntimeError, match=r"ranks kept different tokens in launch 1: hashes (\w{16}), (?!\1)\w{16}"):
         record([4, 7])

@@ -15,11 +15,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
+from sglang.srt.plugins.hook_registry import HookType
+
 from lethe_sglang import __version__
 from lethe_sglang.allocation.fingerprint import ModelFingerprint, fingerprint_of
 from lethe_sglang.config import ConfigError, EvictionConfig, parse_request, resolve
 from lethe_sglang.engine import compat, guard
-from lethe_sglang.engine.hooks import LAUNCHER_HOOKS, SCHEDULER_HOOKS, install
+from lethe_sglang.engine.hooking import Hook, install
 from lethe_sglang.policies import policy_names
 from lethe_sglang.profiling import automatic
 from lethe_sglang.profiling.settle import settle
@@ -54,7 +56,7 @@ class EvictionRequest:
     model: ModelFingerprint | None = None
 
     @property
-    def fingerprint(self) -> str:
+    def request_id(self) -> str:
         """Identifies plugin version, configuration and budgets; every rank must report the same."""
         text = f"{__version__}\n{compat.SUPPORTED}\n{self.config.model_dump_json()}\n{self.budgets}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -85,7 +87,9 @@ def make_request(
                     raise ConfigError(f"{flag} needs --kv-evict; legal: {', '.join(policy_names())}")
             return None
         config = resolve(policy=policy, source=source, budget=budget, profile=profile)
-        compat.verify()
+        compat.version_check()
+        from lethe_sglang.engine.hooks import LAUNCHER_HOOKS  # imports the engine: only of the right SGLang
+
         install(LAUNCHER_HOOKS)
     except (ConfigError, compat.CompatError, RuntimeError) as error:
         EvictionRequest(config=EvictionConfig(), from_cli=from_cli).fail(error)
@@ -248,19 +252,19 @@ def launch(original: Callable[..., Any], cls: type, server_args: Any, *args: Any
 
 
 def _check_ranks(request: EvictionRequest, init_result: Any, processes: Any) -> None:
-    """Let the launcher report ready only after every rank has reported the request's fingerprint."""
+    """Let the launcher report ready only after every rank has reported the request's id."""
     stock_wait = init_result.wait_for_ready
 
     def wait_for_ready() -> None:
         stock_wait()
         reported = [info.get("lethe") for info in init_result.scheduler_infos]
-        if any(report != request.fingerprint for report in reported):
+        if any(report != request.request_id for report in reported):
             for process in processes or ():
                 process.kill()
             request.fail(
                 RuntimeError(
                     f"--kv-evict: a scheduler started without eviction (ranks reported {reported}, expected "
-                    f"{request.fingerprint}); check SGLANG_PLUGINS and the plugin errors in the log"
+                    f"{request.request_id}); check SGLANG_PLUGINS and the plugin errors in the log"
                 )
             )
 
@@ -288,10 +292,11 @@ def start_scheduler(scheduler: Any, server_args: Any, *args: Any, **kwargs: Any)
     from sglang.srt.arg_groups.model_override_base import model_config_of, resolved_view
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
+    compat.version_check()
     from lethe_sglang.engine import lifecycle
+    from lethe_sglang.engine.hooks import SCHEDULER_HOOKS
     from lethe_sglang.engine.runtime import Runtime, set_runtime
 
-    compat.verify()
     resolved, model = resolved_view(server_args), model_config_of(server_args)
     guard.check_options(resolved)
     guard.check_model(model)
@@ -313,7 +318,7 @@ def start_scheduler(scheduler: Any, server_args: Any, *args: Any, **kwargs: Any)
 
 
 def report_rank(result: dict[str, Any], scheduler: Any) -> dict[str, Any]:
-    """AFTER ``Scheduler.get_init_info``: only a rank whose ledger is bound to its pool reports the fingerprint."""
+    """AFTER ``Scheduler.get_init_info``: only a rank whose ledger is bound to its pool reports the request's id."""
     from lethe_sglang.engine.runtime import current
     from lethe_sglang.engine.telemetry import announce
 
@@ -321,4 +326,27 @@ def report_rank(result: dict[str, Any], scheduler: Any) -> dict[str, Any]:
     if runtime.pool is not scheduler.token_to_kv_pool_allocator.get_kvcache():
         raise RuntimeError("--kv-evict: the scheduler's pool is not the packed pool")
     announce(runtime)
-    return {**result, "lethe": scheduler._lethe_request.fingerprint}
+    return {**result, "lethe": scheduler._lethe_request.request_id}
+
+
+ENTRY_HOOKS = (
+    Hook(
+        "sglang.srt.server_args.ServerArgs.add_cli_args",
+        HookType.AFTER,
+        add_flags,
+        "SGLang has no way for a plugin to add a flag.",
+    ),
+    Hook(
+        "sglang.srt.server_args.ServerArgs.from_cli_args",
+        HookType.AROUND,
+        from_cli_args,
+        "What was asked for has to travel with the server arguments to every process.",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler.Scheduler.__init__",
+        HookType.BEFORE,
+        start_scheduler,
+        "Everything else is hooked in a scheduler that shall evict, before it builds its pool, and nowhere else.",
+    ),
+)
+"""Installed in every process that loads plugins; they do nothing unless eviction was asked for."""
