@@ -40,39 +40,41 @@ class Refusal(NamedTuple):
     why: str
 
 
+_BY_POSITION = "backs rows up by position"
+_FLAGS = {
+    "enable_pdmux": ("PD multiplexing", "prefill and decode share a step"),
+    "enable_hierarchical_cache": ("hierarchical cache", _BY_POSITION),
+    "enable_lmcache": ("LMCache", _BY_POSITION),
+    "enable_flexkv": ("FlexKV", _BY_POSITION),
+    "enable_unified_cache_external_linker": ("external cache linker", _BY_POSITION),
+    "radix_cache_backend": ("custom radix cache backend", "unknown ownership of rows"),
+    "enable_kv_cache_sharding": ("KV cache sharding", "a rank holds some pages only"),
+    "enable_mixed_chunk": ("mixed chunk", "decode rows ride an extend batch"),
+    "enable_two_batch_overlap": ("two-batch overlap", "splits the decode batch"),
+    "speculative_algorithm": ("speculative decoding", "draft and verify steps write several tokens a step"),
+    "dllm_algorithm": ("diffusion LLM", "rewrites tokens"),
+    "enable_page_major_kv_layout": ("page-major KV layout", "layers are not contiguous"),
+    "enable_unified_memory": ("unified memory pool", "slots are virtual"),
+    "enable_hisparse": ("HiSparse", "slots are virtual"),
+    "enable_return_routed_experts": ("routed-expert capture", "captures by slot"),
+    "prefill_only_disable_kv_cache": ("embedding-only or prefill-only KV", "there is nothing to evict"),
+}
+"""Options that may not be given: SGLang's name of the option -> what it is called, and why."""
+
+
+def _flag(option: str, feature: str, why: str) -> Refusal:
+    """Refuse an option that is off unless it is given."""
+    remove = f"remove --{option.replace('_', '-')}"
+    return Refusal(feature, lambda c: getattr(c, option) not in (None, False), remove, why)
+
+
 REFUSALS = (
-    Refusal(
-        "speculative decoding",
-        lambda c: c.speculative_algorithm is not None,
-        "remove --speculative-algorithm",
-        "draft and verify steps write several tokens a step",
-    ),
+    *(_flag(option, *words) for option, words in _FLAGS.items()),
     Refusal(
         "prefill/decode disaggregation",
         lambda c: c.disaggregation_mode != "null",
         "set --disaggregation-mode null",
         "KV is transferred by row",
-    ),
-    Refusal("PD multiplexing", lambda c: c.enable_pdmux, "remove --enable-pdmux", "prefill and decode share a step"),
-    Refusal(
-        "hierarchical cache",
-        lambda c: c.enable_hierarchical_cache,
-        "remove --enable-hierarchical-cache",
-        "backs rows up by position",
-    ),
-    Refusal("LMCache", lambda c: c.enable_lmcache, "remove --enable-lmcache", "backs rows up by position"),
-    Refusal("FlexKV", lambda c: c.enable_flexkv, "remove --enable-flexkv", "backs rows up by position"),
-    Refusal(
-        "external cache linker",
-        lambda c: c.enable_unified_cache_external_linker,
-        "remove --enable-unified-cache-external-linker",
-        "backs rows up by position",
-    ),
-    Refusal(
-        "custom radix cache backend",
-        lambda c: c.radix_cache_backend is not None,
-        "remove --radix-cache-backend",
-        "unknown ownership of rows",
     ),
     Refusal(
         "data parallelism",
@@ -87,22 +89,6 @@ REFUSALS = (
         "set --dcp-size 1 and --attn-cp-size 1",
         "a rank holds some positions only",
     ),
-    Refusal(
-        "KV cache sharding",
-        lambda c: c.enable_kv_cache_sharding,
-        "remove --enable-kv-cache-sharding",
-        "a rank holds some pages only",
-    ),
-    Refusal(
-        "mixed chunk", lambda c: c.enable_mixed_chunk, "remove --enable-mixed-chunk", "decode rows ride an extend batch"
-    ),
-    Refusal(
-        "two-batch overlap",
-        lambda c: c.enable_two_batch_overlap,
-        "remove --enable-two-batch-overlap",
-        "splits the decode batch",
-    ),
-    Refusal("diffusion LLM", lambda c: c.dllm_algorithm is not None, "remove --dllm-algorithm", "rewrites tokens"),
     Refusal(
         "streaming sessions",
         lambda c: c.enable_streaming_session or c.enable_session_radix_cache,
@@ -121,22 +107,6 @@ REFUSALS = (
         "set --kv-cache-dtype auto",
         "SGLang's needs AMX and its own attention",
     ),
-    Refusal(
-        "page-major KV layout",
-        lambda c: c.enable_page_major_kv_layout,
-        "remove --enable-page-major-kv-layout",
-        "layers are not contiguous",
-    ),
-    Refusal(
-        "unified memory pool", lambda c: c.enable_unified_memory, "remove --enable-unified-memory", "slots are virtual"
-    ),
-    Refusal("HiSparse", lambda c: c.enable_hisparse, "remove --enable-hisparse", "slots are virtual"),
-    Refusal(
-        "routed-expert capture",
-        lambda c: c.enable_return_routed_experts,
-        "remove --enable-return-routed-experts",
-        "captures by slot",
-    ),
     Refusal("KV canary", lambda c: c.kv_canary != "none", "set --kv-canary none", "hashes KV by slot"),
     Refusal(
         "several tokenizer workers",
@@ -150,13 +120,8 @@ REFUSALS = (
         "leave the prefill CUDA graph's backend unset",
         "private prompts score outside the graph",
     ),
-    Refusal(
-        "embedding-only or prefill-only KV",
-        lambda c: c.prefill_only_disable_kv_cache,
-        "remove --prefill-only-disable-kv-cache",
-        "there is nothing to evict",
-    ),
 )
+"""What a resolved configuration may not use."""
 
 REQUESTS = (
     Refusal(
