@@ -302,8 +302,8 @@ MUTANTS = {
     ),
     "FlashInfer's log-sum-exp is taken for a natural one": Mutant(
         "lethe_sglang/attention/flashinfer.py",
-        'indices, lse_base="2")',
-        'indices, lse_base="e")',
+        'lists, lse_base="2")',
+        'lists, lse_base="e")',
         "tests/engine/test_cuda_backends.py -k flashinfer",
         True,
     ),

@@ -10,6 +10,7 @@ import torch
 from lethe_bench.gpu.grid import BUDGET, INTERVAL, Point
 from lethe_bench.gpu.models import Shape
 from lethe_sglang.kernels import table
+from lethe_sglang.kernels.common import Attention, Batch, Lists, Schedule, States
 from lethe_sglang.kernels.triton.indices import fill_lists
 from lethe_sglang.kernels.triton.repack import repack, scratch_bytes
 from lethe_sglang.kernels.triton.score import schedule, score
@@ -20,23 +21,23 @@ from lethe_sglang.policies.base import Accumulation
 Launch = Callable[[], object]
 
 
-def decode_lists(point: Point) -> tuple[torch.Tensor, torch.Tensor]:
+def decode_lists(point: Point) -> Lists:
     """CSR lists of a batch over randomly placed cells, no two equal: prefixes are not shared.
 
     Returns
     -------
-    tuple
+    Lists
         Ends, int32 ``[B + 1]``, and cells from 1 on, int32 ``[B * length]``.
     """
     indptr = torch.arange(point.batch + 1, dtype=torch.int32, device="cuda") * point.length
     indices = torch.randperm(point.batch * point.length, device="cuda").to(torch.int32) + 1
-    return indptr, indices
+    return Lists(indptr, indices)
 
 
 def make_score(shape: Shape, point: Point, keys_dtype: torch.dtype = torch.bfloat16) -> Launch:
     """One layer's score step."""
-    indptr, indices = decode_lists(point)
-    cells = indices.shape[0] + 1
+    lists = decode_lists(point)
+    cells = lists.indices.shape[0] + 1
     keys = torch.empty(cells, shape.kv_heads, shape.head_dim, device="cuda", dtype=torch.bfloat16).normal_()
     keys = keys.to(keys_dtype)
     query = torch.randn(point.batch, shape.heads, shape.head_dim, device="cuda", dtype=torch.bfloat16)
@@ -44,9 +45,9 @@ def make_score(shape: Shape, point: Point, keys_dtype: torch.dtype = torch.bfloa
     first = torch.full((point.batch,), point.prefix, dtype=torch.int32, device="cuda")
     decay = torch.full((point.batch,), 0.998, device="cuda")
     step = torch.full((point.batch,), point.length, dtype=torch.int64, device="cuda")
-    states, rule = torch.zeros(cells, device="cuda"), Accumulation(decay=0.998)
-    scaling = shape.head_dim**-0.5
-    return lambda: score(rule, query, keys, lse, indptr, indices, first, decay, step, states, None, scaling)
+    states, rule = States(torch.zeros(cells, device="cuda"), None), Accumulation(decay=0.998)
+    attention, scheduled = Attention(query, keys, lse, shape.head_dim**-0.5), Schedule(first, decay, step)
+    return lambda: score(rule, attention, lists, scheduled, states)
 
 
 def make_attention(shape: Shape, point: Point) -> Launch:
@@ -83,7 +84,8 @@ def make_indices(shape: Shape, point: Point) -> Launch:
     seq_lens = torch.full_like(rows, point.length)
     indptr = torch.arange(batch + 1, dtype=torch.int32, device="cuda") * point.length
     indices = torch.empty(batch * point.length, dtype=torch.int32, device="cuda")
-    return lambda: fill_lists(rows_table, lines, rows, seq_lens, layers // 2, blocks, indptr, indices, False)
+    requests, lists = Batch(rows_table, lines, rows, seq_lens), Lists(indptr, indices)
+    return lambda: fill_lists(requests, layers // 2, blocks, lists, False)
 
 
 def make_repack(shape: Shape, point: Point) -> Launch:
@@ -117,9 +119,9 @@ def make_round(shape: Shape, point: Point) -> Launch:
 def make_zero(shape: Shape, point: Point) -> Launch:
     """Start the states of one step's new slots, all layers."""
     blocks = 2**16
-    states = torch.zeros(shape.layers * blocks, device="cuda")
+    states = States(torch.zeros(shape.layers * blocks, device="cuda"), None)
     slots = torch.randperm(blocks, device="cuda")[: point.batch].contiguous()
-    return lambda: start_states(states, None, slots, None, shape.layers)
+    return lambda: start_states(states, slots, None, shape.layers)
 
 
 def make_schedule(shape: Shape, point: Point) -> Launch:
@@ -129,7 +131,8 @@ def make_schedule(shape: Shape, point: Point) -> Launch:
     seq_lens, rule = torch.full_like(rows, BUDGET), Accumulation(decay=0.998)
     first = torch.empty(point.batch, dtype=torch.int32, device="cuda")
     decay = torch.empty(point.batch, device="cuda")
-    return lambda: schedule(lines, rows, seq_lens, rule, first, decay)
+    requests = Batch(torch.zeros_like(lines), lines, rows, seq_lens)
+    return lambda: schedule(requests, rule, first, decay)
 
 
 MAKERS: dict[str, Callable[[Shape, Point], Launch]] = {

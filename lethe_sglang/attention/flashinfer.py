@@ -22,6 +22,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from lethe_sglang.attention.length_classes import LengthClasses
 from lethe_sglang.attention.scored import ScoredBackend, ScoredDecode
+from lethe_sglang.kernels.common import Lists
 
 if TYPE_CHECKING:
     from lethe_sglang.cache.ledger import Ledger
@@ -53,11 +54,7 @@ class ClassPlanner:
     """
 
     def __init__(
-        self,
-        stock: Any,
-        classes: LengthClasses | None,
-        rows: Callable[[], Sequence[int]],
-        device: torch.device | str,
+        self, stock: Any, classes: LengthClasses | None, rows: Callable[[], Sequence[int]], device: torch.device | str
     ) -> None:
         self.stock = stock
         self.classes = classes
@@ -101,39 +98,28 @@ class ClassPlanner:
             raise RuntimeError("--kv-evict plans FlashInfer's decode from host lengths, and the batch has none")
         indptr = self.indptr(seq_lens_cpu)
         whole = bool(disable_split_kv) or self.classes is None
-        options = {"fixed_split_size": fixed_split_size, "disable_split_kv": whole}
+        options = {
+            "fixed_split_size": fixed_split_size,
+            "disable_split_kv": whole,
+            "data_type": self.stock.data_type,
+            "q_data_type": self.stock.q_data_type,
+            "non_blocking": True,
+        }
+        heads = (self.stock.num_qo_heads, self.stock.num_kv_heads, self.stock.head_dim)
+        last_page_len = torch.ones(indptr.shape[1] - 1, dtype=torch.int32)
         eager = None
         for wrapper, line in zip(decode_wrappers, indptr, strict=True):
-            if wrapper.is_cuda_graph_enabled:
-                self._plan_in_place(wrapper, line, options)
-                continue
-            if eager is None:
-                eager = torch.empty(int(indptr[:, -1].max()), dtype=torch.int32, device=self.device)
-            self._plan(wrapper, line, eager, options)
-
-    def _plan_in_place(self, wrapper: Any, indptr: torch.Tensor, options: dict[str, Any]) -> None:
-        """Plan a wrapper over its own buffers; a replan copies no indptr to the device, so that is done here."""
-        wrapper._paged_kv_indptr_buf.copy_(indptr, non_blocking=True)
-        if hasattr(wrapper.begin_forward, "func"):  # SGLang installs fast_decode_plan behind the first plan
-            options = {**options, "global_override_indptr_cpu": indptr}
-        self._plan(wrapper, indptr, wrapper._paged_kv_indices_buf[:0], options)
-
-    def _plan(self, wrapper: Any, indptr: torch.Tensor, indices: torch.Tensor, options: dict[str, Any]) -> None:
-        stock = self.stock
-        last_page_len = torch.ones(indptr.shape[0] - 1, dtype=torch.int32)
-        wrapper.begin_forward(
-            indptr,
-            indices,
-            last_page_len,
-            stock.num_qo_heads,
-            stock.num_kv_heads,
-            stock.head_dim,
-            1,
-            data_type=stock.data_type,
-            q_data_type=stock.q_data_type,
-            non_blocking=True,
-            **options,
-        )
+            own = options
+            if wrapper.is_cuda_graph_enabled:  # over its own buffers; a replan copies no indptr to the device
+                indices = wrapper._paged_kv_indices_buf[:0]
+                wrapper._paged_kv_indptr_buf.copy_(line, non_blocking=True)
+                if hasattr(wrapper.begin_forward, "func"):  # SGLang installs fast_decode_plan behind the first plan
+                    own = {**options, "global_override_indptr_cpu": line}
+            else:
+                if eager is None:
+                    eager = torch.empty(int(indptr[:, -1].max()), dtype=torch.int32, device=self.device)
+                indices = eager
+            wrapper.begin_forward(line, indices, last_page_len, *heads, 1, **own)
 
 
 class LetheFlashInferBackend(ScoredBackend, FlashInferAttnBackend):  # type: ignore[misc]
@@ -141,10 +127,6 @@ class LetheFlashInferBackend(ScoredBackend, FlashInferAttnBackend):  # type: ign
 
     Parameters
     ----------
-    model_runner
-        SGLang's runner.
-    pool, ledger, accumulation
-        See :class:`~lethe_sglang.attention.scored.ScoredDecode`.
     budgets
         k_l of every layer: they make the length classes.
     rows
@@ -232,8 +214,8 @@ class LetheFlashInferBackend(ScoredBackend, FlashInferAttnBackend):  # type: ign
             self.token_to_kv_pool.set_kv_buffer(layer, where, k, v, *self._kv_write_scales(layer))
         scored = self.scored
         wrapper = self.forward_metadata.decode_wrappers[self.wrapper_of[scored.index_of(layer)]]
-        indptr, indices = wrapper._paged_kv_indptr_buf, wrapper._paged_kv_indices_buf
-        scored.fill(layer, forward_batch, indptr, indices, fill_indptr=self.planner.classes is None)
+        lists = Lists(wrapper._paged_kv_indptr_buf, wrapper._paged_kv_indices_buf)
+        scored.fill(layer, forward_batch, lists, fill_indptr=self.planner.classes is None)
         query = q.contiguous().view(-1, layer.tp_q_head_num, layer.head_dim)
         options = {
             "sm_scale": layer.scaling,
@@ -246,7 +228,7 @@ class LetheFlashInferBackend(ScoredBackend, FlashInferAttnBackend):  # type: ign
             output = wrapper.forward(query, cache, **options)
         else:
             output, lse = wrapper.forward_return_lse(query, cache, **options)
-            scored.score(layer, forward_batch, query, lse, indptr, indices, lse_base="2")
+            scored.score(layer, forward_batch, query, lse, lists, lse_base="2")
         return output.view(-1, layer.tp_q_head_num * layer.head_dim)
 
 

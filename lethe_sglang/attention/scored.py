@@ -20,6 +20,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, Shar
 
 from lethe_sglang.attention.prefill import OBSERVATION_WINDOW, observation_attention, replay
 from lethe_sglang.kernels import reference
+from lethe_sglang.kernels.common import Attention, Batch, Lists, Schedule, States
 from lethe_sglang.kernels.dispatch import kernels_for
 from lethe_sglang.kernels.table import NEVER, read
 
@@ -76,33 +77,27 @@ class ScoredDecode:
         cells, rule = self.pool.cells, self.accumulation
         if forward_batch.out_cache_loc is not None:
             positions = forward_batch.positions if rule is not None and rule.rule == "recurrence" else None
-            self.kernels.start_states(
-                cells.score, cells.memory, forward_batch.out_cache_loc, positions, cells.num_layers
-            )
+            self.kernels.start_states(cells.states, forward_batch.out_cache_loc, positions, cells.num_layers)
         if rule is not None and forward_batch.forward_mode.is_decode():
-            rows = forward_batch.req_pool_indices
-            first, decay = self.first[: rows.shape[0]], self.decay[: rows.shape[0]]
-            self.kernels.schedule(self.ledger.table, rows, forward_batch.seq_lens, rule, first, decay)
+            first, decay, _ = self.schedule_of(forward_batch.seq_lens)
+            self.kernels.schedule(self.batch_of(forward_batch), rule, first, decay)
+
+    def batch_of(self, forward_batch: Any) -> Batch:
+        """Return SGLang's decode batch as the kernels take it."""
+        return Batch(self.req_to_token, self.ledger.table, forward_batch.req_pool_indices, forward_batch.seq_lens)
+
+    def schedule_of(self, seq_lens: torch.Tensor) -> Schedule:
+        """Return the schedule of a step of requests that are this long (tokens, the newest included)."""
+        return Schedule(self.first[: len(seq_lens)], self.decay[: len(seq_lens)], seq_lens)
 
     def longest(self, rows: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
         """Return each request's longest list over the layers, int ``[B]`` (tokens), on the device."""
         return read(self.ledger.table[rows]).length(seq_lens).amax(1)
 
-    def fill(
-        self, layer: Any, forward_batch: Any, indptr: torch.Tensor, indices: torch.Tensor, fill_indptr: bool
-    ) -> None:
+    def fill(self, layer: Any, forward_batch: Any, lists: Lists, fill_indptr: bool) -> None:
         """Write a layer's lists: where ``indptr`` says, or ``indptr`` as well (see ``kernels/triton/indices.py``)."""
-        self.kernels.fill_lists(
-            self.req_to_token,
-            self.ledger.table,
-            forward_batch.req_pool_indices,
-            forward_batch.seq_lens,
-            self.index_of(layer),
-            self.pool.cells.blocks,
-            indptr,
-            indices,
-            fill_indptr,
-        )
+        batch, blocks = self.batch_of(forward_batch), self.pool.cells.blocks
+        self.kernels.fill_lists(batch, self.index_of(layer), blocks, lists, fill_indptr)
 
     def score(
         self,
@@ -110,24 +105,13 @@ class ScoredDecode:
         forward_batch: Any,
         query: torch.Tensor,
         lse: torch.Tensor,
-        indptr: torch.Tensor,
-        indices: torch.Tensor,
+        lists: Lists,
         lse_base: Literal["e", "2"],
     ) -> None:
         """Add a layer's attention of this step to the states of own cells.
 
-        Parameters
-        ----------
-        layer, forward_batch
-            SGLang's.
-        query
-            ``[B, Hq, D]``.
-        lse
-            float32 ``[B, Hq]``: the attention's log-sum-exp, in base ``lse_base``.
-        indptr, indices
-            The lists that the attention has read.
-        lse_base
-            ``"e"`` or ``"2"``.
+        ``query``, ``lse`` and ``lse_base`` are those of :class:`~lethe_sglang.kernels.common.Attention`, ``lists`` what
+        it has read.
 
         Raises
         ------
@@ -137,31 +121,15 @@ class ScoredDecode:
         if self.accumulation is None:
             return
         check_layer(layer)
-        cells, batch = self.pool.cells, query.shape[0]
-        assert cells.score is not None
-        memory = cells.memory if self.accumulation.rule == "recurrence" else None
-        self.kernels.score(
-            self.accumulation,
-            query,
-            cells.keys,
-            lse,
-            indptr,
-            indices,
-            self.first[:batch],
-            self.decay[:batch],
-            forward_batch.seq_lens,
-            cells.score,
-            memory,
-            layer.scaling,
-            key_scale(layer),
-            lse_base,
-        )
+        cells = self.pool.cells
+        attention = Attention(query, cells.keys, lse, layer.scaling * key_scale(layer), lse_base)
+        states = States(cells.score, cells.memory if self.accumulation.rule == "recurrence" else None)
+        self.kernels.score(self.accumulation, attention, lists, self.schedule_of(forward_batch.seq_lens), states)
 
     def accumulate(self, cells: torch.Tensor, attention: torch.Tensor, step: torch.Tensor) -> None:
         """Add attention that a backend has at hand to the states of cells; for the arguments, see ``accumulate``."""
-        assert self.accumulation is not None and self.pool.cells.score is not None
-        store, decay = self.pool.cells, self.decay[: step.shape[0]]
-        reference.accumulate(self.accumulation, store.score, store.memory, cells, attention, decay, step)
+        assert self.accumulation is not None
+        reference.accumulate(self.accumulation, self.pool.cells.states, cells, attention, self.schedule_of(step))
 
     def observe(self, layer: Any, forward_batch: Any, query: torch.Tensor, scaling: float) -> None:
         """Score a layer's own tokens of observed prefills as if the last queries had been decode steps.
@@ -217,6 +185,8 @@ def check_layer(layer: Any) -> None:
 
 class ScoredBackend(AttentionBackend):  # type: ignore[misc]
     """Mixin in front of one of SGLang's backends: when states start, steps are scheduled and prefills observed.
+
+    A subclass is made from SGLang's ``model_runner`` and what :class:`ScoredDecode` takes besides.
 
     Attributes
     ----------

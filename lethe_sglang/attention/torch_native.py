@@ -14,7 +14,7 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from lethe_sglang.attention.scored import ScoredBackend, ScoredDecode
-from lethe_sglang.kernels.common import token_lists
+from lethe_sglang.kernels.common import TokenLists, token_lists
 from lethe_sglang.kernels.reference import attend
 from lethe_sglang.kernels.table import read
 
@@ -30,18 +30,15 @@ class DecodeLists(NamedTuple):
 
     Attributes
     ----------
-    cells
-        int64 ``[L, B, n]``.
-    length
-        int64 ``[L, B]``.
+    tokens
+        Lists of all layers.
     first
         First list position that any request scores; n if none does.
     scored
         int64 ``[L, B, n - first]``: the cells to score from there on, 0 where none is; None if none is at all.
     """
 
-    cells: torch.Tensor
-    length: torch.Tensor
+    tokens: TokenLists
     first: int
     scored: torch.Tensor | None
 
@@ -51,10 +48,6 @@ class LetheTorchNativeBackend(ScoredBackend, TorchNativeAttnBackend):  # type: i
 
     Parameters
     ----------
-    model_runner
-        SGLang's runner.
-    pool, ledger, accumulation
-        See :class:`~lethe_sglang.attention.scored.ScoredDecode`.
     observers
         Are shown every layer; none in production.
     """
@@ -87,25 +80,13 @@ class LetheTorchNativeBackend(ScoredBackend, TorchNativeAttnBackend):  # type: i
         rows, seq_lens, scored = forward_batch.req_pool_indices, forward_batch.seq_lens, self.scored
         at = read(scored.ledger.table[rows])
         width = int(at.length(seq_lens).max())
-        cells, length = token_lists(
-            scored.req_to_token,
-            rows,
-            seq_lens,
-            at.prefix,
-            at.tail,
-            at.kept,
-            at.offset,
-            scored.pool.cells.blocks,
-            width,
-        )
-        if scored.accumulation is None:
-            return DecodeLists(cells, length, width, None)
+        tokens = token_lists(scored.req_to_token, rows, seq_lens, at.spans, scored.pool.cells.blocks, width)
         first = scored.first[: rows.shape[0]]
-        start = min(int(first.min()), width)
+        start = width if scored.accumulation is None else min(int(first.min()), width)
         if start == width:
-            return DecodeLists(cells, length, width, None)
-        own = torch.arange(start, width, device=cells.device) >= first.unsqueeze(1)
-        return DecodeLists(cells, length, start, torch.where(own, cells[:, :, start:], 0))
+            return DecodeLists(tokens, width, None)
+        own = torch.arange(start, width, device=first.device) >= first.unsqueeze(1)
+        return DecodeLists(tokens, start, torch.where(own, tokens.cells[:, :, start:], 0))
 
     def forward_decode(
         self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True
@@ -115,7 +96,7 @@ class LetheTorchNativeBackend(ScoredBackend, TorchNativeAttnBackend):  # type: i
         if save_kv_cache and k is not None and v is not None:
             self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
         store, lists, index = self.scored.pool.cells, self.lists, self.scored.index_of(layer)
-        cells, length = lists.cells[index], lists.length[index]
+        cells, length = lists.tokens.cells[index], lists.tokens.length[index]
         query = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         output, heads = attend(query, store.keys, store.values, cells, length, layer.scaling)
         for observer in self.observers:

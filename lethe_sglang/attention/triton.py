@@ -13,6 +13,7 @@ from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from lethe_sglang.attention.scored import ScoredBackend, ScoredDecode, check_layer
+from lethe_sglang.kernels.common import Lists
 
 if TYPE_CHECKING:
     from lethe_sglang.cache.ledger import Ledger
@@ -21,15 +22,7 @@ if TYPE_CHECKING:
 
 
 class LetheTritonBackend(ScoredBackend, TritonAttnBackend):  # type: ignore[misc]
-    """Decode reads packed rows and adds the step's attention to the score of own cells; prefill is stock.
-
-    Parameters
-    ----------
-    model_runner
-        SGLang's runner.
-    pool, ledger, accumulation
-        See :class:`~lethe_sglang.attention.scored.ScoredDecode`.
-    """
+    """Decode reads packed rows and adds the step's attention to the score of own cells; prefill is stock."""
 
     def __init__(
         self, model_runner: Any, pool: PackedKVPool, ledger: Ledger, accumulation: Accumulation | None
@@ -62,13 +55,13 @@ class LetheTritonBackend(ScoredBackend, TritonAttnBackend):  # type: ignore[misc
             where = KVWriteLoc.for_batch(forward_batch)
             self._set_kv_buffer(forward_batch, layer, where, k, v, layer.k_scale, layer.v_scale)
         metadata, scored = self.forward_metadata, self.scored
-        indptr, indices = metadata.kv_indptr, metadata.kv_indices
-        scored.fill(layer, forward_batch, indptr, indices, fill_indptr=True)
+        lists = Lists(metadata.kv_indptr, metadata.kv_indices)
+        scored.fill(layer, forward_batch, lists, fill_indptr=True)
         query = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         output = self._attend(query, layer, metadata)
         if scored.accumulation is not None:
             lse = merge_splits(metadata.attn_lse[: query.shape[0], : query.shape[1]])
-            scored.score(layer, forward_batch, query, lse, indptr, indices, lse_base="e")
+            scored.score(layer, forward_batch, query, lse, lists, lse_base="e")
         return output.view(-1, layer.tp_q_head_num * layer.v_head_dim)
 
     def _attend(self, query: torch.Tensor, layer: Any, metadata: Any) -> torch.Tensor:

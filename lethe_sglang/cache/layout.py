@@ -116,19 +116,14 @@ class RowLayout:
     @property
     def dead_len(self) -> int:
         """Number of dead positions."""
-        lo, hi = self.dead
-        return hi - lo
+        return self.tail - self.prefix - self.packed
 
     def live(self, ranges: Iterable[Range]) -> list[Range]:
         """``ranges`` less the dead positions; empty pieces are dropped."""
-        dead_lo, dead_hi = self.dead
-        pieces = []
-        for lo, hi in ranges:
-            pieces.append((lo, min(hi, dead_lo)))
-            pieces.append((max(lo, dead_hi), hi))
-        if dead_lo >= dead_hi:
-            return [(lo, hi) for lo, hi in ranges if lo < hi]
-        return [(lo, hi) for lo, hi in pieces if lo < hi]
+        start, end = self.dead
+        if start < end:
+            ranges = [piece for lo, hi in ranges for piece in ((lo, min(hi, start)), (max(lo, end), hi))]
+        return [(lo, hi) for lo, hi in ranges if lo < hi]
 
     def check(self, page_size: int, num_layers: int, kept: Sequence[int], committed: int) -> None:
         """Raise if the layout contradicts itself.

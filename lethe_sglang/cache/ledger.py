@@ -100,7 +100,8 @@ class RequestState:
 class RoundPlan(NamedTuple):
     """What one round will do to one request. Host numbers only.
 
-    ``candidates[l]`` of layer l's own cells are ranked and ``kept[l]`` survive, the first ``pinned`` among them.
+    ``candidates[l]`` of layer l's own cells are ranked and ``kept[l]`` (k_l) survive, the first ``pinned`` among them;
+    ``packed`` and ``tail`` are m and T before the round (old) and after it (new).
     """
 
     committed: int

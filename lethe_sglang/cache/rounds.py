@@ -10,18 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from lethe_sglang.cache.layout import packed_cell, packed_offsets
+from lethe_sglang.cache.ledger import RoundPlan
 from lethe_sglang.cache.upload import upload
-from lethe_sglang.kernels.common import TokenLists, token_lists
+from lethe_sglang.kernels.common import States, TokenLists, token_lists
 from lethe_sglang.kernels.dispatch import kernels_for
+from lethe_sglang.kernels.table import Spans
 from lethe_sglang.policies.base import Candidates
 
 if TYPE_CHECKING:
-    from lethe_sglang.cache.ledger import RoundPlan
     from lethe_sglang.policies.base import Policy
 
 
@@ -54,6 +55,11 @@ class Cells(NamedTuple):
     dtype: torch.dtype | None = None
 
     @property
+    def states(self) -> States:
+        """What decode accumulates."""
+        return States(self.score, self.memory)
+
+    @property
     def keys(self) -> torch.Tensor:
         """``key`` as attention reads it."""
         return self.key if self.dtype is None else self.key.view(self.dtype)
@@ -73,16 +79,14 @@ class Cells(NamedTuple):
 class Numbers(NamedTuple):
     """Host numbers of a launch on the device: int64 ``[B]``, or ``[B, L]`` for those of every layer.
 
+    They are those of :class:`~lethe_sglang.cache.ledger.RoundPlan`, and these.
+
     Attributes
     ----------
-    row, committed, prefix, pinned
-        Of :class:`~lethe_sglang.cache.ledger.RoundPlan`.
-    old_packed, old_tail, new_packed, new_tail
-        Likewise: m and T before the round and after it.
     start
         Kept cells of the requests before this one.
-    old_kept, old_offset, kept, offset
-        k_l and off_l before the round and after it.
+    old_offset, offset
+        off_l before the round and after it.
     """
 
     row: torch.Tensor
@@ -102,15 +106,11 @@ class Numbers(NamedTuple):
     @classmethod
     def of(cls, plans: Sequence[RoundPlan], device: torch.device) -> Numbers:
         """Send what a launch needs of its plans."""
-        totals = list(accumulate((sum(p.kept) for p in plans), initial=0))
-        single = {name: [getattr(p, name) for p in plans] for name in cls._fields[:8]}
-        per_layer = {
-            "old_kept": [p.old_kept for p in plans],
-            "old_offset": [packed_offsets(p.old_kept) for p in plans],
-            "kept": [p.kept for p in plans],
-            "offset": [packed_offsets(p.kept) for p in plans],
-        }
-        numbers = {**single, "start": totals[:-1], **per_layer}
+        shared = [name for name in RoundPlan._fields if name in cls._fields]
+        numbers: dict[str, list[Any]] = {name: [getattr(plan, name) for plan in plans] for name in shared}
+        numbers["start"] = list(accumulate((sum(p.kept) for p in plans), initial=0))[:-1]
+        numbers["old_offset"] = [packed_offsets(p.old_kept) for p in plans]
+        numbers["offset"] = [packed_offsets(p.kept) for p in plans]
         return cls(**dict(zip(numbers, upload(numbers.values(), device), strict=True)))
 
 
@@ -187,10 +187,7 @@ def own_cells(plans: Sequence[RoundPlan], numbers: Numbers, cells: Cells, req_to
         req_to_token,
         numbers.row,
         numbers.new_tail,
-        numbers.prefix,
-        numbers.old_tail,
-        numbers.old_kept,
-        numbers.old_offset,
+        Spans(numbers.prefix, numbers.old_tail, numbers.old_kept, numbers.old_offset),
         cells.blocks,
         max(max(p.candidates) for p in plans),
         skip_prefix=True,

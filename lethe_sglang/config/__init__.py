@@ -2,25 +2,13 @@
 
 from lethe_sglang.config.loading import from_mapping, presets, resolve
 from lethe_sglang.config.overrides import RequestOverride, parse_request
-from lethe_sglang.config.schema import (
-    BudgetConfig,
-    DebugConfig,
-    EvictionConfig,
-    RequestsConfig,
-    RetainConfig,
-    RoundsConfig,
-)
+from lethe_sglang.config.schema import EvictionConfig
 from lethe_sglang.errors import ConfigError
 
 __all__ = [
-    "BudgetConfig",
     "ConfigError",
-    "DebugConfig",
     "EvictionConfig",
     "RequestOverride",
-    "RequestsConfig",
-    "RetainConfig",
-    "RoundsConfig",
     "from_mapping",
     "parse_request",
     "presets",

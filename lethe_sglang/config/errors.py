@@ -7,7 +7,6 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import annotated_types
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
@@ -18,6 +17,7 @@ _FIELDS = "__pydantic_fields__"
 """Where both models and dataclasses of pydantic list their options."""
 
 _NOUNS = {int: "an integer", float: "a number", str: "a non-empty string", bool: "true or false", dict: "a mapping"}
+_BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "multiple_of": "a multiple of"}
 _PLURALS = {int: "integers", float: "numbers", str: "strings", bool: "true or false values", dict: "mappings"}
 
 KnownKeys = Mapping[str, Sequence[str]]
@@ -167,17 +167,5 @@ def _legal(annotation: Any, metadata: Sequence[Any]) -> str:
 
 
 def _bounds(metadata: Sequence[Any]) -> str:
-    parts = []
-    for mark in metadata:
-        match mark:
-            case annotated_types.Gt(gt=bound):
-                parts.append(f"> {bound}")
-            case annotated_types.Ge(ge=bound):
-                parts.append(f">= {bound}")
-            case annotated_types.Lt(lt=bound):
-                parts.append(f"< {bound}")
-            case annotated_types.Le(le=bound):
-                parts.append(f"<= {bound}")
-            case annotated_types.MultipleOf(multiple_of=step):
-                parts.append(f"a multiple of {step}")
+    parts = [f"{sign} {getattr(m, name)}" for m in metadata for name, sign in _BOUNDS.items() if hasattr(m, name)]
     return " " + " and ".join(parts) if parts else ""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,38 +58,25 @@ def resolve(
     >>> resolve("h2o", '{"rounds": {"interval": 64}}', 512).rounds.interval
     64
     """
-    flags = []
-    data: dict[Any, Any] = {}
-    if source is not None:
-        data = _read(source)
-        name = "JSON text" if _is_json(source) else source
-        flags.append(f"--kv-evict-config {name}")
+    given = {"-config": source and _name(source), "": policy, "-budget": budget, "-profile": profile}
+    where = " ".join(f"--kv-evict{end} {value}" for end, value in given.items() if value is not None)
+    data = {} if source is None else _read(source)
     if policy is not None:
         data = laid_over(data, {"policy": policy})
-        flags.append(f"--kv-evict {policy}")
     section = data.get("budget", {})
     if isinstance(section, Mapping):
         if budget is not None and section.get("allocation") == "list":
-            raise one_line(
-                [
-                    f"--kv-evict-budget {budget}: not usable with budget.allocation list, where budget.layers "
-                    "fixes the tokens of every layer; change budget.layers, or set budget.allocation to uniform"
-                ]
-            )
+            problem = "not usable with budget.allocation list, where budget.layers fixes the tokens of every layer"
+            remedy = "change budget.layers, or set budget.allocation to uniform"
+            raise one_line([f"--kv-evict-budget {budget}: {problem}", remedy])
         if budget is not None:
             data["budget"] = section = {**section, "tokens": budget}
         if profile is not None:
             data["budget"] = _with_profile(section, profile)
-    flags += [] if budget is None else [f"--kv-evict-budget {budget}"]
-    flags += [] if profile is None else [f"--kv-evict-profile {profile}"]
-    config = from_mapping(data, where=" ".join(flags))
+    config = from_mapping(data, where)
     if profile not in (None, "none") and not config.budget.reads_profile:
-        raise one_line(
-            [
-                f"--kv-evict-profile {profile}: not read by budget.allocation {config.budget.allocation}; "
-                "set budget.allocation to profile, or leave the flag out"
-            ]
-        )
+        problem = f"--kv-evict-profile {profile}: not read by budget.allocation {config.budget.allocation}"
+        raise one_line([problem, "set budget.allocation to profile, or leave the flag out"])
     return config
 
 
@@ -122,19 +110,20 @@ def from_mapping(data: Mapping[str, Any], where: str = "") -> EvictionConfig:
         raise one_line([f"{where}: {message}" if where else message]) from None
 
 
-def _is_json(source: str) -> bool:
-    return source.lstrip().startswith("{")
+def _name(source: str) -> str:
+    """Return what errors call ``source``: JSON text is not repeated."""
+    return "JSON text" if source.lstrip().startswith("{") else source
 
 
 def _read(source: str) -> dict[Any, Any]:
     """Read ``source`` into a new mapping, without checking its keys."""
-    if _is_json(source):
-        label = "--kv-evict-config JSON text"
+    label = f"--kv-evict-config {_name(source)}"
+    if _name(source) != source:
         data = parse_json(source, label)
     else:
-        label = f"--kv-evict-config {source}"
         path = presets().get(source, Path(source))
-        text = _read_text(path, label)
+        with _reading(label):
+            text = path.read_text(encoding="utf-8")
         data = parse_json(text, label) if path.suffix == ".json" else parse_yaml(text, label)
     if not isinstance(data, dict):
         given = "nothing" if data is None else show(data)
@@ -142,46 +131,48 @@ def _read(source: str) -> dict[Any, Any]:
     return dict(data)
 
 
-def _read_text(path: Path, label: str) -> str:
+@contextmanager
+def _reading(label: str) -> Iterator[None]:
+    """Turn whatever keeps a text from being read into one line that begins with the text's ``label``."""
     try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        names = ", ".join(presets()) or "none installed"
-        raise one_line([f"{label}: no such file, and no preset of that name (presets: {names})"]) from None
-    except OSError as error:
-        raise one_line([f"{label}: cannot be read: {error.strerror}"]) from None
-    except ValueError as error:
-        raise one_line([f"{label}: cannot be read: {error}"]) from None
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        match error:
+            case FileNotFoundError():
+                names = ", ".join(presets()) or "none installed"
+                problem = f"no such file, and no preset of that name (presets: {names})"
+            case OSError():
+                problem = f"cannot be read: {error.strerror}"
+            case UnicodeError():
+                problem = f"cannot be read: {error}"
+            case json.JSONDecodeError():
+                problem = f"not JSON at line {error.lineno}, column {error.colno}: {error.msg}"
+            case yaml.MarkedYAMLError(problem_mark=mark):
+                place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+                problem = f"not YAML{place}: {error.problem}"
+            case yaml.YAMLError():
+                problem = f"not YAML: {error}"
+            case RecursionError():
+                problem = "nested too deeply"
+            case ValueError():
+                problem = f"holds a value that cannot be read: {error}"
+            case _:
+                raise
+        raise one_line([f"{label}: {problem}"]) from None
 
 
 def parse_json(text: str, label: str) -> Any:
     """Parse JSON text; ``label`` names it in the one-line ``ConfigError`` of text that is not JSON."""
-    try:
+    with _reading(label):
         return json.loads(text, object_pairs_hook=lambda pairs: _no_repeats(pairs, label))
-    except json.JSONDecodeError as error:
-        raise one_line([f"{label}: not JSON at line {error.lineno}, column {error.colno}: {error.msg}"]) from None
-    except RecursionError:
-        raise one_line([f"{label}: nested too deeply"]) from None
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise one_line([f"{label}: holds a value that cannot be read: {error}"]) from None
 
 
 def parse_yaml(text: str, label: str) -> Any:
     """Parse YAML text; ``label`` names it in the one-line ``ConfigError`` of text that is not YAML."""
-    try:
+    with _reading(label):
         return yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise one_line([f"{label}: not YAML{place}: {error.problem}"]) from None
-    except yaml.YAMLError as error:
-        raise one_line([f"{label}: not YAML: {error}"]) from None
-    except RecursionError:
-        raise one_line([f"{label}: nested too deeply"]) from None
-    except ValueError as error:
-        raise one_line([f"{label}: holds a value that cannot be read: {error}"]) from None
 
 
 def write_yaml(data: Any, width: int) -> str:

@@ -99,18 +99,14 @@ def parse_request(
         if budget is not None:
             problems.append(f'{_PATH}.budget: got {show(budget)} together with mode "none"; leave one of them out')
     elif budget is not None:
-        problems += _budget_problems(budget, config, context_length)
+        smallest, largest = config.min_request_budget, config.max_request_budget
+        if context_length is not None:
+            largest = max(config.budget.tokens, min(largest, context_length))
+        if type(budget) is not int or not smallest <= budget <= largest:
+            legal = f"an integer from {smallest} to {largest} tokens"
+            problems.append(f"{_PATH}.budget: got {show(budget)}, expected {legal}")
     if problems:
         raise one_line(problems)
     if mode == "none":
         return RequestOverride(mode="none", budget=default.budget)
     return default if budget is None else RequestOverride(mode="on", budget=budget, own=True)
-
-
-def _budget_problems(budget: object, config: EvictionConfig, context_length: int | None) -> list[str]:
-    smallest, largest = config.min_request_budget, config.max_request_budget
-    if context_length is not None:
-        largest = max(config.budget.tokens, min(largest, context_length))
-    if type(budget) is int and smallest <= budget <= largest:
-        return []
-    return [f"{_PATH}.budget: got {show(budget)}, expected an integer from {smallest} to {largest} tokens"]

@@ -10,37 +10,27 @@ from collections.abc import Mapping
 _PROFILE = "it is the rule that a profile was made with: lethe profile --rule {}, then budget.allocation: profile"
 _CONSTANT = "no longer an option, the allocator settles it; leave it out"
 _BREAKPOINT = "no longer an option, it is the paper's value; leave it out"
+_RULES = ("concentration", "sensitivity", "pyramid", "d2o", "cake", "zipvl")
+_DECAY = "write lethe.half_life, with decay = 0.5 ** (1 / half_life): a decay of 0.998 is a half_life of 346"
+_CREDIT = "gone, it improved nothing that was measured; lethe.diversity did"
 _PAPER = "no longer an option, it is {} as in the paper's code; leave it out"
 
 REPLACED: dict[str, str] = {
     "rasr": "the section of policy lethe is called lethe",
-    "rasr.decay": "write lethe.half_life, with decay = 0.5 ** (1 / half_life): a decay of 0.998 is a half_life of 346",
-    "rasr.half_life": "write lethe.half_life",
-    "rasr.score_every": "write lethe.score_every",
-    "rasr.diversity": "write lethe.diversity",
-    "rasr.credit": "gone, it improved nothing that was measured; lethe.diversity did",
-    "lethe.decay": "write lethe.half_life, with decay = 0.5 ** (1 / half_life): a decay of 0.998 is a half_life of 346",
-    "lethe.credit": "gone, it improved nothing that was measured; lethe.diversity did",
+    **{f"rasr.{key}": f"write lethe.{key}" for key in ("half_life", "score_every", "diversity")},
+    **{f"{section}.decay": _DECAY for section in ("rasr", "lethe")},
+    **{f"{section}.credit": _CREDIT for section in ("rasr", "lethe")},
     "rkv.kernel": _PAPER.format("7"),
     "rkv.threshold": _PAPER.format("0.5"),
     "gkv.smoothing": _PAPER.format("max"),
     "budget.weights": "write budget.allocation: list, with the tokens of every layer in budget.layers",
     "budget.alpha": "it belongs to the profile: lethe profile --alpha",
-    "budget.min_factor": _CONSTANT,
-    "budget.max_factor": _CONSTANT,
-    "budget.classes": _CONSTANT,
+    **{f"budget.{key}": _CONSTANT for key in ("min_factor", "max_factor", "classes")},
     "budget.allocation=weights": "write list, with the tokens of every layer in budget.layers",
     "budget.allocation=profiled": _PROFILE.format("hoyer"),
-    "budget.allocation=concentration": _PROFILE.format("concentration"),
-    "budget.allocation=sensitivity": _PROFILE.format("sensitivity"),
-    "budget.allocation=pyramid": _PROFILE.format("pyramid"),
-    "budget.allocation=d2o": _PROFILE.format("d2o"),
-    "budget.allocation=cake": _PROFILE.format("cake"),
-    "budget.allocation=zipvl": _PROFILE.format("zipvl"),
+    **{f"budget.allocation={rule}": _PROFILE.format(rule) for rule in _RULES},
     "breakpoint": _BREAKPOINT,
-    "breakpoint.sparse_ratio": _BREAKPOINT,
-    "breakpoint.segments": _BREAKPOINT,
-    "breakpoint.reference": _BREAKPOINT,
+    **{f"breakpoint.{key}": _BREAKPOINT for key in ("sparse_ratio", "segments", "reference")},
     "retain.prompt=shared": "write keep",
     "retain.prompt=private": "write evict",
     "debug.fingerprints": "write debug.kept_hash",

@@ -114,11 +114,7 @@ class RoundsConfig(Section):
 class RetainConfig(Section):
     """What is never evicted."""
 
-    sinks: int = Field(
-        default=4,
-        ge=0,
-        description="The first positions of the sequence, always kept. Tokens, >= 0.",
-    )
+    sinks: int = Field(default=4, ge=0, description="The first positions of the sequence, always kept. Tokens, >= 0.")
     own_sinks: int = Field(
         default=0,
         ge=0,

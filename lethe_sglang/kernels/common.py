@@ -2,12 +2,95 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
+from lethe_sglang.kernels.table import Spans
+
 if TYPE_CHECKING:
     from lethe_sglang.policies.base import Accumulation
+
+
+class Batch(NamedTuple):
+    """The requests of a decode step, and where to look them up.
+
+    Attributes
+    ----------
+    req_to_token
+        int32 ``[R, C]``: SGLang's rows.
+    table
+        int32 ``[R, columns]``: the device table (``kernels/table.py``).
+    rows
+        int32 or int64 ``[B]``: the requests' rows; 0 for a padded row of a CUDA graph.
+    seq_lens
+        int32 or int64 ``[B]``: logical length (tokens), the newest included; a padded row may have 0.
+    """
+
+    req_to_token: torch.Tensor
+    table: torch.Tensor
+    rows: torch.Tensor
+    seq_lens: torch.Tensor
+
+
+class Lists(NamedTuple):
+    """One layer's lists of flat cell indices: list b is ``indices[indptr[b]:indptr[b + 1]]``.
+
+    Both int32 or int64, ``indptr`` at least ``[B + 1]``.
+    """
+
+    indptr: torch.Tensor
+    indices: torch.Tensor
+
+
+class Schedule(NamedTuple):
+    """What a decode step scores, in every layer alike.
+
+    Attributes
+    ----------
+    first
+        int32 ``[B]``: list position of the first scored token (a prefix is not scored); ``NEVER`` scores none.
+    decay
+        float32 ``[B]``: gamma of this step.
+    step
+        int32 or int64 ``[B]``: sequence length (tokens), this step's token included.
+    """
+
+    first: torch.Tensor
+    decay: torch.Tensor
+    step: torch.Tensor
+
+
+class States(NamedTuple):
+    """S and M of the whole pool, float32 ``[L * blocks]``, or None if the policy has no such state."""
+
+    score: torch.Tensor | None
+    memory: torch.Tensor | None
+
+
+class Attention(NamedTuple):
+    """What one layer's attention read and the normaliser it found.
+
+    Attributes
+    ----------
+    query
+        ``[B, Hq, D]``, float32, float16 or bfloat16; D at most 256.
+    keys
+        ``[cells, Hkv, D]``: the flat pool; float32, float16, bfloat16, float8_e4m3fn or float8_e5m2, contiguous.
+        Query head h reads KV head ``h // (Hq / Hkv)``.
+    lse
+        float32 ``[B, Hq]``: log-sum-exp of the scaled logits.
+    scaling
+        Softmax scale, times the factor of a stored key (fp8).
+    lse_base
+        Base of the logarithm in ``lse``: FlashInfer's is 2.
+    """
+
+    query: torch.Tensor
+    keys: torch.Tensor
+    lse: torch.Tensor
+    scaling: float
+    lse_base: Literal["e", "2"] = "e"
 
 
 class TokenLists(NamedTuple):
@@ -29,10 +112,7 @@ def token_lists(
     req_to_token: torch.Tensor,
     rows: torch.Tensor,
     seq_lens: torch.Tensor,
-    prefix: torch.Tensor,
-    tail: torch.Tensor,
-    kept: torch.Tensor,
-    offset: torch.Tensor,
+    spans: Spans,
     blocks: int,
     width: int,
     skip_prefix: bool = False,
@@ -53,8 +133,8 @@ def token_lists(
         int64 ``[B]``: the requests' rows.
     seq_lens
         int ``[B]``: logical length (tokens), the newest included.
-    prefix, tail, kept, offset
-        int ``[B]`` and ``[B, L]``: P, T, k_l and off_l (``table.Lines``).
+    spans
+        P, T, k_l and off_l.
     blocks
         Blocks of the pool, padding included.
     width
@@ -67,9 +147,9 @@ def token_lists(
     TokenLists
         ``cells[l, b, j]`` for list position j (own position if ``skip_prefix``).
     """
-    num_layers = kept.shape[1]
-    base, t, seq = (x.to(torch.int64).view(1, -1, 1) for x in (prefix, tail, seq_lens))
-    k, off = (x.to(torch.int64).t().unsqueeze(2) for x in (kept, offset))
+    num_layers = spans.kept.shape[1]
+    base, t, seq = (x.to(torch.int64).view(1, -1, 1) for x in (spans.prefix, spans.tail, seq_lens))
+    k, off = (x.to(torch.int64).t().unsqueeze(2) for x in (spans.kept, spans.offset))
     p = torch.zeros_like(base) if skip_prefix else base
     length = p + k + seq - t
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
-from lethe_sglang.kernels.common import token_lists, update
+from lethe_sglang.kernels.common import Attention, Batch, Lists, Schedule, States, token_lists, update
 from lethe_sglang.kernels.table import NEVER, read
 
 if TYPE_CHECKING:
@@ -25,15 +25,9 @@ __all__ = ["fill_lists", "repack", "schedule", "score", "select", "start_states"
 # -- a decode step ----------------------------------------------------------------------------------------------------
 
 
-def schedule(
-    table: torch.Tensor,
-    rows: torch.Tensor,
-    seq_lens: torch.Tensor,
-    accumulation: Accumulation,
-    first: torch.Tensor,
-    decay: torch.Tensor,
-) -> None:
+def schedule(batch: Batch, accumulation: Accumulation, first: torch.Tensor, decay: torch.Tensor) -> None:
     """Resolve which own tokens a step scores and with which decay."""
+    _, table, rows, seq_lens = batch
     lines, scored = read(table[rows]), rows != 0
     if accumulation.every > 1:
         scored &= seq_lens % accumulation.every == 0
@@ -44,105 +38,74 @@ def schedule(
     first.copy_(torch.where(scored, lines.score_from, NEVER))
 
 
-def start_states(
-    score: torch.Tensor | None,
-    memory: torch.Tensor | None,
-    slots: torch.Tensor,
-    positions: torch.Tensor | None,
-    num_layers: int,
-) -> None:
+def start_states(states: States, slots: torch.Tensor, positions: torch.Tensor | None, num_layers: int) -> None:
     """Start the states of slots just allocated, in all layers."""
-    for state, fresh in ((score, 0.0 if positions is None else positions.float()), (memory, 0.0)):
+    for state, fresh in zip(states, (0.0 if positions is None else positions.float(), 0.0), strict=True):
         if state is not None:
             state.view(num_layers, -1)[:, slots] = fresh
 
 
-def fill_lists(
-    req_to_token: torch.Tensor,
-    table: torch.Tensor,
-    rows: torch.Tensor,
-    seq_lens: torch.Tensor,
-    layer: int,
-    blocks: int,
-    indptr: torch.Tensor,
-    indices: torch.Tensor,
-    fill_indptr: bool,
-) -> None:
+def fill_lists(batch: Batch, layer: int, blocks: int, lists: Lists, fill_indptr: bool) -> None:
     """Write one layer's lists for a whole batch, in place."""
-    batch, lines = rows.shape[0], read(table[rows])
+    req_to_token, table, rows, seq_lens = batch
+    indptr, indices = lists
+    lines = read(table[rows])
     length = lines.length(seq_lens)[:, layer].to(torch.int64)
     if fill_indptr:
         indptr[0] = 0
-        indptr[1 : batch + 1] = length.cumsum(0)
-    width = int(length.amax()) if batch else 0
-    lists = token_lists(req_to_token, rows, seq_lens, lines.prefix, lines.tail, lines.kept, lines.offset, blocks, width)
-    begin, end = indptr[:batch].to(torch.int64).unsqueeze(1), indptr[1 : batch + 1].to(torch.int64).unsqueeze(1)
+        indptr[1 : len(rows) + 1] = length.cumsum(0)
+    width = int(length.amax()) if len(rows) else 0
+    cells = token_lists(req_to_token, rows, seq_lens, lines.spans, blocks, width).cells[layer]
+    begin, end = _ends(indptr, len(rows))
     j = torch.arange(width, device=rows.device).unsqueeze(0)
     fits = (j < length.unsqueeze(1)) & (begin + j < end) & (begin + j < indices.shape[0])
-    indices[(begin + j)[fits]] = lists.cells[layer][fits].to(indices.dtype)
+    indices[(begin + j)[fits]] = cells[fits].to(indices.dtype)
 
 
-def score(
-    rule: Accumulation,
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    lse: torch.Tensor,
-    indptr: torch.Tensor,
-    indices: torch.Tensor,
-    first: torch.Tensor,
-    decay: torch.Tensor,
-    step: torch.Tensor,
-    scores: torch.Tensor,
-    memories: torch.Tensor | None,
-    scaling: float,
-    k_scale: float = 1.0,
-    lse_base: Literal["e", "2"] = "e",
-) -> None:
+def _ends(indptr: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return where lists begin and end, int64 ``[B, 1]``."""
+    ends = indptr[: batch + 1].to(torch.int64).unsqueeze(1)
+    return ends[:-1], ends[1:]
+
+
+def score(rule: Accumulation, attention: Attention, lists: Lists, schedule: Schedule, states: States) -> None:
     """Apply a step's attention to the states of own cells, from its log-sum-exp."""
+    query, keys, lse, scaling, lse_base = attention
     batch, heads, dim = query.shape
-    begin = indptr[:batch].to(torch.int64).unsqueeze(1)
-    length = indptr[1 : batch + 1].to(torch.int64).unsqueeze(1) - begin
+    begin, end = _ends(lists.indptr, batch)
+    length = end - begin
     j = torch.arange(int(length.max()) if batch else 0, device=query.device).unsqueeze(0)
-    own = (j >= first.unsqueeze(1)) & (j < length)
-    cells = torch.where(own, indices[torch.where(own, begin + j, 0)].to(torch.int64), 0)
+    own = (j >= schedule.first.unsqueeze(1)) & (j < length)
+    cells = torch.where(own, lists.indices[torch.where(own, begin + j, 0)].to(torch.int64), 0)
     q = query.float().view(batch, keys.shape[1], -1, dim)
-    logits = torch.einsum("bkgd,bnkd->bkgn", q, keys[cells].float()).reshape(batch, heads, -1) * (scaling * k_scale)
+    logits = torch.einsum("bkgd,bnkd->bkgn", q, keys[cells].float()).reshape(batch, heads, -1) * scaling
     natural = lse * (math.log(2) if lse_base == "2" else 1.0)
-    attention = torch.exp(logits - natural.unsqueeze(2)).mean(1).masked_fill(~own, 0.0)
-    accumulate(rule, scores, memories, cells, attention, decay, step)
+    weights = torch.exp(logits - natural.unsqueeze(2)).mean(1).masked_fill(~own, 0.0)
+    accumulate(rule, states, cells, weights, schedule)
 
 
 def accumulate(
-    rule: Accumulation,
-    scores: torch.Tensor,
-    memories: torch.Tensor | None,
-    cells: torch.Tensor,
-    attention: torch.Tensor,
-    decay: torch.Tensor,
-    step: torch.Tensor,
+    rule: Accumulation, states: States, cells: torch.Tensor, attention: torch.Tensor, schedule: Schedule
 ) -> None:
     """Update the states of cells in place; arguments are :func:`score`'s, but for these.
 
     Parameters
     ----------
-    rule, scores, memories, decay, step
-        See :func:`score`.
+    rule, states, schedule
+        See :func:`score`; ``first`` is not looked at.
     cells
         int64 ``[B, n]``: cells to update; entries that must not be scored point to cell 0, which is padding.
     attention
         float32 ``[B, n]``: averaged over query heads.
     """
     index = cells.reshape(-1)
-    score = scores.index_select(0, index).view_as(attention)
-    memory = None
-    if rule.rule == "recurrence":
-        assert memories is not None
-        memory = memories.index_select(0, index).view_as(attention)
-    score, memory = update(rule, score, memory, attention, decay.unsqueeze(1), step.unsqueeze(1))
-    scores.index_copy_(0, index, score.reshape(-1))
-    if memory is not None:
-        assert memories is not None
-        memories.index_copy_(0, index, memory.reshape(-1))
+    stores = (states.score, states.memory if rule.rule == "recurrence" else None)
+    score, memory = (None if s is None else s.index_select(0, index).view_as(attention) for s in stores)
+    assert score is not None
+    renewed = update(rule, score, memory, attention, schedule.decay.unsqueeze(1), schedule.step.unsqueeze(1))
+    for store, values in zip(stores, renewed, strict=True):
+        if store is not None and values is not None:
+            store.index_copy_(0, index, values.reshape(-1))
 
 
 def attend(

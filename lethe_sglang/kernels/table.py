@@ -19,6 +19,15 @@ PER_LAYER = ("kept", "offset")
 """The order of the columns: those of a request, then L columns of each of those that a request has in every layer."""
 
 
+class Spans(NamedTuple):
+    """Where the parts of rows lie; see :class:`Lines`. int ``[B]``, ``kept`` and ``offset`` ``[B, L]``."""
+
+    prefix: torch.Tensor
+    tail: torch.Tensor
+    kept: torch.Tensor
+    offset: torch.Tensor
+
+
 class Lines(NamedTuple):
     """Lines of the table by name: int32 ``[...]``, ``kept`` and ``offset`` ``[..., L]``. Views, where it was a tensor.
 
@@ -44,6 +53,11 @@ class Lines(NamedTuple):
     score_after: torch.Tensor
     kept: torch.Tensor
     offset: torch.Tensor
+
+    @property
+    def spans(self) -> Spans:
+        """What a list follows from."""
+        return Spans(self.prefix, self.tail, self.kept, self.offset)
 
     def length(self, seq_lens: torch.Tensor) -> torch.Tensor:
         """Return the tokens on each list, ``[..., L]``, of sequences of ``seq_lens`` tokens: ``P + k_l + seq - T``."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import ConfigDict
 
-if TYPE_CHECKING:  # policies import torch where they compute: what only reads a configuration starts without it
-    import torch
+if TYPE_CHECKING:
+    from torch import Tensor as Tensor
+else:  # policies import torch where they compute: what only reads a configuration starts without it
+    Tensor = Any
 
 
 class Accumulation(NamedTuple):
@@ -71,16 +73,16 @@ class Candidates(NamedTuple):
         int64 ``[B]``: tokens of each sequence so far.
     """
 
-    score: torch.Tensor | None
-    position: torch.Tensor | None
-    memory: torch.Tensor | None
-    feature: torch.Tensor | None
-    valid: torch.Tensor
-    length: torch.Tensor
+    score: Tensor | None
+    position: Tensor | None
+    memory: Tensor | None
+    feature: Tensor | None
+    valid: Tensor
+    length: Tensor
 
-    def need(self, state: Literal["score", "position", "memory", "feature"]) -> torch.Tensor:
+    def need(self, state: Literal["score", "position", "memory", "feature"]) -> Tensor:
         """Return a state that the policy has declared."""
-        value: torch.Tensor | None = getattr(self, state)
+        value: Tensor | None = getattr(self, state)
         assert value is not None, f"the policy does not declare that it uses {state}"
         return value
 
@@ -117,7 +119,7 @@ class Policy(ABC):
         ...
 
     @abstractmethod
-    def rank(self, candidates: Candidates) -> torch.Tensor:
+    def rank(self, candidates: Candidates) -> Tensor:
         """Rank the candidates of a round.
 
         Returns
@@ -127,7 +129,7 @@ class Policy(ABC):
         """
         ...
 
-    def key_feature(self, keys: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    def key_feature(self, keys: Tensor, valid: Tensor) -> Tensor:
         """Reduce the candidates' keys of one layer to one number a cell (only if ``uses_keys``).
 
         Parameters
@@ -144,6 +146,23 @@ class Policy(ABC):
         """
         raise NotImplementedError
 
-    def remember(self, candidates: Candidates) -> torch.Tensor | None:
+    def remember(self, candidates: Candidates) -> Tensor | None:
         """Renew the memory, float32 ``[L, B, n]``, before ``rank`` sees it; None leaves it as it is."""
+        return None
+
+
+class ByScore(Policy):
+    """Base of policies that keep what has the largest score."""
+
+    def rank(self, candidates: Candidates) -> Tensor:
+        """By score."""
+        return candidates.need("score")
+
+
+class Unscored(Policy):
+    """Base of policies that never look at attention."""
+
+    @property
+    def accumulation(self) -> None:
+        """Nothing."""
         return None

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:  # see ``base.py``
-    import torch
+from lethe_sglang.policies.base import Tensor
 
 NEAR_DUPLICATES = 0.5
 """Cosine above which two keys are near-duplicates, as in R-KV's official code."""
 
 
-def pooled(score: torch.Tensor, valid: torch.Tensor, kernel: int, how: str) -> torch.Tensor:
+def pooled(score: Tensor, valid: Tensor, kernel: int, how: str) -> Tensor:
     """Pool scores over neighbouring candidates.
 
     Parameters
@@ -37,23 +34,13 @@ def pooled(score: torch.Tensor, valid: torch.Tensor, kernel: int, how: str) -> t
     return pool(flat, kernel, stride=1, padding=kernel // 2).view(score.shape)
 
 
-def redundancy(keys: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+def redundancy(keys: Tensor, valid: Tensor) -> Tensor:
     """Mean cosine of the other candidates' keys to each key, over heads (R-KV, G-KV).
 
     Each key names the latest of its near-duplicates, and its cosine to that one does not count: the latest of a group
     of duplicates is not redundant, it stands in for the rest.
 
-    Parameters
-    ----------
-    keys
-        float32 ``[B, n, H, D]`` of one layer.
-    valid
-        bool ``[B, n]``.
-
-    Returns
-    -------
-    torch.Tensor
-        float32 ``[B, n]``.
+    Shapes are those of :meth:`~lethe_sglang.policies.base.Policy.key_feature`.
     """
     import torch
 
@@ -68,20 +55,10 @@ def redundancy(keys: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     return (cosine.sum(-2) / count).mean(1)
 
 
-def likeness(keys: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+def likeness(keys: Tensor, valid: Tensor) -> Tensor:
     """Cosine of each candidate's key to the mean normalised key of the candidates, over heads (KeyDiff).
 
-    Parameters
-    ----------
-    keys
-        float32 ``[B, n, H, D]`` of one layer.
-    valid
-        bool ``[B, n]``.
-
-    Returns
-    -------
-    torch.Tensor
-        float32 ``[B, n]``.
+    Shapes are those of :meth:`~lethe_sglang.policies.base.Policy.key_feature`.
     """
     import torch
 
@@ -90,12 +67,12 @@ def likeness(keys: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cosine_similarity(keys, anchor, dim=-1).mean(-1)
 
 
-def masked_softmax(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+def masked_softmax(values: Tensor, valid: Tensor) -> Tensor:
     """Softmax over the last axis among valid entries, 0 elsewhere; shapes ``[..., n]``."""
     return values.masked_fill(~valid, float("-inf")).softmax(-1).nan_to_num(0.0)
 
 
-def over_maximum(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+def over_maximum(values: Tensor, valid: Tensor) -> Tensor:
     """Divide by the largest valid value of the last axis (values that are all 0 stay 0); shapes ``[..., n]``."""
     top = values.masked_fill(~valid, 0.0).amax(-1, keepdim=True)
     return values / top.clamp(min=1e-12)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from lethe_sglang.policies.base import Accumulation, Candidates, Policy
+from lethe_sglang.policies.base import Accumulation, Candidates, Policy, Tensor
 from lethe_sglang.policies.features import masked_softmax, over_maximum, redundancy
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
@@ -33,15 +30,10 @@ class GKVPolicy(Policy):
     uses_keys: ClassVar[bool] = True
 
     window: int = Field(
-        default=16,
-        ge=1,
-        description="Decode steps before a round whose attention is averaged. Decode steps, >= 1.",
+        default=16, ge=1, description="Decode steps before a round whose attention is averaged. Decode steps, >= 1."
     )
     alpha: float = Field(
-        default=0.8,
-        ge=0,
-        le=1,
-        description="Factor on the remembered importance per round. 0 <= alpha <= 1.",
+        default=0.8, ge=0, le=1, description="Factor on the remembered importance per round. 0 <= alpha <= 1."
     )
     mix_lambda: float = Field(
         default=0.5,
@@ -55,16 +47,16 @@ class GKVPolicy(Policy):
         """The last ``window`` steps before a round."""
         return Accumulation(window=self.window)
 
-    def key_feature(self, keys: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    def key_feature(self, keys: Tensor, valid: Tensor) -> Tensor:
         """Mean cosine of the other keys."""
         return redundancy(keys, valid)
 
-    def remember(self, candidates: Candidates) -> torch.Tensor:
+    def remember(self, candidates: Candidates) -> Tensor:
         """F after this round."""
         f = over_maximum(candidates.need("score"), candidates.valid)
         return (self.alpha * candidates.need("memory")).maximum(f)
 
-    def rank(self, candidates: Candidates) -> torch.Tensor:
+    def rank(self, candidates: Candidates) -> Tensor:
         """By Z."""
         valid = candidates.valid
         duplicates = over_maximum(masked_softmax(candidates.need("feature"), valid), valid)

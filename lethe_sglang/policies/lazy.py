@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from lethe_sglang.policies.base import Accumulation, Candidates, Policy
-
-if TYPE_CHECKING:
-    import torch
+from lethe_sglang.policies.base import Accumulation, Candidates, Policy, Tensor
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class LazyPolicy(Policy):
         """Time stamps of uses and the longest gap between them."""
         return Accumulation(rule="recurrence", threshold=self.threshold)
 
-    def rank(self, candidates: Candidates) -> torch.Tensor:
+    def rank(self, candidates: Candidates) -> Tensor:
         """By I."""
         longest, stamp = candidates.need("memory"), candidates.need("score")
         idle = candidates.length.view(1, -1, 1) - stamp

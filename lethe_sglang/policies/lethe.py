@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from lethe_sglang.policies.base import Accumulation, Candidates, Policy
+from lethe_sglang.policies.base import Accumulation, Candidates, Policy, Tensor
 from lethe_sglang.policies.features import likeness, over_maximum
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
@@ -59,11 +56,11 @@ class LethePolicy(Policy):
         """Every (n-th) step, decayed."""
         return Accumulation(float(0.5 ** (1.0 / self.half_life)), self.score_every)
 
-    def key_feature(self, keys: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    def key_feature(self, keys: Tensor, valid: Tensor) -> Tensor:
         """Cosine to the mean normalised key."""
         return likeness(keys, valid)
 
-    def rank(self, candidates: Candidates) -> torch.Tensor:
+    def rank(self, candidates: Candidates) -> Tensor:
         """By score, and by difference from the mean key where diversity counts."""
         score = candidates.need("score")
         if not self.diversity:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from lethe_sglang.policies.base import Accumulation, Candidates, Policy
-
-if TYPE_CHECKING:
-    import torch
+from lethe_sglang.policies.base import Accumulation, ByScore
 
 
 @dataclass(frozen=True)
-class MorphKVPolicy(Policy):
+class MorphKVPolicy(ByScore):
     """Keep the tokens that the last ``window`` queries attend to, fused by ``sum`` or ``max``.
 
     ``S[j] = sum_i a_{t-i}[j]`` or ``max_i a_{t-i}[j]``. The paper evicts at every step and per KV head; here at every
@@ -24,20 +21,13 @@ class MorphKVPolicy(Policy):
     source: ClassVar[str] = "arXiv 2503.00979"
 
     window: int = Field(
-        default=32,
-        ge=1,
-        description="Decode steps before a round whose attention counts. Decode steps, >= 1.",
+        default=32, ge=1, description="Decode steps before a round whose attention counts. Decode steps, >= 1."
     )
     fusion: Literal["sum", "max"] = Field(
-        default="sum",
-        description="How the steps of the window are combined. sum, or max (one strong use is enough).",
+        default="sum", description="How the steps of the window are combined. sum, or max (one strong use is enough)."
     )
 
     @property
     def accumulation(self) -> Accumulation:
         """The last ``window`` steps before a round."""
         return Accumulation(window=self.window, rule=self.fusion)
-
-    def rank(self, candidates: Candidates) -> torch.Tensor:
-        """By score."""
-        return candidates.need("score")

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from pydantic.dataclasses import dataclass
 
-from lethe_sglang.policies.base import Candidates, Policy
-
-if TYPE_CHECKING:
-    import torch
+from lethe_sglang.policies.base import Candidates, Tensor, Unscored
 
 _MASK = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
-class RandomPolicy(Policy):
+class RandomPolicy(Unscored):
     """Keep tokens by a hash of layer and position.
 
     A token's rank never changes, so the kept set is a uniform sample however many rounds there were, and equal on
@@ -25,12 +22,7 @@ class RandomPolicy(Policy):
     source: ClassVar[str] = "arXiv 2609.03430"
     uses_position: ClassVar[bool] = True
 
-    @property
-    def accumulation(self) -> None:
-        """Attention is not looked at."""
-        return None
-
-    def rank(self, candidates: Candidates) -> torch.Tensor:
+    def rank(self, candidates: Candidates) -> Tensor:
         """By hash, in [0, 1)."""
         import torch
 

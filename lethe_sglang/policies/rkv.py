@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from lethe_sglang.policies.base import Accumulation, Candidates, Policy
+from lethe_sglang.policies.base import Accumulation, Candidates, Policy, Tensor
 from lethe_sglang.policies.features import masked_softmax, pooled, redundancy
-
-if TYPE_CHECKING:
-    import torch
 
 POOLING = 7
 """Neighbouring candidates over which the largest attention is taken, as in the official code."""
@@ -33,9 +30,7 @@ class RKVPolicy(Policy):
     uses_keys: ClassVar[bool] = True
 
     window: int = Field(
-        default=8,
-        ge=1,
-        description="Decode steps before a round whose attention is averaged. Decode steps, >= 1.",
+        default=8, ge=1, description="Decode steps before a round whose attention is averaged. Decode steps, >= 1."
     )
     mix_lambda: float = Field(
         default=0.1,
@@ -50,11 +45,11 @@ class RKVPolicy(Policy):
         """The last ``window`` steps before a round."""
         return Accumulation(window=self.window)
 
-    def key_feature(self, keys: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    def key_feature(self, keys: Tensor, valid: Tensor) -> Tensor:
         """Mean cosine of the other keys."""
         return redundancy(keys, valid)
 
-    def rank(self, candidates: Candidates) -> torch.Tensor:
+    def rank(self, candidates: Candidates) -> Tensor:
         """By Z."""
         importance = pooled(candidates.need("score") / self.window, candidates.valid, POOLING, "max")
         duplicates = masked_softmax(candidates.need("feature"), candidates.valid)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from pydantic import Field, field_validator
 from pydantic.dataclasses import dataclass
 
-from lethe_sglang.policies.base import Accumulation, Candidates, Policy
+from lethe_sglang.policies.base import Accumulation, Candidates, Policy, Tensor
 from lethe_sglang.policies.features import pooled
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
@@ -48,6 +45,6 @@ class SnapKVPolicy(Policy):
         """The last ``window`` steps before a round."""
         return Accumulation(window=self.window)
 
-    def rank(self, candidates: Candidates) -> torch.Tensor:
+    def rank(self, candidates: Candidates) -> Tensor:
         """By pooled score."""
         return pooled(candidates.need("score"), candidates.valid, self.kernel, "avg")

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from pydantic.dataclasses import dataclass
 
-from lethe_sglang.policies.base import Candidates, Policy
-
-if TYPE_CHECKING:
-    import torch
+from lethe_sglang.policies.base import Candidates, Tensor, Unscored
 
 
 @dataclass(frozen=True)
-class StreamingPolicy(Policy):
+class StreamingPolicy(Unscored):
     """StreamingLLM: the later a token, the better."""
 
     source: ClassVar[str] = "arXiv 2309.17453"
     uses_position: ClassVar[bool] = True
 
-    @property
-    def accumulation(self) -> None:
-        """Attention is not looked at."""
-        return None
-
-    def rank(self, candidates: Candidates) -> torch.Tensor:
+    def rank(self, candidates: Candidates) -> Tensor:
         """By position."""
         return candidates.need("position").float()

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from pydantic.dataclasses import dataclass
 
-from lethe_sglang.policies.base import Accumulation, Candidates, Policy
-
-if TYPE_CHECKING:
-    import torch
+from lethe_sglang.policies.base import Accumulation, ByScore
 
 
 @dataclass(frozen=True)
-class TovaPolicy(Policy):
+class TovaPolicy(ByScore):
     """Keep the tokens that the last query attends to most, ``S_t = A_t``."""
 
     source: ClassVar[str] = "arXiv 2401.06104"
@@ -22,7 +19,3 @@ class TovaPolicy(Policy):
     def accumulation(self) -> Accumulation:
         """The last step only (gamma 0)."""
         return Accumulation(0.0)
-
-    def rank(self, candidates: Candidates) -> torch.Tensor:
-        """By score."""
-        return candidates.need("score")

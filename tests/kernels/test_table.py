@@ -7,6 +7,7 @@ import torch
 from test_triton_indices import BLOCKS, ROWS, make
 
 from lethe_sglang.kernels import reference, table
+from lethe_sglang.kernels.common import Batch, Lists
 from lethe_sglang.kernels.triton import launchers
 from lethe_sglang.policies.base import Accumulation
 
@@ -22,17 +23,17 @@ def written(kernels, device):
     req_to_token, lines, lengths = make(3, 4)
     table.read(lines).score_after[:] = torch.tensor(lengths) - torch.arange(ROWS) % 3
     rows = torch.arange(ROWS)
-    there = [t.to(device) for t in (req_to_token, lines, rows, torch.tensor(lengths))]
+    batch = Batch(*(t.to(device) for t in (req_to_token, lines, rows, torch.tensor(lengths))))
     out = []
     for layer in range(3):
         indptr = torch.zeros(ROWS + 1, dtype=torch.int32, device=device)
         for fill_indptr in (True, False):
             indices = torch.zeros(600, dtype=torch.int32, device=device)
-            kernels.fill_lists(*there, layer, BLOCKS, indptr, indices, fill_indptr)
+            kernels.fill_lists(batch, layer, BLOCKS, Lists(indptr, indices), fill_indptr)
             out += [indptr.clone(), indices]
     first = torch.zeros(ROWS, dtype=torch.int32, device=device)
     decay = torch.zeros(ROWS, device=device)
-    kernels.schedule(*there[1:], RULE, first, decay)
+    kernels.schedule(batch, RULE, first, decay)
     return [x.cpu() for x in (*out, first, decay)]
 
 

@@ -29,9 +29,13 @@ PROGRAM = textwrap.dedent(
         def kind(argument):
             if argument in constants:
                 return "constexpr"
+            if isinstance(pointers.get(argument), tuple):
+                return pointers[argument]
             return "*" + pointers[argument] if argument in pointers else "fp32" if argument in floats else "i32"
         signature = {argument: kind(argument) for argument in kernel.arg_names}
-        aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if a in pointers}
+        paths = [path for i, a in enumerate(kernel.arg_names) if a in pointers and a not in constants
+                 for path in ([(i, j) for j in range(5)] if isinstance(kind(a), tuple) else [(i,)])]
+        aligned = {path: [["tt.divisibility", 16]] for path in paths}
         target = GPUTarget("cuda", int(sys.argv[1]), 32)
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
         made = triton.compile(ASTSource(kernel, signature, constants, aligned), target=target, options=options)
@@ -45,12 +49,12 @@ PROGRAM = textwrap.dedent(
         build(f"fill-{fill}", indices._KERNEL, tables, {**columns, "FILL_INDPTR": fill, "BATCH": 64})
     for recurs in (True, False):
         build(f"zero-{recurs}", zero._KERNEL, {"score": "fp32", "memory": "fp32", "slots": "i64", "positions": "i64"},
-              {"HAS_SCORE": True, "HAS_MEMORY": True, "RECURS": recurs})
+              {} if recurs else {"positions": None})
     build("select", select._KERNEL, {"rank": "fp32", "valid": "u8", "pinned": "u8", "count": "i64", "chosen": "u8"}, {})
-    words = {f"{x}{i}": "i32" for x in "bs" for i in range(5)}
+    words = {name: ("*i32",) * 5 for name in ("buffers", "scratches")}
     for scatter in (True, False):
         build(f"repack-{scatter}", repack._KERNEL, {**words, "source": "i64", "destination": "i64"},
-              {"W0": 256, "W1": 256, "W2": 1, "W3": 1, "W4": 0, "SCATTER": scatter})
+              {"WIDTHS": (256, 256, 1, 1, 17), "SCATTER": scatter})
     columns = {name.upper(): column(name, 28) for name in ("score_from", "score_after")}
     build("schedule", score._SCHEDULE, {"table": "i32", **rows, "first": "i32", "decay": "fp32"},
           {**columns, "NEVER": NEVER, "WINDOW": True}, ["step_decay"])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lethe_sglang.cache.layout import packed_blocks, packed_offsets
 from lethe_sglang.kernels import reference, table
-from lethe_sglang.kernels.common import token_lists
+from lethe_sglang.kernels.common import Batch, Lists, token_lists
 from lethe_sglang.kernels.triton import config, indices
 from lethe_sglang.kernels.triton.indices import fill_lists
 
@@ -48,8 +48,7 @@ def make(layers, seed):
 
 
 def expected_lists(req_to_token, lines, rows, seq_lens, layer):
-    at = table.read(lines[rows])
-    lists = token_lists(req_to_token, rows, seq_lens, at.prefix, at.tail, at.kept, at.offset, BLOCKS, WIDTH)
+    lists = token_lists(req_to_token, rows, seq_lens, table.read(lines[rows]).spans, BLOCKS, WIDTH)
     return [lists.cells[layer, b, : int(n)] for b, n in enumerate(lists.length[layer])]
 
 
@@ -70,7 +69,7 @@ def test_lists_are_the_twins(device, layers, batch, integer, fill_value, program
     lists = expected_lists(req_to_token, lines, rows, seq_lens, layer)
     flat = torch.cat(lists)
     ends = torch.tensor([0, *(len(cells) for cells in lists)]).cumsum(0)
-    there = [t.to(device) for t in (req_to_token, lines, rows.to(integer), seq_lens.to(integer))]
+    there = Batch(*(t.to(device) for t in (req_to_token, lines, rows.to(integer), seq_lens.to(integer))))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(indices, "_PROGRAMS", programs)
         for known in (False, True):
@@ -78,13 +77,14 @@ def test_lists_are_the_twins(device, layers, batch, integer, fill_value, program
             if known:
                 indptr[: len(batch) + 1] = ends.to(device)
             out = torch.full((len(flat) + 40,), UNSET, dtype=integer, device=device)
-            fill_lists(*there, layer, BLOCKS, indptr, out, not known)
+            fill_lists(there, layer, BLOCKS, Lists(indptr, out), not known)
             assert indptr.tolist() == [*ends.tolist(), UNSET, UNSET]
             assert torch.equal(out[: len(flat)].cpu().long(), flat)
             assert (out[len(flat) :] == UNSET).all(), "written beyond the last list"
     for known in (False, True):
         host_indptr, host = ends.to(integer), torch.full((len(flat) + 40,), UNSET, dtype=integer)
-        reference.fill_lists(req_to_token, lines, rows, seq_lens, layer, BLOCKS, host_indptr, host, not known)
+        requests = Batch(req_to_token, lines, rows, seq_lens)
+        reference.fill_lists(requests, layer, BLOCKS, Lists(host_indptr, host), not known)
         assert torch.equal(host, out.cpu()) and host_indptr.tolist() == ends.tolist()
 
 
@@ -92,24 +92,24 @@ def arguments(device, batch=(1, 2)):
     req_to_token, lines, lengths = make(3, 1)
     rows = torch.tensor(batch)
     seq_lens = torch.tensor([lengths[row] for row in batch])
-    return [t.to(device) for t in (req_to_token, lines, rows, seq_lens)]
+    return Batch(*(t.to(device) for t in (req_to_token, lines, rows, seq_lens)))
 
 
 def test_padded_rows_are_empty_or_the_padding_cell(device):
-    req_to_token, lines, rows, seq_lens = arguments(device, (0, 4, 0))
+    batch = arguments(device, (0, 4, 0))
     indptr, out = torch.zeros(4, dtype=torch.int32, device=device), torch.zeros(200, dtype=torch.int32, device=device)
-    fill_lists(req_to_token, lines, rows, seq_lens, 2, BLOCKS, indptr, out, True)
+    fill_lists(batch, 2, BLOCKS, Lists(indptr, out), True)
     assert indptr[1] == 0 and indptr[2] == indptr[3]
-    seq_lens[rows == 0] = 1
-    fill_lists(req_to_token, lines, rows, seq_lens, 2, BLOCKS, indptr, out, True)
+    batch.seq_lens[batch.rows == 0] = 1
+    fill_lists(batch, 2, BLOCKS, Lists(indptr, out), True)
     assert indptr[1] == 1 and out[0] == 2 * BLOCKS and out[indptr[2]] == 2 * BLOCKS
 
 
 def test_what_does_not_fit_the_buffer_is_left_out(device):
     whole, short = torch.full((300,), UNSET, device=device), torch.full((300,), UNSET, device=device)
     indptr = torch.zeros(3, dtype=torch.int64, device=device)
-    fill_lists(*arguments(device), 1, BLOCKS, indptr, whole, True)
-    fill_lists(*arguments(device), 1, BLOCKS, indptr, short[:50], True)
+    fill_lists(arguments(device), 1, BLOCKS, Lists(indptr, whole), True)
+    fill_lists(arguments(device), 1, BLOCKS, Lists(indptr, short[:50]), True)
     assert indptr[2] > 50
     assert torch.equal(short[:50], whole[:50]) and (short[50:] == UNSET).all()
 
@@ -117,19 +117,20 @@ def test_what_does_not_fit_the_buffer_is_left_out(device):
 def test_a_known_end_is_never_written_past(device):
     whole = torch.full((300,), UNSET, device=device)
     indptr = torch.zeros(3, dtype=torch.int64, device=device)
-    fill_lists(*arguments(device), 1, BLOCKS, indptr, whole, True)
+    fill_lists(arguments(device), 1, BLOCKS, Lists(indptr, whole), True)
     end = int(indptr[1])
     out = torch.full((300,), UNSET, device=device)
-    fill_lists(*arguments(device), 1, BLOCKS, torch.tensor([0, end - 3, end], device=device), out, False)
+    known = torch.tensor([0, end - 3, end], device=device)
+    fill_lists(arguments(device), 1, BLOCKS, Lists(known, out), False)
     assert torch.equal(out[: end - 3], whole[: end - 3])
     assert torch.equal(out[end - 3 : end], whole[end : end + 3]) and (out[end:] == UNSET).all()
 
 
 def test_an_empty_batch_has_an_empty_indptr(device):
     empty = torch.empty(0, dtype=torch.int64, device=device)
-    req_to_token, lines, _, _ = arguments(device)
+    batch = arguments(device)._replace(rows=empty, seq_lens=empty)
     indptr = torch.full((2,), UNSET, device=device)
-    fill_lists(req_to_token, lines, empty, empty, 0, BLOCKS, indptr, empty, True)
+    fill_lists(batch, 0, BLOCKS, Lists(indptr, empty), True)
     assert indptr.tolist() == [0, UNSET]
 
 
@@ -146,17 +147,10 @@ def test_an_empty_batch_has_an_empty_indptr(device):
     ],
 )
 def test_bad_shapes_are_named(change, message):
-    good = dict(zip(("req_to_token", "table", "rows", "seq_lens"), arguments("cpu"), strict=True))
+    def of(kind):
+        return {name: value for name, value in change.items() if name in kind._fields}
+
     zeros = torch.zeros(300, dtype=torch.int64)
+    batch, lists = arguments("cpu")._replace(**of(Batch)), Lists(zeros[:3], zeros)._replace(**of(Lists))
     with pytest.raises(ValueError, match=message):
-        fill_lists(
-            **{
-                **good,
-                "layer": 1,
-                "blocks": BLOCKS,
-                "indptr": zeros[:3],
-                "indices": zeros,
-                "fill_indptr": True,
-                **change,
-            }
-        )
+        fill_lists(batch, change.get("layer", 1), change.get("blocks", BLOCKS), lists, True)

@@ -10,12 +10,14 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from lethe_sglang.kernels import reference
+from lethe_sglang.kernels.common import Attention, Batch, Lists, Schedule, States
 from lethe_sglang.kernels.reference import accumulate, attend
 from lethe_sglang.kernels.table import NEVER, read, width
 from lethe_sglang.kernels.triton import config, score
 from lethe_sglang.policies.base import Accumulation
 
 NAN, CELLS = float("nan"), 160
+NAMES = ("query", "keys", "lse", "indptr", "indices", "first", "decay", "step", "scores", "memories")
 RULES = {rule: Accumulation(decay=0.9, rule=rule, threshold=0.02) for rule in ("sum", "max", "recurrence")}
 DTYPES = [
     (torch.bfloat16, torch.bfloat16),
@@ -33,6 +35,17 @@ def small_blocks():
         patch.setattr(score._SCORE, "configs", [config(BLOCK_N=16)])
         patch.setattr(score._SCHEDULE, "configs", [config(BLOCK=4)])
         yield
+
+
+def arguments(rule, query, keys, lse, indptr, indices, first, decay, step, scores, memories, scaling, **base):
+    """Arguments of ``score`` from tensors by name."""
+    return {
+        "rule": rule,
+        "attention": Attention(query, keys, lse, scaling, **base),
+        "lists": Lists(indptr, indices),
+        "schedule": Schedule(first, decay, step),
+        "states": States(scores, memories),
+    }
 
 
 class Case:
@@ -88,23 +101,16 @@ class Case:
         own = (j >= self.first.unsqueeze(1)) & (j < self.length.unsqueeze(1))
         scores = self.scores.clone()
         memories = None if self.memories is None else self.memories.clone()
-        accumulate(
-            self.rule,
-            scores,
-            memories,
-            torch.where(own, self.cells, 0),
-            self.heads.mean(1),
-            self.decay,
-            self.step,
-        )
+        schedule = Schedule(self.first, self.decay, self.step)
+        accumulate(self.rule, States(scores, memories), torch.where(own, self.cells, 0), self.heads.mean(1), schedule)
         return scores, memories
 
     def run(self, function=score.score, device=None, **kwargs):
         """Scores and memories by ``function``."""
         device = device or self.device
-        names = ("query", "keys", "lse", "indptr", "indices", "first", "decay", "step", "scores", "memories")
-        there = {n: None if getattr(self, n) is None else getattr(self, n).clone().to(device) for n in names}
-        function(self.rule, **there, scaling=self.scaling, k_scale=self.k_scale, lse_base=self.lse_base, **kwargs)
+        there = {n: None if getattr(self, n) is None else getattr(self, n).clone().to(device) for n in NAMES}
+        scaling = self.scaling * self.k_scale
+        function(**arguments(self.rule, **there, scaling=scaling, lse_base=self.lse_base), **kwargs)
         return there["scores"].cpu(), None if self.memories is None else there["memories"].cpu()
 
     def check(self, **kwargs):
@@ -197,15 +203,8 @@ def test_a_query_may_be_a_view_of_the_projection(device):
     view = packed[:, :-64].view(2, 4, 64)
     assert not view.is_contiguous()
     out = case.scores.clone().to(device)
-    names = ("keys", "lse", "indptr", "indices", "first", "decay", "step")
-    score.score(
-        case.rule,
-        view,
-        **{n: getattr(case, n).to(device) for n in names},
-        scores=out,
-        memories=None,
-        scaling=case.scaling,
-    )
+    there = {n: getattr(case, n).to(device) for n in NAMES[1:8]}
+    score.score(**arguments(case.rule, view, **there, scores=out, memories=None, scaling=case.scaling))
     assert torch.equal(out.cpu(), scores)
 
 
@@ -222,7 +221,7 @@ def schedule(accumulation, score_after, rows, seq_lens, device):
         first = torch.full((len(rows),), -1, dtype=torch.int32, device=where)
         decay = torch.full((len(rows),), NAN, device=where)
         inputs = (table.to(where), torch.tensor(rows, device=where), torch.tensor(seq_lens, device=where))
-        function(*inputs, accumulation, first, decay)
+        function(Batch(inputs[0], *inputs), accumulation, first, decay)
         results.append((first.tolist(), decay.tolist()))
     assert results[0] == results[1]
     return results[0]
@@ -258,9 +257,8 @@ def test_a_window_start_forgets_the_old_score(device):
     table = torch.zeros(2, width(1), dtype=torch.int32, device=device)
     read(table).score_after[1] = 999
     first, decay = torch.zeros(1, dtype=torch.int32, device=device), torch.zeros(1, device=device)
-    score.schedule(
-        table, torch.tensor([1], device=device), torch.tensor([1000], device=device), accumulation, first, decay
-    )
+    batch = Batch(table, table, torch.tensor([1], device=device), torch.tensor([1000], device=device))
+    score.schedule(batch, accumulation, first, decay)
     case.first, case.decay = first.cpu(), decay.cpu()
     torch.testing.assert_close(case.run()[0][case.cells[0]], case.heads.mean(1)[0], rtol=1e-4, atol=1e-5)
 
@@ -283,6 +281,7 @@ def test_a_window_start_forgets_the_old_score(device):
 )
 def test_bad_shapes_are_named(change, message):
     case = Case("cpu")
-    names = ("query", "keys", "lse", "indptr", "indices", "first", "decay", "step", "scores", "memories")
+    splits = {name: change[name] for name in ("splits",) if name in change}
+    tensors = {n: getattr(case, n) for n in NAMES} | {n: value for n, value in change.items() if n not in splits}
     with pytest.raises(ValueError, match=message):
-        score.score(case.rule, **{**{n: getattr(case, n) for n in names}, "scaling": 0.1, **change})
+        score.score(**arguments(case.rule, scaling=0.1, **tensors), **splits)

@@ -8,6 +8,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from lethe_sglang.kernels import reference
+from lethe_sglang.kernels.common import States
 from lethe_sglang.kernels.triton.zero import start_states
 
 
@@ -22,8 +23,8 @@ def test_states_start_anew_in_all_layers(device, has_memory, recurs, layers, blo
     slots = torch.randperm(blocks - 1, device=device)[:n] + 1
     positions = torch.randint(0, 2**20, (n,), device=device) if recurs else None
     expected = [score.cpu().clone(), memory.cpu().clone() if has_memory else None]
-    reference.start_states(*expected, slots.cpu(), None if positions is None else positions.cpu(), layers)
-    start_states(score, memory, slots, positions, layers)
+    reference.start_states(States(*expected), slots.cpu(), None if positions is None else positions.cpu(), layers)
+    start_states(States(score, memory), slots, positions, layers)
     assert torch.equal(score.cpu(), expected[0])
     assert (score.view(layers, blocks)[:, slots] == (0 if positions is None else positions.float())).all()
     if memory is not None:
@@ -33,7 +34,7 @@ def test_states_start_anew_in_all_layers(device, has_memory, recurs, layers, blo
 
 def test_more_cells_than_one_program_takes(device):
     score = torch.ones(28 * 200, device=device)
-    start_states(score, None, torch.arange(1, 151, dtype=torch.int32, device=device), None, 28)
+    start_states(States(score, None), torch.arange(1, 151, dtype=torch.int32, device=device), None, 28)
     assert not score.view(28, 200)[:, 1:151].any()
     assert score.view(28, 200)[:, 151:].all() and score.view(28, 200)[:, 0].all()
 
@@ -41,14 +42,14 @@ def test_more_cells_than_one_program_takes(device):
 def test_a_policy_may_keep_memory_only_or_nothing(device):
     memory = torch.ones(20, device=device)
     slots = torch.tensor([3], device=device)
-    start_states(None, None, slots, None, 2)
-    start_states(None, memory, slots, slots, 2)
+    start_states(States(None, None), slots, None, 2)
+    start_states(States(None, memory), slots, slots, 2)
     assert memory.nonzero().flatten().tolist() == [i for i in range(20) if i not in (3, 13)]
 
 
 def test_no_slot_is_no_launch(device):
     score = torch.ones(4, device=device)
-    start_states(score, None, torch.empty(0, dtype=torch.int64, device=device), None, 2)
+    start_states(States(score, None), torch.empty(0, dtype=torch.int64, device=device), None, 2)
     assert score.all()
 
 
@@ -66,5 +67,6 @@ def test_no_slot_is_no_launch(device):
 def test_bad_shapes_are_named(device, change, message):
     good = {"score": torch.zeros(20), "memory": torch.zeros(20), "slots": torch.tensor([1, 2]), "positions": None}
     arguments = {**good, "num_layers": 2, **change}
+    states = States(arguments.pop("score"), arguments.pop("memory"))
     with pytest.raises(ValueError, match=message):
-        start_states(**arguments)
+        start_states(states, **arguments)

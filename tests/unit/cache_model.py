@@ -95,7 +95,7 @@ class MiniPool:
         seq = torch.tensor([self.seq[r] for r in rows])
         width = int((at.prefix + at.kept.amax(1) + seq - at.tail).max())
         blocks = self.cells.blocks
-        return token_lists(self.req_to_token, index, seq, at.prefix, at.tail, at.kept, at.offset, blocks, width)
+        return token_lists(self.req_to_token, index, seq, at.spans, blocks, width)
 
     def check_conservation(self, owned_pages=0):
         """Free pages plus live row entries are all pages, none twice."""

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from lethe_sglang.config import (
-    BudgetConfig,
     ConfigError,
     EvictionConfig,
     RequestOverride,
@@ -27,6 +26,7 @@ from lethe_sglang.config import loading as loading_module
 from lethe_sglang.config.errors import known_keys
 from lethe_sglang.config.policy_section import laid_over
 from lethe_sglang.config.replaced import REPLACED
+from lethe_sglang.config.schema import BudgetConfig
 from lethe_sglang.policies import policy_class, policy_names
 
 LIST_BUDGET = {"allocation": "list", "layers": [40, 60, 81]}

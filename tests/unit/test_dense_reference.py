@@ -16,6 +16,7 @@ from lethe_sglang.attention.prefill import observation_attention, replay
 from lethe_sglang.cache.ledger import Ledger
 from lethe_sglang.cache.rounds import Cells
 from lethe_sglang.config import from_mapping
+from lethe_sglang.kernels.common import Schedule
 from lethe_sglang.kernels.reference import accumulate, attend
 from lethe_sglang.kernels.table import read
 
@@ -151,7 +152,8 @@ class DecodePool(MiniPool):
             query = torch.stack([torch.from_numpy(STREAMS[row][1][layer, self.seq[row] - 1]) for row in rows])
             _, heads = attend(query, self.cells.key, self.cells.value, cells[layer], length[layer], DIM**-0.5)
             if rule is not None:
-                accumulate(rule, self.cells.score, self.cells.memory, scored[layer], heads.mean(1), decay, seq)
+                schedule = Schedule(at.score_from, decay, seq)
+                accumulate(rule, self.cells.states, scored[layer], heads.mean(1), schedule)
 
     def kept(self, row):
         """Per layer, the own positions that decode would gather."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lethe_sglang.attention.prefill import observation_attention, replay
+from lethe_sglang.kernels.common import Schedule, States
 from lethe_sglang.kernels.reference import accumulate, attend, repack, select
 from lethe_sglang.policies import Accumulation
 
@@ -41,7 +42,8 @@ def test_accumulate_is_the_decayed_sum_of_equation_5():
     cells = torch.arange(1, 12).unsqueeze(0)
     for _ in range(5):
         a = torch.rand(1, 11)
-        accumulate(Accumulation(gamma), scores, None, cells, a, torch.tensor([gamma]), torch.tensor([1]))
+        schedule = Schedule(torch.tensor([0]), torch.tensor([gamma]), torch.tensor([1]))
+        accumulate(Accumulation(gamma), States(scores, None), cells, a, schedule)
         expected[1:] = gamma * expected[1:] + a[0]
     torch.testing.assert_close(scores, expected)
 

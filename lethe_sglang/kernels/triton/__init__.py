@@ -1,7 +1,8 @@
 """Triton kernels of the decode step and of a round; each has its torch reference in ``kernels/reference.py``.
 
-A launcher checks shapes and dtypes and reads nothing back from the device, so a CUDA graph can capture it. It never
-benchmarks on its own: during SGLang's warm-up every sequence has one token, and a search would measure nothing.
+A launcher raises a ``ValueError`` that names the first argument whose dtype, shape, stride or value is not what is
+documented. It reads nothing back from the device, so a CUDA graph can capture it. It never benchmarks on its own:
+during SGLang's warm-up every sequence has one token, and a search would measure nothing.
 Configurations are searched where a caller asks for it, with arguments that look like the load::
 
     with tuning():
@@ -15,11 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import triton  # type: ignore[import-untyped]
+import triton
 
+if TYPE_CHECKING:
+    from lethe_sglang.kernels.common import Batch, Lists
+
+INTEGER = (torch.int32, torch.int64)
 _search = False
 
 
@@ -121,13 +126,25 @@ def expect(
 
 
 def expect_contiguous(**tensors: torch.Tensor | None) -> None:
-    """Check that tensors are contiguous.
-
-    Raises
-    ------
-    ValueError
-        Naming the first that is not.
-    """
+    """Check that tensors are contiguous, all that are not None."""
     for name, tensor in tensors.items():
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, not of strides {tensor.stride()}")
+
+
+def expect_batch(batch: Batch) -> int:
+    """Check the tensors of a batch, all but its ``req_to_token``; return B, its requests."""
+    expect("table", batch.table, torch.int32, [None, None])
+    expect("rows", batch.rows, INTEGER, [None])
+    expect("seq_lens", batch.seq_lens, INTEGER, [batch.rows.shape[0]])
+    expect_contiguous(rows=batch.rows, seq_lens=batch.seq_lens)
+    return int(batch.rows.shape[0])
+
+
+def expect_lists(lists: Lists, batch: int) -> None:
+    """Check the lists of ``batch`` requests."""
+    expect("indptr", lists.indptr, INTEGER, [None])
+    expect("indices", lists.indices, INTEGER, [None])
+    expect_contiguous(**lists._asdict())
+    if lists.indptr.shape[0] < batch + 1:
+        raise ValueError(f"indptr holds {lists.indptr.shape[0]} entries; {batch} requests need {batch + 1}")

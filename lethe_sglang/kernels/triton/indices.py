@@ -6,29 +6,20 @@ The layout of a list is that of ``common.token_lists``: prefix, packed, tail.
 from __future__ import annotations
 
 import torch
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 
+from lethe_sglang.kernels.common import Batch, Lists
 from lethe_sglang.kernels.table import column, layers_of
-from lethe_sglang.kernels.triton import Tuned, bucket, config, expect, expect_contiguous
+from lethe_sglang.kernels.triton import Tuned, bucket, config, expect, expect_batch, expect_lists
 
-_INTEGER = (torch.int32, torch.int64)
 _PROGRAMS = 1024
 """Programs a launch aims at; batches smaller than this are split along the sequence."""
 
 
-@triton.jit  # type: ignore[misc]
-def _length(  # type: ignore[no-untyped-def]
-    table,
-    rows,
-    seq_lens,
-    b,
-    mask,
-    table_stride,
-    layer,
-    PREFIX: tl.constexpr,
-    TAIL: tl.constexpr,
-    KEPT: tl.constexpr,
+@triton.jit
+def _length(
+    table, rows, seq_lens, b, mask, table_stride, layer, PREFIX: tl.constexpr, TAIL: tl.constexpr, KEPT: tl.constexpr
 ):
     """Prefix, tail, k_l and the list's length of requests b."""
     line = table + tl.load(rows + b, mask=mask, other=0).to(tl.int64) * table_stride
@@ -39,8 +30,8 @@ def _length(  # type: ignore[no-untyped-def]
     return prefix, tail, kept, prefix + kept + seq - tail
 
 
-@triton.jit(do_not_specialize=["batch", "capacity", "layer"])  # type: ignore[misc]
-def _fill(  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["batch", "capacity", "layer"])
+def _fill(
     req_to_token,
     table,
     rows,
@@ -94,81 +85,44 @@ def _fill(  # type: ignore[no-untyped-def]
 _KERNEL = Tuned(_fill, [config(BLOCK=256), config(BLOCK=128), config(BLOCK=512), config(BLOCK=1024, num_warps=8)])
 
 
-def fill_lists(
-    req_to_token: torch.Tensor,
-    table: torch.Tensor,
-    rows: torch.Tensor,
-    seq_lens: torch.Tensor,
-    layer: int,
-    blocks: int,
-    indptr: torch.Tensor,
-    indices: torch.Tensor,
-    fill_indptr: bool,
-) -> None:
+def fill_lists(batch: Batch, layer: int, blocks: int, lists: Lists, fill_indptr: bool) -> None:
     """Write one layer's lists for a whole batch, in place, in one launch; see ``common.token_lists`` for their order.
 
     Parameters
     ----------
-    req_to_token
-        int32 ``[R, C]``: SGLang's rows.
-    table
-        int32 ``[R, columns]``: the device table (``kernels/table.py``).
-    rows
-        int32 or int64 ``[B]``: the requests' rows; 0 for a padded row of a CUDA graph.
-    seq_lens
-        int32 or int64 ``[B]``: logical length (tokens), the newest included; a padded row may have 0.
-    layer, blocks
-        l, and blocks of the pool, padding included.
-    indptr
-        int32 or int64, at least ``[B + 1]``: list b is ``indices[indptr[b]:indptr[b + 1]]``.
-    indices
-        int32 or int64, at least as long as all lists together: written. What does not fit is left out.
+    batch, layer, blocks
+        The requests, l, and blocks of the pool, padding included.
+    lists
+        Written; ``indices`` at least as long as all lists together. What does not fit is left out.
     fill_indptr
         Write ``indptr``. Otherwise it is read, because the host knew the lengths when it planned, and no list is
         written beyond its end there.
-
-    Raises
-    ------
-    ValueError
-        For a dtype, shape or stride other than these, or a layer the table does not have.
     """
-    expect("req_to_token", req_to_token, torch.int32, [None, None])
-    expect("table", table, torch.int32, [None, None])
-    expect("rows", rows, _INTEGER, [None])
-    batch = rows.shape[0]
-    expect("seq_lens", seq_lens, _INTEGER, [batch])
-    expect("indptr", indptr, _INTEGER, [None])
-    expect("indices", indices, _INTEGER, [None])
-    num_layers = layers_of(table)
+    expect("req_to_token", batch.req_to_token, torch.int32, [None, None])
+    requests, num_layers = expect_batch(batch), layers_of(batch.table)
+    expect_lists(lists, requests)
     if not 0 <= layer < num_layers:
         raise ValueError(f"layer {layer} is not among the {num_layers} of the table")
-    if indptr.shape[0] < batch + 1:
-        raise ValueError(f"indptr holds {indptr.shape[0]} entries; {batch} requests need {batch + 1}")
     if not 0 < blocks <= (2**31 - 1) // num_layers:
         raise ValueError(f"{num_layers} layers of {blocks} blocks cannot be addressed with 32 bits")
-    expect_contiguous(rows=rows, seq_lens=seq_lens, indptr=indptr, indices=indices)
-    if batch == 0:
+    if requests == 0:
         if fill_indptr:
-            indptr[:1].zero_()
+            lists.indptr[:1].zero_()
         return
-    splits = max(1, _PROGRAMS // bucket(batch))
+    splits = max(1, _PROGRAMS // bucket(requests))
     _KERNEL.launch(
-        lambda meta: (max(1, min(splits, triton.cdiv(req_to_token.shape[1], meta["BLOCK"]))), batch),
-        (bucket(batch), fill_indptr),
-        req_to_token,
-        table,
-        rows,
-        seq_lens,
-        indptr,
-        indices,
-        batch,
-        indices.shape[0],
-        req_to_token.stride(0),
-        table.stride(0),
+        lambda meta: (max(1, min(splits, triton.cdiv(batch.req_to_token.shape[1], meta["BLOCK"]))), requests),
+        (bucket(requests), fill_indptr),
+        *batch,
+        *lists,
+        requests,
+        lists.indices.shape[0],
+        batch.req_to_token.stride(0),
+        batch.table.stride(0),
         layer,
         num_layers,
         blocks,
         *(column(name, num_layers) for name in ("prefix", "tail", "kept", "offset")),
         fill_indptr,
-        bucket(batch),
+        bucket(requests),
     )

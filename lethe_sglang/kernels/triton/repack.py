@@ -5,28 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 
-from lethe_sglang.kernels.triton import Tuned, bucket, config, expect, expect_contiguous
+from lethe_sglang.kernels.triton import INTEGER, Tuned, bucket, config, expect, expect_contiguous
 
 _BUFFERS = 5
 _ALIGNMENT = 16
 _WORDS = (torch.int32, torch.int16, torch.uint8)
 
 
-@triton.jit  # type: ignore[misc]
-def _move(  # type: ignore[no-untyped-def]
-    buffer,
-    scratch,
-    cell,
-    i,
-    moves,
-    column,
-    WIDTH: tl.constexpr,
-    SCATTER: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-):
+@triton.jit
+def _move(buffer, scratch, cell, i, moves, column, WIDTH: tl.constexpr, SCATTER: tl.constexpr, BLOCK_W: tl.constexpr):
     if WIDTH == 1:
         mask = moves
         at_cell = buffer + cell
@@ -42,26 +32,14 @@ def _move(  # type: ignore[no-untyped-def]
         tl.store(at_scratch, tl.load(at_cell, mask=mask), mask=mask)
 
 
-@triton.jit(do_not_specialize=["n"])  # type: ignore[misc]
-def _repack(  # type: ignore[no-untyped-def]
-    b0,
-    b1,
-    b2,
-    b3,
-    b4,
-    s0,
-    s1,
-    s2,
-    s3,
-    s4,
+@triton.jit(do_not_specialize=["n"])
+def _repack(
+    buffers,
+    scratches,
     source,
     destination,
     n,
-    W0: tl.constexpr,
-    W1: tl.constexpr,
-    W2: tl.constexpr,
-    W3: tl.constexpr,
-    W4: tl.constexpr,
+    WIDTHS: tl.constexpr,
     SCATTER: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -71,21 +49,12 @@ def _repack(  # type: ignore[no-untyped-def]
     target = tl.load(destination + i, mask=i < n, other=0).to(tl.int64)
     moves = (i < n) & (origin != target)
     cell = target if SCATTER else origin
-    c0: tl.constexpr = (W0 + BLOCK_W - 1) // BLOCK_W
-    c1: tl.constexpr = c0 + (W1 + BLOCK_W - 1) // BLOCK_W
-    c2: tl.constexpr = c1 + (W2 + BLOCK_W - 1) // BLOCK_W
-    c3: tl.constexpr = c2 + (W3 + BLOCK_W - 1) // BLOCK_W
     column = tl.program_id(1)
-    if column < c0:
-        _move(b0, s0, cell, i, moves, column, W0, SCATTER, BLOCK_W)
-    elif column < c1:
-        _move(b1, s1, cell, i, moves, column - c0, W1, SCATTER, BLOCK_W)
-    elif column < c2:
-        _move(b2, s2, cell, i, moves, column - c1, W2, SCATTER, BLOCK_W)
-    elif column < c3:
-        _move(b3, s3, cell, i, moves, column - c2, W3, SCATTER, BLOCK_W)
-    else:
-        _move(b4, s4, cell, i, moves, column - c3, W4, SCATTER, BLOCK_W)
+    for b in tl.static_range(len(WIDTHS)):
+        columns = (WIDTHS[b] + BLOCK_W - 1) // BLOCK_W
+        if (column >= 0) & (column < columns):
+            _move(buffers[b], scratches[b], cell, i, moves, column, WIDTHS[b], SCATTER, BLOCK_W)
+        column -= columns
 
 
 _KERNEL = Tuned(
@@ -139,11 +108,6 @@ def repack(
         int32 or int64 ``[n]``: flat cell indices; destinations are distinct.
     scratch
         uint8, at least ``scratch_bytes(buffers, n)``, 16-byte aligned; None allocates it.
-
-    Raises
-    ------
-    ValueError
-        For a dtype, shape or stride other than these.
     """
     buffers = list(buffers)
     if not 1 <= len(buffers) <= _BUFFERS:
@@ -152,8 +116,8 @@ def repack(
         if buffer.dim() == 0 or buffer.shape[0] != buffers[0].shape[0] or buffer.numel() == 0:
             raise ValueError(f"buffer {i} must have {buffers[0].shape[:1]} cells of data, not shape {buffer.shape}")
         expect_contiguous(**{f"buffer {i}": buffer})
-    expect("source", source, (torch.int32, torch.int64), [None])
-    expect("destination", destination, (torch.int32, torch.int64), [source.shape[0]])
+    expect("source", source, INTEGER, [None])
+    expect("destination", destination, INTEGER, [source.shape[0]])
     expect_contiguous(source=source, destination=destination)
     n = source.shape[0]
     if n == 0:
@@ -165,31 +129,21 @@ def repack(
     if scratch.shape[0] < needed or scratch.data_ptr() % _ALIGNMENT:
         raise ValueError(f"scratch must be {needed} bytes, {_ALIGNMENT}-byte aligned, not {scratch.shape[0]}")
 
-    words, temporary, start = [_words(buffer) for buffer in buffers], [], 0
+    words, temporary, start = tuple(_words(buffer) for buffer in buffers), [], 0
     for view, buffer in zip(words, buffers, strict=True):
         end = start + _cell_bytes(buffer) * n
         temporary.append(scratch[start:end].view(view.dtype))
         start = -(-end // _ALIGNMENT) * _ALIGNMENT
-    _launch(words, temporary, source, destination)
-
-
-def _launch(
-    words: list[torch.Tensor], temporary: list[torch.Tensor], source: torch.Tensor, destination: torch.Tensor
-) -> None:
-    n, widths = source.shape[0], [view.shape[1] for view in words]
-    spare = _BUFFERS - len(words)
+    widths = tuple(view.shape[1] for view in words)
     for scatter in (False, True):
         _KERNEL.launch(
             lambda meta: (triton.cdiv(n, meta["BLOCK_N"]), sum(triton.cdiv(w, meta["BLOCK_W"]) for w in widths)),
             (*widths, scatter, bucket(n)),
-            *words,
-            *words[:1] * spare,
-            *temporary,
-            *temporary[:1] * spare,
+            words,
+            tuple(temporary),
             source,
             destination,
             n,
-            *widths,
-            *[0] * spare,
+            widths,
             scatter,
         )

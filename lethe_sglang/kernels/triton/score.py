@@ -9,19 +9,29 @@ Triton decode are served alike. What depends on the request and the step only is
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 
+from lethe_sglang.kernels.common import Attention, Batch, Lists, Schedule, States
 from lethe_sglang.kernels.table import NEVER, column, layers_of
-from lethe_sglang.kernels.triton import Tuned, bucket, config, expect, expect_contiguous, interpreted
+from lethe_sglang.kernels.triton import (
+    INTEGER,
+    Tuned,
+    bucket,
+    config,
+    expect,
+    expect_batch,
+    expect_contiguous,
+    expect_lists,
+    interpreted,
+)
 
 if TYPE_CHECKING:
     from lethe_sglang.policies.base import Accumulation
 
-_INTEGER = (torch.int32, torch.int64)
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _FLOAT = (torch.float32, torch.float16, torch.bfloat16)
 _TRITON = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -30,8 +40,8 @@ _PROGRAMS_PER_SM = 8
 _LOG2_E = math.log2(math.e)
 
 
-@triton.jit(do_not_specialize=["batch", "every"])  # type: ignore[misc]
-def _schedule(  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["batch", "every"])
+def _schedule(
     table,
     rows,
     seq_lens,
@@ -62,8 +72,8 @@ def _schedule(  # type: ignore[no-untyped-def]
     tl.store(decay + b, gamma, mask=mask)
 
 
-@triton.jit  # type: ignore[misc]
-def _score(  # type: ignore[no-untyped-def]
+@triton.jit
+def _score(
     query,
     keys,
     lse,
@@ -146,56 +156,24 @@ _SCORE = Tuned(
 )
 
 
-def schedule(
-    table: torch.Tensor,
-    rows: torch.Tensor,
-    seq_lens: torch.Tensor,
-    accumulation: Accumulation,
-    first: torch.Tensor,
-    decay: torch.Tensor,
-) -> None:
+def schedule(batch: Batch, accumulation: Accumulation, first: torch.Tensor, decay: torch.Tensor) -> None:
     """Resolve, once a step and for all layers, which own tokens this step scores and with which decay.
 
     A step is scored if ``seq % every == 0`` and, with a window, ``seq > score_after``; the first step of a window has
-    decay 0. A padded row of a CUDA graph is never scored.
-
-    Parameters
-    ----------
-    table
-        int32 ``[R, columns]``: the device table (``kernels/table.py``).
-    rows, seq_lens
-        int32 or int64 ``[B]``: the requests' rows (0 for padding), and their lengths (tokens), the newest included.
-    accumulation
-        What the policy accumulates.
-    first
-        int32 ``[B]``: written; list position of the first scored token, ``NEVER`` where the step is not scored.
-    decay
-        float32 ``[B]``: written; gamma of this step.
-
-    Raises
-    ------
-    ValueError
-        For a dtype, shape or stride other than these.
+    decay 0. A padded row of a CUDA graph is never scored. ``first`` and ``decay`` are written, those of a
+    :class:`~lethe_sglang.kernels.common.Schedule`.
     """
-    expect("table", table, torch.int32, [None, None])
-    expect("rows", rows, _INTEGER, [None])
-    batch = rows.shape[0]
-    expect("seq_lens", seq_lens, _INTEGER, [batch])
-    expect("first", first, torch.int32, [batch])
-    expect("decay", decay, torch.float32, [batch])
-    expect_contiguous(rows=rows, seq_lens=seq_lens, first=first, decay=decay)
-    num_layers = layers_of(table)
-    if batch:
+    requests, num_layers = expect_batch(batch), layers_of(batch.table)
+    _expect_schedule(Schedule(first, decay, batch.seq_lens), requests)
+    if requests:
         _SCHEDULE.launch(
-            lambda meta: (triton.cdiv(batch, meta["BLOCK"]),),
-            (bucket(batch),),
-            table,
-            rows,
-            seq_lens,
+            lambda meta: (triton.cdiv(requests, meta["BLOCK"]),),
+            (bucket(requests),),
+            *batch[1:],
             first,
             decay,
-            batch,
-            table.stride(0),
+            requests,
+            batch.table.stride(0),
             accumulation.every,
             accumulation.step_decay,
             *(column(name, num_layers) for name in ("score_from", "score_after")),
@@ -206,69 +184,36 @@ def schedule(
 
 def score(
     rule: Accumulation,
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    lse: torch.Tensor,
-    indptr: torch.Tensor,
-    indices: torch.Tensor,
-    first: torch.Tensor,
-    decay: torch.Tensor,
-    step: torch.Tensor,
-    scores: torch.Tensor,
-    memories: torch.Tensor | None,
-    scaling: float,
-    k_scale: float = 1.0,
-    lse_base: Literal["e", "2"] = "e",
+    attention: Attention,
+    lists: Lists,
+    schedule: Schedule,
+    states: States,
     splits: int | None = None,
 ) -> None:
     """Apply one decode step's attention to the states of each request's own cells, in place.
 
-    For own cell j of a request, with H query heads (paper eq. 5; the rules are those of :class:`Accumulation`) ::
+    For own cell j of a request, with H query heads (paper eq. 5) ::
 
-        logit_h,j = scaling * k_scale * q_h . k_j           lse_h = log sum_j exp(logit_h,j), over the whole list
+        logit_h,j = scaling * q_h . k_j                     lse_h = log sum_j exp(logit_h,j), over the whole list
         a_j = (1/H) * sum_h exp(logit_h,j - lse_h)
-        sum         S = decay * S + a
-        max         S = max(decay * S, a)
-        recurrence  if a > threshold:  M = max(M, step - S);  S = step
 
-    K is read once and only where it is scored. One program owns a cell, for all heads, so nothing is atomic and the
-    result does not depend on the order of programs.
+    which then joins S and M of the cell by the policy's rule (:class:`Accumulation`). K is read once and only where it
+    is scored. One program owns a cell, for all heads, so nothing is atomic and the result does not depend on the order
+    of programs.
 
     Parameters
     ----------
     rule
-        What the policy accumulates; its decay and schedule are in ``first`` and ``decay`` already.
-    query
-        ``[B, Hq, D]``, float32, float16 or bfloat16; D at most 256.
-    keys
-        ``[cells, Hkv, D]``: the flat pool; float32, float16, bfloat16, float8_e4m3fn or float8_e5m2, contiguous.
-        Query head h reads KV head ``h // (Hq / Hkv)``.
-    lse
-        float32 ``[B, Hq]``: the attention's log-sum-exp, of the scaled logits.
-    indptr
-        int32 or int64, at least ``[B + 1]``: list b is ``indices[indptr[b]:indptr[b + 1]]``.
-    indices
-        int32 or int64 ``[n]``: flat cell indices. Of a list's scored cells no two are equal.
-    first
-        int32 ``[B]``: list position of the first scored token: a shared prefix is not scored. ``NEVER`` scores none.
-    decay
-        float32 ``[B]``: gamma of this step.
-    step
-        int32 or int64 ``[B]``: sequence length (tokens), this step's token included.
-    scores, memories
-        float32 ``[cells]``: S and M of the whole pool; memories only with rule recurrence.
-    scaling, k_scale
-        Softmax scale; factor of a stored key (fp8).
-    lse_base
-        Base of the logarithm in ``lse``: FlashInfer's is 2.
+        What the policy accumulates; its decay and schedule are in ``schedule`` already.
+    attention, lists
+        One layer's, and what it has read. Of a list's scored cells no two are equal.
+    schedule, states
+        Of this step; updated in place, memory only with rule recurrence.
     splits
         Programs along the sequence, a power of two or not; None fills the device.
-
-    Raises
-    ------
-    ValueError
-        For a dtype, shape, stride or base other than these.
     """
+    query, keys, lse, scaling, lse_base = attention
+    scores, memories = states
     expect("query", query, _FLOAT, [None, None, None])
     batch, heads, head_dim = query.shape
     expect("keys", keys, (*_FLOAT, *_FP8), [None, None, head_dim])
@@ -276,23 +221,17 @@ def score(
     if kv_heads == 0 or heads % kv_heads or not 0 < head_dim <= 256:
         raise ValueError(f"{heads} query heads do not share {kv_heads} KV heads, or head_dim {head_dim} exceeds 256")
     expect("lse", lse, torch.float32, [batch, heads])
-    expect("indptr", indptr, _INTEGER, [None])
-    expect("indices", indices, _INTEGER, [None])
-    expect("first", first, torch.int32, [batch])
-    expect("decay", decay, torch.float32, [batch])
-    expect("step", step, _INTEGER, [batch])
+    expect_lists(lists, batch)
+    _expect_schedule(schedule, batch)
+    assert scores is not None
     expect("scores", scores, torch.float32, [cells])
-    if indptr.shape[0] < batch + 1:
-        raise ValueError(f"indptr holds {indptr.shape[0]} entries; {batch} requests need {batch + 1}")
     if (memories is not None) != (rule.rule == "recurrence"):
         raise ValueError(f"memories go with rule recurrence, the rule is {rule.rule}")
     if memories is not None:
         expect("memories", memories, torch.float32, [cells])
     if lse_base not in ("e", "2"):
         raise ValueError(f"lse_base must be 'e' or '2', not {lse_base!r}")
-    expect_contiguous(
-        keys=keys, indptr=indptr, indices=indices, first=first, decay=decay, step=step, scores=scores, memories=memories
-    )
+    expect_contiguous(keys=keys, scores=scores, memories=memories)
     if batch == 0:
         return
     group, splits = heads // kv_heads, _splits(query, splits)
@@ -302,17 +241,14 @@ def score(
         query,
         keys,
         lse,
-        indptr,
-        indices,
-        first,
-        decay,
-        step,
+        *lists,
+        *schedule,
         scores,
         scores if memories is None else memories,
         query.stride(0),
         query.stride(1),
         lse.stride(0),
-        scaling * k_scale * _LOG2_E,
+        scaling * _LOG2_E,
         _LOG2_E if lse_base == "e" else 1.0,
         rule.threshold,
         _RULES[rule.rule],
@@ -323,6 +259,13 @@ def score(
         max(16, bucket(head_dim)),
         _compute_dtype(query.dtype, keys.dtype),
     )
+
+
+def _expect_schedule(schedule: Schedule, batch: int) -> None:
+    expect("first", schedule.first, torch.int32, [batch])
+    expect("decay", schedule.decay, torch.float32, [batch])
+    expect("step", schedule.step, INTEGER, [batch])
+    expect_contiguous(**schedule._asdict())
 
 
 def _splits(query: torch.Tensor, splits: int | None) -> int:

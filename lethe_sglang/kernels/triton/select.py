@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import torch
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 
-from lethe_sglang.kernels.triton import Tuned, bucket, config, expect
+from lethe_sglang.kernels.triton import INTEGER, Tuned, bucket, config, expect
 
 
 @triton.jit
-def _keys(  # type: ignore[no-untyped-def]
-    rank, valid, pinned, j, mask
-):
+def _keys(rank, valid, pinned, j, mask):
     """Ranks as uint32 of the same order: 0 and -0 are equal, NaN is above all, as ``torch.argsort`` has it."""
     x = tl.load(rank + j, mask=mask, other=0.0)
     x = tl.where(tl.load(pinned + j, mask=mask, other=0) != 0, float("inf"), x)
@@ -22,10 +20,8 @@ def _keys(  # type: ignore[no-untyped-def]
     return tl.where(bits < 0, ~bits, bits ^ -0x80000000).to(tl.uint32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["n"])  # type: ignore[misc]
-def _select(  # type: ignore[no-untyped-def]
-    rank, valid, pinned, count, chosen, n, BLOCK: tl.constexpr
-):
+@triton.jit(do_not_specialize=["n"])
+def _select(rank, valid, pinned, count, chosen, n, BLOCK: tl.constexpr):
     segment = tl.program_id(0).to(tl.int64)
     rank += segment * n
     valid += segment * n
@@ -84,18 +80,13 @@ def select(rank: torch.Tensor, valid: torch.Tensor, pinned: torch.Tensor, count:
     -------
     torch.Tensor
         bool ``[..., n]``: exactly ``count`` true per segment.
-
-    Raises
-    ------
-    ValueError
-        For a dtype or shape other than these.
     """
     if rank.dim() == 0:
         raise ValueError("rank must have at least one axis, that of the candidates")
     expect("rank", rank.contiguous(), torch.float32, rank.shape)
     expect("valid", valid.contiguous(), torch.bool, rank.shape)
     expect("pinned", pinned.contiguous(), torch.bool, rank.shape)
-    expect("count", count.contiguous(), (torch.int32, torch.int64), rank.shape[:-1])
+    expect("count", count.contiguous(), INTEGER, rank.shape[:-1])
     n = rank.shape[-1]
     chosen = torch.empty(rank.shape, dtype=torch.bool, device=rank.device)
     segments = count.numel()
