@@ -10,8 +10,8 @@ import csv
 from collections import defaultdict
 from pathlib import Path
 
+from lethe_bench.cli.profiles import rank_correlation
 from lethe_sglang.allocation.profile import load
-from lethe_sglang.cli.show_profile import rank_correlation
 
 
 def main() -> None:

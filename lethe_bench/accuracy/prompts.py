@@ -18,6 +18,8 @@ class Prompts:
 
     Attributes
     ----------
+    tokenizer
+        Of the transformers library.
     end
         Text of the token that ends a reply.
     """
@@ -26,18 +28,18 @@ class Prompts:
         from transformers import AutoTokenizer  # slow to import: only when something is asked
 
         self.variables = variables or {}
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(model_path, local_files_only=Path(model_path).is_dir())
-        self.end = str(self._tokenizer.eos_token or "")
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(model_path, local_files_only=Path(model_path).is_dir())
+        self.end = str(self.tokenizer.eos_token or "")
 
     def encode(self, question: str) -> list[int]:
         """Return a question's prompt as token ids, with the template's special tokens and no others."""
-        if not self._tokenizer.chat_template:
-            return list(self._tokenizer(question)["input_ids"])
-        text = self._tokenizer.apply_chat_template(
+        if not self.tokenizer.chat_template:
+            return list(self.tokenizer(question)["input_ids"])
+        text = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False, **self.variables
         )
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def length(self, text: str) -> int:
         """Return the number of tokens of a text."""
-        return len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lethe_bench.cli.checks import check_model, check_ports, say
+from lethe_bench.cli.checks import check_ports, say
 from lethe_bench.machine import machine, versions
 from lethe_bench.servers import ServerError
 from lethe_bench.throughput.measure import Measurement
@@ -18,7 +18,7 @@ from lethe_bench.throughput.measure import run as measure_all
 from lethe_bench.throughput.plan import ARMS, Plan
 from lethe_bench.throughput.report import About, to_json, to_markdown
 from lethe_sglang.cli import server_args
-from lethe_sglang.cli.options import integer
+from lethe_sglang.cli.options import check_model, integer
 from lethe_sglang.config import ConfigError, EvictionConfig, from_mapping, resolve
 from lethe_sglang.files import write_atomically
 from lethe_sglang.processes import ending_on_signals
@@ -152,7 +152,7 @@ def _own_names(message: str) -> str:
 
 def _check_surroundings(plan: Plan, out: Path | None) -> None:
     """Refuse what would fail only after a server's start."""
-    check_model(plan.model_path, "--model-path")
+    check_model(plan.model_path)
     check_ports(plan.port)
     if out is not None:
         try:

@@ -168,7 +168,7 @@ class Profile(Part):
         if not all(0 <= h <= 1 for h in self.mean("hoyer")):
             raise ValueError("statistics.hoyer: outside of 0 to 1")
         if self.rule == "sensitivity" and self.sensitivity is None:
-            raise ValueError("rule sensitivity: the profile has none; measure it with lethe profile --sensitivity")
+            raise ValueError("rule sensitivity: the profile has none; measure it with lethe sensitivity")
         return self
 
     def mean(self, statistic: str) -> Layers:

@@ -48,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for stream in (sys.stdout, sys.stderr):
                 if stream is not None:
                     stream.flush()
-    except KeyboardInterrupt:
-        print("lethe: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stopped:  # a command's own kind may say how to go on
+        print("; ".join(filter(None, ("lethe: interrupted", str(stopped)))), file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:
         if not _readers_gone():

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from lethe_sglang.allocation.profile import Profile, Rule, load, save
 from lethe_sglang.cli import server_args
-from lethe_sglang.cli.options import integer, number
+from lethe_sglang.cli.options import check_model, check_out, integer, number
 from lethe_sglang.cli.show_profile import render
 from lethe_sglang.config import ConfigError, resolve
 from lethe_sglang.processes import ending_on_signals
-from lethe_sglang.profiling.prompts import read
-from lethe_sglang.profiling.run import Interrupted, Pass, measure, with_rule
+from lethe_sglang.profiling.run import Pass, measure, with_rule
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -49,7 +46,7 @@ def add_parser(subparsers: Subparsers) -> None:
     both.add_argument(
         "--rule",
         choices=get_args(Rule),
-        help="how servers share the budget by this profile (default: concentration, with --sensitivity sensitivity)",
+        help=f"how servers share the budget by this profile (default: {Pass.rule}, with --from the file's)",
     )
     both.add_argument(
         "--alpha",
@@ -101,11 +98,6 @@ def add_parser(subparsers: Subparsers) -> None:
         type=number(0, above=True),
         help="start no further prompts after so many seconds of measuring (default: none)",
     )
-    add(
-        "--sensitivity",
-        action="store_true",
-        help="answer once more per layer, that layer alone pruned to half of --budget; for rule sensitivity",
-    )
     add("--raw", action="store_true", help="put prompts as they are, without the chat template")
     add("--server-args", metavar="ARGS", help="more arguments of SGLang: --server-args='--tp 2'")
 
@@ -118,17 +110,13 @@ def run(args: argparse.Namespace) -> int:
     ConfigError
         If an option, the prompts, the profile or the model cannot be used.
     """
-    names = {field.name for field in fields(Pass)} - {"config", "out"}
+    names = {field.name for field in fields(Pass)} - {"model_path", "rule", "alpha", "config", "out"}
     given = {name: value for name, value in vars(args).items() if name in names}
-    try:
-        if args.source is not None:
-            profile, path = _rewrite(args, given.keys() - {"model_path", "rule", "alpha"})
-        else:
-            with ending_on_signals():
-                profile, path = measure(_pass(args, given))
-    except (Interrupted, KeyboardInterrupt) as stopped:
-        print(f"lethe profile: interrupted{f'; {stopped}' if str(stopped) else ''}", file=sys.stderr)
-        return 130
+    if args.source is not None:
+        profile, path = _rewrite(args, set(given))
+    else:
+        with ending_on_signals():
+            profile, path = measure(_pass(args, given))
     print(render(profile))
     print(f"written to {path}")
     return 0
@@ -139,7 +127,7 @@ def _rewrite(args: argparse.Namespace, unread: set[str]) -> tuple[Profile, Path]
         raise ConfigError(f"--{min(unread).replace('_', '-')}: nothing is measured with --from; leave it out")
     if args.out is None:
         raise ConfigError("--out: needed with --from; give a file")
-    _check_out(args.out)
+    check_out(args.out)
     old = load(args.source, f"--from {args.source}")
     tokens = old.budgets.tokens if args.budget is None and args.config is None else args.budget
     profile = with_rule(old, args.rule or old.rule, args.alpha, resolve(None, args.config, tokens))
@@ -150,29 +138,11 @@ def _rewrite(args: argparse.Namespace, unread: set[str]) -> tuple[Profile, Path]
 def _pass(args: argparse.Namespace, given: dict[str, Any]) -> Pass:
     config = resolve(None, args.config, args.budget)
     words = server_args.split(given.pop("server_args", ""), "lethe profile", _OWN)
-    if args.rule == "sensitivity" and "sensitivity" not in given:
-        raise ConfigError("--rule sensitivity: needs --sensitivity, which measures it")
-    _check_model(args.model_path)
+    rule = args.rule or Pass.rule
+    if rule == "sensitivity":
+        raise ConfigError("--rule sensitivity: not measured here; lethe sensitivity adds it to a profile")
+    check_model(args.model_path)
     if args.out is not None:
-        _check_out(args.out)
-    if "prompts" in given:
-        read(given["prompts"])
-    return Pass(**given, out=args.out, config=config, server_args=words)
-
-
-def _check_model(model_path: str) -> None:
-    """Refuse a directory without a model; a name is the hub's to refuse."""
-    path = Path(model_path)
-    local = model_path.startswith(("/", ".", "~")) or model_path.count("/") > 1 or path.is_dir()
-    if local and not (path / "config.json").is_file():
-        raise ConfigError(f"--model-path {model_path}: no model there; give a directory with a config.json")
-
-
-def _check_out(out: Path) -> None:
-    """Refuse what would fail only after the model has been loaded."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {out}: {error.strerror}; give a file in a directory that can be written to") from None
-    if out.is_dir() or not os.access(out.parent, os.W_OK):
-        raise ConfigError(f"--out {out}: cannot be written; give a file in a directory that can be written to")
+        check_out(args.out)
+    shared = {"rule": rule, "alpha": args.alpha, "config": config, "server_args": words}
+    return Pass(model_path=args.model_path, out=args.out, **given, **shared)

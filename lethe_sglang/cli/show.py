@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lethe_sglang.allocation.profile import load
+from lethe_sglang.cli import show_profile
 from lethe_sglang.config import ConfigError, EvictionConfig, presets, resolve
 from lethe_sglang.config.loading import write_yaml
 from lethe_sglang.config.reference import configuration_page, policies_page
@@ -25,15 +27,11 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "show",
         description="Print the configuration that the flags resolve to, as YAML that --kv-evict-config accepts; or, "
-        "with profile FILE, the statistics and budgets of a profile, and how it differs from OTHER.",
-        usage="lethe show [profile FILE [OTHER] [--plot OUT]] [--kv-evict ...] "
-        "[--presets | --policies | --options | --support]",
+        "with profile FILE, the statistics and budgets of a profile.",
+        usage="lethe show [profile FILE] [--kv-evict ...] [--presets | --policies | --options | --support]",
         allow_abbrev=False,
     )
-    parser.add_argument("what", nargs="*", metavar="profile FILE [OTHER]", help="show a profile, or two compared")
-    parser.add_argument(
-        "--plot", metavar="OUT", help="draw the profiles' sparsity and budgets per layer (.png, .pdf, .svg)"
-    )
+    parser.add_argument("what", nargs="*", metavar="profile FILE", help="show a profile")
     parser.add_argument("--kv-evict", metavar="NAME", help="policy; beats the one in the configuration")
     parser.add_argument(
         "--kv-evict-config",
@@ -67,20 +65,22 @@ def run(args: argparse.Namespace) -> int:
     }
     asked = next((name for name in pages if getattr(args, name)), None)
     flags = (args.kv_evict, args.kv_evict_config, args.kv_evict_budget, args.kv_evict_profile)
-    if args.what or args.plot is not None:
-        if args.what[:1] != ["profile"] or len(args.what) not in (2, 3):
-            raise ConfigError(f"lethe show {' '.join(args.what)}: not known; write lethe show profile FILE [OTHER]")
-        if asked or any(flag is not None for flag in flags):
-            raise ConfigError("lethe show profile: takes --plot only; give one or the other")
-        return _show_profile(args.what[1:], args.plot)
-    if asked is not None:
-        if any(flag is not None for flag in flags):
+    any_flag = any(flag is not None for flag in flags)
+    if args.what:
+        if args.what[:1] != ["profile"] or len(args.what) != 2:
+            more = " (lethe profiles compares two)" if len(args.what) > 2 else ""
+            raise ConfigError(f"lethe show {' '.join(args.what)}: not known; write lethe show profile FILE{more}")
+        if asked or any_flag:
+            raise ConfigError("lethe show profile: takes no option; give one or the other")
+        print(show_profile.render(load(Path(args.what[1])), Path(args.what[1]).name))
+    elif asked is not None:
+        if any_flag:
             raise ConfigError(f"--{asked}: takes no --kv-evict option; give one or the other")
         print(pages[asked]())
-        return 0
-    if args.kv_evict == "none":
+    elif args.kv_evict == "none":
         raise ConfigError("--kv-evict none: SGLang runs unpatched, so there is no configuration to show")
-    print(render(resolve(*flags)))
+    else:
+        print(render(resolve(*flags)))
     return 0
 
 
@@ -88,13 +88,6 @@ def _support() -> str:
     from lethe_sglang.engine.guard import support_matrix  # the table that refuses is the one that is shown
 
     return support_matrix()
-
-
-def _show_profile(files: list[str], plot: str | None) -> int:
-    from lethe_sglang.cli.show_profile import show
-
-    print(show([Path(file) for file in files], None if plot is None else Path(plot)))
-    return 0
 
 
 def render(config: EvictionConfig) -> str:

@@ -6,7 +6,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -15,19 +15,10 @@ from typing import Any
 from lethe_sglang import __version__
 from lethe_sglang.allocation.budgets import layer_budgets
 from lethe_sglang.allocation.fingerprint import ModelFingerprint, digest, fingerprint_of
-from lethe_sglang.allocation.profile import (
-    Budgets,
-    Cost,
-    Profile,
-    PromptsInfo,
-    Rule,
-    Settings,
-    save,
-)
+from lethe_sglang.allocation.profile import Budgets, Cost, Profile, PromptsInfo, Rule, Settings, save
 from lethe_sglang.allocation.rules import weights
 from lethe_sglang.config import ConfigError, EvictionConfig
-from lethe_sglang.profiling import cache, sensitivity
-from lethe_sglang.profiling.progress import Progress
+from lethe_sglang.profiling import cache
 from lethe_sglang.profiling.prompts import MODEL_FILE, Prompt, generated, hash_of, read
 from lethe_sglang.profiling.records import Partial, Record, longest, summarise
 
@@ -57,10 +48,8 @@ class Pass:
         Seconds after which no further prompts are started; None is no limit.
     raw
         Put prompts as they are, without the chat template.
-    sensitivity
-        Prune every layer alone as well (``sensitivity.py``).
     rule, alpha
-        How servers share the budget by the profile; None is concentration, or sensitivity where that is measured.
+        How servers share the budget by the profile.
     config
         Whose ``budget`` the budgets in the profile are made for, and whose ``retain.sinks`` counts.
     server_args
@@ -77,8 +66,7 @@ class Pass:
     concurrency: int = 4
     time_limit: float | None = None
     raw: bool = False
-    sensitivity: bool = False
-    rule: Rule | None = None
+    rule: Rule = "concentration"
     alpha: float = 1.0
     config: EvictionConfig = field(default_factory=EvictionConfig)
     server_args: tuple[str, ...] = ()
@@ -106,7 +94,7 @@ class Pass:
         ]
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """The pass was stopped after ``done`` of ``total`` prompts, which are kept in ``path``."""
 
     def __init__(self, done: int, total: int, path: Path) -> None:
@@ -130,27 +118,32 @@ def measure(task: Pass) -> tuple[Profile, Path]:
     """
     started = time.monotonic()
     given = _given(task)
-    print(f"lethe profile: starting SGLang with {task.model_path}", file=sys.stderr, flush=True)
-    engine = _start(task)
+    _say(f"starting SGLang with {task.model_path}")
+    engine = start(task.engine_args(), measures=True)
     try:
-        profile, ids, partial = _measure(task, engine, *given)
+        profile, partial = _measure(task, engine, *given)
     finally:
         engine.shutdown()
-    rule: Rule = "sensitivity" if task.sensitivity else "concentration"
-    if task.sensitivity:
-        try:
-            found = sensitivity.run(task, ids, profile.model.layers)
-        except KeyboardInterrupt:
-            raise Interrupted(profile.prompts.count, len(ids), partial.path) from None
-        profile = profile.model_copy(update={"sensitivity": found})
     cost = profile.cost.model_copy(update={"total_seconds": time.monotonic() - started})
-    profile = with_rule(profile.model_copy(update={"cost": cost}), task.rule or rule, task.alpha, task.config)
+    profile = with_rule(profile.model_copy(update={"cost": cost}), task.rule, task.alpha, task.config)
     try:
         save(profile, partial.profile)
     except OSError as error:
         raise ConfigError(f"--out {partial.profile}: cannot be written: {error.strerror}; give another file") from None
     partial.remove()
     return profile, partial.profile
+
+
+def prompts_of(task: Pass, tokenizer: Any) -> list[list[int]]:
+    """Return the token ids of the prompts that a pass puts.
+
+    Raises
+    ------
+    ConfigError
+        If the prompts cannot be used.
+    """
+    prompts = _given(task)[1] or _writable(tokenizer, task)
+    return [tokens_of(tokenizer, prompt, task.raw) for prompt in prompts]
 
 
 def _given(task: Pass) -> tuple[str, list[Prompt] | None]:
@@ -160,27 +153,32 @@ def _given(task: Pass) -> tuple[str, list[Prompt] | None]:
     return ("built-in", None) if path is None else (path.name, read(path)[: task.num_prompts])
 
 
-def _start(task: Pass) -> Any:
+def start(words: Sequence[str], measures: bool = False) -> Any:
+    """Return an ``sgl.Engine`` with this plugin, started by SGLang's arguments; ``measures`` makes it that of a pass."""
     import sglang as sgl
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
     from sglang.srt.server_args import prepare_server_args
 
-    server_args = prepare_server_args(task.engine_args())
-    server_args._lethe = replace(server_args._lethe, measures=True)
+    server_args = prepare_server_args(list(words))
+    if measures:
+        server_args._lethe = replace(server_args._lethe, measures=True)
     return sgl.Engine(server_args=server_args)
 
 
-def _measure(
-    task: Pass, engine: Any, source: str, prompts: list[Prompt] | None
-) -> tuple[Profile, list[list[int]], Partial]:
-    """Return the profile without rule and sensitivity, the prompts' token ids, and where finished prompts are kept."""
+def model_of(engine: Any) -> ModelFingerprint:
+    """Return the fingerprint of the model that an engine runs."""
     from sglang.srt.arg_groups.model_override_base import model_config_of, resolved_view
 
+    return fingerprint_of(model_config_of(engine.server_args), resolved_view(engine.server_args))
+
+
+def _measure(task: Pass, engine: Any, source: str, given: list[Prompt] | None) -> tuple[Profile, Partial]:
+    """Return the profile without its rule, and where finished prompts are kept."""
     from lethe_sglang.observers.measure import IDLE_STEPS
 
-    model = fingerprint_of(model_config_of(engine.server_args), resolved_view(engine.server_args))
+    model = model_of(engine)
     settings = Settings(
         max_new_tokens=task.max_new_tokens,
         temperature=task.temperature,
@@ -189,8 +187,7 @@ def _measure(
         idle_steps=IDLE_STEPS,
     )
     tokenizer = engine.tokenizer_manager.tokenizer
-    if prompts is None:
-        prompts = _writable(tokenizer, task)
+    prompts = given or _writable(tokenizer, task)
     out = task.out if task.out is not None else cache.file_of(model, cache.directory())
     key = digest([model.key, hash_of(prompts), task.raw, settings.model_dump(mode="json")])
     partial = Partial(out, key)
@@ -206,11 +203,11 @@ def _measure(
         found = [{**r, "rid": asked[r["rid"]]} for r in report["measured"] if r["rid"] in asked]
         return longest(found), int(report["statistics_bytes"])
 
-    begun, progress = time.monotonic(), Progress(len(prompts), sys.stderr)
-    records, size = collect(len(prompts), task.concurrency, ask, partial, progress, task.time_limit)
+    begun = time.monotonic()
+    records, size = collect(len(prompts), task.concurrency, ask, partial, task.time_limit)
     seconds = time.monotonic() - begun
     cost = Cost(measuring_seconds=seconds, total_seconds=seconds, statistics_bytes=size)
-    return assemble(model, settings, source, hash_of(prompts), records, cost), ids, partial
+    return assemble(model, settings, source, hash_of(prompts), records, cost), partial
 
 
 def collect(
@@ -218,7 +215,6 @@ def collect(
     concurrency: int,
     ask: Callable[[Sequence[int]], tuple[list[Record], int]],
     partial: Partial,
-    progress: Progress,
     time_limit: float | None,
 ) -> tuple[list[Record], int]:
     """Put the prompts that are not finished yet, some at a time.
@@ -233,8 +229,6 @@ def collect(
         Puts prompts by number; returns their records and the bytes of the device's statistics.
     partial
         Where finished prompts are kept.
-    progress
-        Shows how far it is.
     time_limit
         Seconds after which no further prompts are put; at least one lot is.
 
@@ -255,29 +249,29 @@ def collect(
     size, started = 0, time.monotonic()
     try:
         partial.start(list(done.values()))
-        progress.show(len(done), ", going on from an interrupted pass" if done else "")
-        for numbers in _lots(left, concurrency):
+        if done:
+            _say(f"going on from an interrupted pass, {len(done)} of {total} prompts are there")
+        for i in range(0, len(left), concurrency):
             if time_limit is not None and done and time.monotonic() - started > time_limit:
-                print(f"\nlethe profile: time limit reached after {len(done)} prompts", file=sys.stderr, flush=True)
+                _say(f"time limit reached after {len(done)} prompts")
                 break
+            numbers = left[i : i + concurrency]
             found, used = ask(numbers)
             partial.add(found)
             done |= {record["rid"]: record for record in found}
             size = max(size, used)
-            progress.show(len(done))
+            _say(f"{len(done)} of {total} prompts, {time.monotonic() - started:.0f} s")
     except KeyboardInterrupt:
         raise Interrupted(len(done), total, partial.path) from None
     except OSError as error:
         raise ConfigError(f"--out: {partial.path}: cannot be written: {error.strerror}; give another file") from None
-    finally:
-        progress.end()
     if not done:
         raise ConfigError("--prompts: no answer had a second token; give other prompts or a larger --max-new-tokens")
     return [done[n] for n in sorted(done, key=int)], size
 
 
-def _lots(numbers: list[int], size: int) -> Iterator[list[int]]:
-    return (numbers[i : i + size] for i in range(0, len(numbers), size))
+def _say(line: str) -> None:
+    print(f"lethe profile: {line}", file=sys.stderr, flush=True)
 
 
 def assemble(
@@ -314,7 +308,7 @@ def with_rule(profile: Profile, rule: Rule, alpha: float, config: EvictionConfig
         If the rule needs what was not measured.
     """
     if rule == "sensitivity" and profile.sensitivity is None:
-        raise ConfigError("--rule sensitivity: the profile has none; measure it with lethe profile --sensitivity")
+        raise ConfigError("--rule sensitivity: the profile has none; measure it with lethe sensitivity")
     changed = profile.model_copy(update={"rule": rule, "alpha": alpha})
     layers = tuple(k + config.recent for k in layer_budgets(config.scored, weights(changed), config.floor))
     return changed.model_copy(update={"budgets": Budgets(tokens=config.budget.tokens, layers=layers)})

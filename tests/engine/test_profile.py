@@ -208,20 +208,22 @@ def test_a_profile_of_another_model_is_refused_with_what_differs(kept, launcher,
     assert "profile of another model (other): KV heads 8 against 1, head width 128 against 64" in lines[0]
 
 
-def test_every_layer_is_pruned_alone_and_the_budgets_follow(tmp_path):
-    """`lethe profile --sensitivity`: two more starts of SGLang."""
+def test_every_layer_is_pruned_alone_and_the_budgets_follow(kept, tmp_path):
+    """`lethe sensitivity`: one more start of SGLang."""
     import os
     import subprocess
     import sys
 
-    from lethe_sglang.allocation.profile import load
+    from lethe_sglang.allocation.profile import load, save
 
-    out = tmp_path / "profile.yaml"
+    file, out = tmp_path / "profile.yaml", tmp_path / "new.yaml"
+    save(kept, file)
     command = [
         sys.executable,
         "-m",
         "lethe_sglang.cli.main",
-        "profile",
+        "sensitivity",
+        str(file),
         "--model-path",
         str(MODEL),
         "--out",
@@ -232,7 +234,6 @@ def test_every_layer_is_pruned_alone_and_the_budgets_follow(tmp_path):
         "150",
         "--budget",
         "48",
-        "--sensitivity",
         "--config",
         config(rounds={"interval": 8}, retain={"recent_ratio": 0.5}),
     ]

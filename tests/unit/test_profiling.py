@@ -1,6 +1,5 @@
 """The pass without its engine: prompts, what is kept of an interrupted pass, statistics, the command line."""
 
-import io
 import itertools
 import json
 import statistics
@@ -14,7 +13,6 @@ from lethe_sglang.allocation.profile import PER_PROMPT, PER_QUERY, STATISTICS, C
 from lethe_sglang.cli import main as cli
 from lethe_sglang.config import ConfigError, EvictionConfig, from_mapping
 from lethe_sglang.profiling import run
-from lethe_sglang.profiling.progress import Progress
 from lethe_sglang.profiling.prompts import generated, hash_of, read
 from lethe_sglang.profiling.records import Partial, longest, summarise
 from lethe_sglang.profiling.run import Interrupted, Pass, assemble, collect, tokens_of, with_rule
@@ -98,9 +96,7 @@ class TestPrompts:
 
 class TestInterruptedPass:
     def run(self, tmp_path, ask, total=7, concurrency=2, key="k", time_limit=None):
-        self.shown = io.StringIO()
-        partial = Partial(tmp_path / "p.yaml", key)
-        return collect(total, concurrency, ask, partial, Progress(total, self.shown), time_limit)[0]
+        return collect(total, concurrency, ask, Partial(tmp_path / "p.yaml", key), time_limit)[0]
 
     def asking(self, stop_after=None, seconds=0.0):
         self.asked = []
@@ -113,17 +109,18 @@ class TestInterruptedPass:
 
         return ask
 
-    def test_a_whole_pass_asks_everything_once_in_lots(self, tmp_path):
+    def test_a_whole_pass_asks_everything_once_in_lots(self, tmp_path, capsys):
         found = self.run(tmp_path, self.asking())
         assert self.asked == list(range(7)) and [r["rid"] for r in found] == list("0123456")
-        assert "7 of 7 prompts" in self.shown.getvalue()
+        shown = capsys.readouterr().err.splitlines()
+        assert len(shown) == 4 and shown[-1].startswith("lethe profile: 7 of 7 prompts, ")
 
-    def test_an_interrupted_pass_goes_on_where_it_stopped(self, tmp_path):
+    def test_an_interrupted_pass_goes_on_where_it_stopped(self, tmp_path, capsys):
         with pytest.raises(Interrupted, match=r"4 of 7 prompts are kept in .*the same command goes on from there"):
             self.run(tmp_path, self.asking(stop_after=4))
         resumed = self.run(tmp_path, self.asking())
         assert self.asked == [4, 5, 6]
-        assert "going on from an interrupted pass" in self.shown.getvalue()
+        assert "going on from an interrupted pass, 4 of 7 prompts are there" in capsys.readouterr().err
         (tmp_path / "other").mkdir()
         assert resumed == self.run(tmp_path / "other", self.asking()), "resuming changes the result"
 
@@ -208,35 +205,18 @@ class TestMeasure:
         ("asked", "rule"),
         [
             ({}, "concentration"),
-            ({"sensitivity": True}, "sensitivity"),
-            ({"sensitivity": True, "rule": "hoyer"}, "hoyer"),
+            ({"rule": "hoyer"}, "hoyer"),
         ],
     )
-    def test_the_rule_is_concentration_or_what_was_measured_for_it(self, tmp_path, monkeypatch, asked, rule):
-        found = Sensitivity(kept=50, prompts=2, changed=(0.2, 0.0, 0.1, 0.1), lost=(0.0,) * 4)
+    def test_the_rule_is_concentration_unless_another_is_asked_for(self, tmp_path, monkeypatch, asked, rule):
         partial = Partial(tmp_path / "p.yaml", "key")
         partial.start([])
-        monkeypatch.setattr(run, "_start", lambda task: SimpleNamespace(shutdown=lambda: None))
-        monkeypatch.setattr(run, "_measure", lambda *given: (profile(hoyer=(0.1, 0.2, 0.3, 0.4)), [[1], [2]], partial))
-        monkeypatch.setattr(run.sensitivity, "run", lambda task, ids, layers: found)
+        monkeypatch.setattr(run, "start", lambda words, measures: SimpleNamespace(shutdown=lambda: None))
+        monkeypatch.setattr(run, "_measure", lambda *given: (profile(hoyer=(0.1, 0.2, 0.3, 0.4)), partial))
         made, path = run.measure(Pass(model_path="m", alpha=2.0, **asked))
-        assert (made.rule, made.alpha, made.sensitivity) == (rule, 2.0, found if asked else None)
+        assert (made.rule, made.alpha, made.sensitivity) == (rule, 2.0, None)
         assert load(path).rule == rule and path == tmp_path / "p.yaml"
         assert not partial.path.exists(), "what an interrupted pass needs stayed behind"
-
-    def test_ctrl_c_while_layers_are_pruned_keeps_what_is_done(self, tmp_path, monkeypatch):
-        partial = Partial(tmp_path / "p.yaml", "key")
-        partial.start([])
-
-        def stop(task, ids, layers):
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(run, "_start", lambda task: SimpleNamespace(shutdown=lambda: None))
-        monkeypatch.setattr(run, "_measure", lambda *given: (profile(), [[1], [2]], partial))
-        monkeypatch.setattr(run.sensitivity, "run", stop)
-        with pytest.raises(Interrupted, match="2 of 2 prompts are kept in"):
-            run.measure(Pass(model_path="m", sensitivity=True))
-        assert partial.path.exists() and not (tmp_path / "p.yaml").exists()
 
 
 class TestCommandLine:
@@ -251,7 +231,7 @@ class TestCommandLine:
             (["--model-path", "m", "--server-args='"], '--server-args "\'": No closing quotation'),
             (["--model-path", "m", "--budget", "5"], "--kv-evict-budget 5: budget.tokens"),
             (["--model-path", "m", "--out", "/dev/null/p.yaml"], "--out /dev/null/p.yaml: File exists; give a file"),
-            (["--model-path", "m", "--rule", "sensitivity"], "--rule sensitivity: needs --sensitivity"),
+            (["--model-path", "m", "--rule", "sensitivity"], "--rule sensitivity: not measured here; lethe sens"),
             (["--model-path", "m", "--prompts", "nowhere.jsonl"], "--prompts nowhere.jsonl: cannot be read"),
         ],
     )
@@ -307,17 +287,3 @@ class TestCommandLine:
         assert "--disable-overlap-schedule" in words
         own = Pass(model_path="m", config=EvictionConfig(), server_args=("--attention-backend", "x")).engine_args()
         assert own.count("--attention-backend") == 1
-
-    def test_a_bar_on_a_terminal_and_lines_in_a_log(self):
-        class Terminal(io.StringIO):
-            def isatty(self):
-                return True
-
-        bar, log = Terminal(), io.StringIO()
-        for out in (bar, log):
-            progress = Progress(4, out)
-            for done in range(5):
-                progress.show(done)
-            progress.end()
-        assert "\r" in bar.getvalue() and "[###############...............] 2 of 4" in bar.getvalue()
-        assert len(log.getvalue().splitlines()) == 2, "a log gets the first and the last line of a quick pass"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from lethe_sglang.allocation.profile import save
 from lethe_sglang.cli import main as cli
 
 ROOT = Path(__file__).parents[2]
-OURS = {"show", "profile", "plan", "bench", "eval", "gpu"}
+OURS = {"show", "profile", "plan", "bench", "eval", "gpu", "profiles", "sensitivity"}
 
 
 def foreign(folder: Path, **commands: str) -> dict[str, str]:
@@ -66,8 +67,8 @@ def test_help_lists_every_command_with_its_summary_and_imports_none():
     printed, _, modules = done.stdout.strip().rpartition("\n")
     assert done.returncode == 0
     for command in entry_points(group=cli.GROUP):
-        line = next(line for line in printed.splitlines() if line.startswith(f"    {command.name} "))
-        assert len(line.split()) > 4, "no summary"
+        found = re.search(rf"^ {{4}}{command.name}(?: +|\n {{5,}})(\S.*)$", printed, re.MULTILINE)
+        assert found and len(found[1].split()) > 3, "no summary"
         assert command.module not in modules.split()
 
 
@@ -119,10 +120,11 @@ def test_nobody_takes_over_a_command_of_ours(tmp_path):
 def test_a_missing_extra_is_one_line_that_says_what_to_install(monkeypatch, tmp_path, capsys):
     save(profile(), tmp_path / "p.yaml")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert cli.main(["show", "profile", str(tmp_path / "p.yaml"), "--plot", str(tmp_path / "p.png")]) == 2
+    assert cli.main(["profiles", str(tmp_path / "p.yaml"), "--plot", str(tmp_path / "p.png")]) == 2
     error = capsys.readouterr().err
     assert error == (
-        "lethe show: error: needs the module matplotlib, which is not installed; pip install 'lethe-sglang[bench]'\n"
+        "lethe profiles: error: needs the module matplotlib, which is not installed; "
+        "pip install 'lethe-sglang[bench]'\n"
     )
 
 

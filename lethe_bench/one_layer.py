@@ -7,16 +7,13 @@ alone kept to half the budget. What counts is where an answer parts from the unc
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lethe_sglang.allocation.profile import Sensitivity
+from lethe_bench.cli.checks import say
+from lethe_sglang.allocation.profile import Profile, Sensitivity
 from lethe_sglang.config import ConfigError, EvictionConfig, from_mapping
-from lethe_sglang.profiling.progress import Progress
-
-if TYPE_CHECKING:
-    from lethe_sglang.profiling.run import Pass
+from lethe_sglang.profiling.run import Pass, model_of, start
 
 Ask = Callable[[int | None], list[list[int]]]
 """Puts all prompts with a layer pruned (None: none) and returns the token ids of the answers."""
@@ -59,9 +56,7 @@ def configuration(config: EvictionConfig, layers: int, longest: int) -> Eviction
             }
         )
     except ConfigError as error:
-        raise ConfigError(
-            f"--sensitivity: half of budget.tokens {config.budget.tokens} is too small: {error}"
-        ) from None
+        raise ConfigError(f"--budget: half of budget.tokens {config.budget.tokens} is too small: {error}") from None
 
 
 def pruned(layer: int, kept: int, layers: int, longest: int) -> dict[str, Any]:
@@ -69,7 +64,7 @@ def pruned(layer: int, kept: int, layers: int, longest: int) -> dict[str, Any]:
     return {"budget": {"allocation": "list", "layers": [kept if i == layer else longest for i in range(layers)]}}
 
 
-def measure(layers: int, ask: Ask, kept: int, interval: int, progress: Progress) -> Sensitivity:
+def measure(layers: int, ask: Ask, kept: int, interval: int) -> Sensitivity:
     """Compare the answers of every layer's pruning with the uncompressed ones.
 
     Parameters
@@ -80,8 +75,6 @@ def measure(layers: int, ask: Ask, kept: int, interval: int, progress: Progress)
         Puts all prompts.
     kept, interval
         Tokens that a pruned layer keeps, and tokens between rounds.
-    progress
-        Counts answers.
 
     Returns
     -------
@@ -95,10 +88,10 @@ def measure(layers: int, ask: Ask, kept: int, interval: int, progress: Progress)
     """
     whole = ask(None)
     count = len(whole)
-    progress.show(count)
+    _count(1, layers, count)
     if max(map(len, whole)) <= kept + interval:
         raise ConfigError(
-            f"--sensitivity: no answer has more than {kept + interval} tokens, so that nothing would be pruned; "
+            f"--budget: no answer has more than {kept + interval} tokens, so that nothing would be pruned; "
             "give a larger --max-new-tokens or a smaller --budget"
         )
     changed, lost = [], []
@@ -106,8 +99,12 @@ def measure(layers: int, ask: Ask, kept: int, interval: int, progress: Progress)
         common = [agreement(a, b) for a, b in zip(whole, ask(layer), strict=True)]
         changed.append(sum(part < 1 for part in common) / count)
         lost.append(1 - sum(common) / count)
-        progress.show((layer + 2) * count)
+        _count(layer + 2, layers, count)
     return Sensitivity(kept=kept, prompts=count, changed=tuple(changed), lost=tuple(lost))
+
+
+def _count(rounds: int, layers: int, prompts: int) -> None:
+    say(f"lethe sensitivity: {rounds * prompts} of {(layers + 1) * prompts} answers")
 
 
 def agreement(whole: Sequence[int], pruned: Sequence[int]) -> float:
@@ -118,7 +115,7 @@ def agreement(whole: Sequence[int], pruned: Sequence[int]) -> float:
     return 1.0 if same == len(whole) == len(pruned) else same / max(len(whole), len(pruned))
 
 
-def run(task: Pass, prompts: Sequence[Sequence[int]], layers: int) -> Sensitivity:
+def run(task: Pass, prompts: Sequence[Sequence[int]], profile: Profile) -> Sensitivity:
     """Start an engine and measure.
 
     Parameters
@@ -127,37 +124,34 @@ def run(task: Pass, prompts: Sequence[Sequence[int]], layers: int) -> Sensitivit
         The pass: model, configuration, length of answers, server arguments.
     prompts
         Token ids.
-    layers
-        L.
+    profile
+        The model's.
 
     Raises
     ------
     ConfigError
-        If the configuration or the prompts cannot be used.
+        If the configuration or the prompts cannot be used, or the profile is of another model.
     """
-    import sglang as sgl
-    from sglang.srt.server_args import prepare_server_args
 
+    layers = profile.model.layers
     longest = max(map(len, prompts)) + task.max_new_tokens + 1
     config = configuration(task.config, layers, longest)
-    print(f"lethe profile: starting SGLang again, to prune {layers} layers one at a time", file=sys.stderr, flush=True)
-    engine = sgl.Engine(
-        server_args=prepare_server_args(
-            [
-                "--model-path",
-                task.model_path,
-                "--log-level",
-                "error",
-                "--random-seed",
-                str(task.seed),
-                "--disable-cuda-graph",
-                *task.server_args,
-                "--kv-evict",
-                config.policy,
-                "--kv-evict-config",
-                json.dumps(config.model_dump(mode="json", exclude_unset=True)),
-            ]
-        )
+    say(f"lethe sensitivity: starting SGLang with {task.model_path}, to prune {layers} layers one at a time")
+    engine = start(
+        [
+            "--model-path",
+            task.model_path,
+            "--log-level",
+            "error",
+            "--random-seed",
+            str(task.seed),
+            "--disable-cuda-graph",
+            *task.server_args,
+            "--kv-evict",
+            config.policy,
+            "--kv-evict-config",
+            json.dumps(config.model_dump(mode="json", exclude_unset=True)),
+        ]
     )
 
     def ask(layer: int | None) -> list[list[int]]:
@@ -169,9 +163,8 @@ def run(task: Pass, prompts: Sequence[Sequence[int]], layers: int) -> Sensitivit
         answers = engine.generate(input_ids=[list(ids) for ids in prompts], sampling_params=params)
         return [list(answer["output_ids"]) for answer in answers]
 
-    progress = Progress((layers + 1) * len(prompts), sys.stderr, "answers")
     try:
-        return measure(layers, ask, kept_by(task.config), config.rounds.interval, progress)
+        profile.check(model_of(engine), "FILE")
+        return measure(layers, ask, kept_by(task.config), config.rounds.interval)
     finally:
-        progress.end()
         engine.shutdown()
