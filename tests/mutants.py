@@ -150,6 +150,12 @@ MUTANTS = {
         "lethe_sglang/allocation/rules.py", "RULES[profile.rule]", 'RULES["concentration"]', ARTIFACT
     ),
     "alpha does nothing": Mutant("lethe_sglang/allocation/rules.py", "** profile.alpha", "", ARTIFACT),
+    "a sensitivity is added to another model's profile": Mutant(
+        "lethe_bench/one_layer.py",
+        'profile.check(model_of(engine), "FILE")',
+        "model_of(engine)",
+        "tests/bench/test_one_layer.py",
+    ),
     "what --from would not read is passed over": Mutant(
         "lethe_sglang/cli/profile.py", "    if unread:", "    if False:", ARTIFACT
     ),
