@@ -1,1 +1,4 @@
-"""The laboratory: measurements of real servers, over HTTP and subprocesses. The product never imports it."""
+"""The laboratory: what a server does not need. It measures engines and servers from outside, and plans deployments.
+
+The product never imports it.
+"""

@@ -231,7 +231,7 @@ MUTANTS = {
         "tests/unit/test_architecture.py",
     ),
     "the prompt is not counted": Mutant(
-        "lethe_sglang/allocation/deployment.py", "return self.prompt + min(", "return min(", "tests/unit/test_plan.py"
+        "lethe_bench/deployment.py", "return self.prompt + min(", "return min(", "tests/bench/test_plan.py"
     ),
     "fp8 keys are ranked as bytes": Mutant(
         ROUNDS, "cells.keys[c].float()", "cells.key[c].float()", "tests/unit/test_flashinfer_backend.py -k fp8"

@@ -5,7 +5,7 @@ import json
 import pytest
 from profiles import profile
 
-from lethe_sglang.allocation.deployment import GIB, Deployment
+from lethe_bench.deployment import GIB, Deployment
 from lethe_sglang.allocation.profile import save
 from lethe_sglang.cli import main as cli
 from lethe_sglang.config import ConfigError, from_mapping
