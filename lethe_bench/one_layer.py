@@ -132,7 +132,6 @@ def run(task: Pass, prompts: Sequence[Sequence[int]], profile: Profile) -> Sensi
     ConfigError
         If the configuration or the prompts cannot be used, or the profile is of another model.
     """
-
     layers = profile.model.layers
     longest = max(map(len, prompts)) + task.max_new_tokens + 1
     config = configuration(task.config, layers, longest)

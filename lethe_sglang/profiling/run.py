@@ -154,7 +154,7 @@ def _given(task: Pass) -> tuple[str, list[Prompt] | None]:
 
 
 def start(words: Sequence[str], measures: bool = False) -> Any:
-    """Return an ``sgl.Engine`` with this plugin, started by SGLang's arguments; ``measures`` makes it that of a pass."""
+    """Start ``sgl.Engine`` with this plugin by SGLang's arguments; ``measures`` makes it the one of a pass."""
     import sglang as sgl
     from sglang.srt.plugins import load_plugins
 
