@@ -75,6 +75,35 @@ MUTANTS = {
         "order = (n - 1) - order if False else key.argsort(-1, True, stable=True)",
         UNIT,
     ),
+    "a kept prompt is charged to the budget": Mutant(
+        "lethe_sglang/cache/layout.py", "max(tree, page_floor(prompt, page_size))", "tree", f"{UNIT} -k kept_prompt"
+    ),
+    "the rest of the prompt's last page is a candidate": Mutant(
+        "lethe_sglang/cache/layout.py", "max(sinks - prefix, rest + own_sinks)", "max(sinks - prefix, own_sinks)", UNIT
+    ),
+    "admission forgets a prompt that the tree does not own": Mutant(
+        "lethe_sglang/engine/runtime.py", "bound = prefix - tree + request", "bound = request", f"{UNIT} -k bound"
+    ),
+    "default parameters are not looked at": Mutant(
+        "lethe_sglang/engine/entrypoints.py",
+        "guard.check_request(preferred or {})",
+        "return",
+        "tests/engine/test_refusals.py -k option_to_change",
+    ),
+    "a beam is evicted from": Mutant(
+        "lethe_sglang/engine/runtime.py",
+        ' == "on" and req.beam_group is None',
+        ' == "on"',
+        "tests/engine/test_hostile_requests.py -k beam",
+        True,
+    ),
+    "an illegal override is the scheduler's error": Mutant(
+        LIFE,
+        "req.set_finish_with_abort(str(error))",
+        "raise",
+        "tests/engine/test_hostile_requests.py -k override",
+        True,
+    ),
     "the recent window shrinks": Mutant(
         LEDGER, "committed - self.recent, self.page_size", "committed, self.page_size", UNIT
     ),

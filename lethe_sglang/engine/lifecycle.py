@@ -75,8 +75,11 @@ def _wait_for_forward(scheduler: Any) -> None:
 
 
 def check_arrival(scheduler: Any, req: Any, *args: Any, **kwargs: Any) -> None:
-    """BEFORE ``Scheduler._add_request_to_queue``: what slipped past the front door is an error of that request."""
-    if req.to_finish is None and not req.finished():
+    """BEFORE ``Scheduler._add_request_to_queue``: what slipped past the front door is an error of that request.
+
+    A request that comes back after a retraction was legal when it came, whatever the configuration is by now.
+    """
+    if req.to_finish is None and not req.finished() and not hasattr(req, "_kv_evict"):
         try:
             current().check(req)
         except ConfigError as error:
