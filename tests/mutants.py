@@ -384,6 +384,25 @@ MUTANTS = {
         "tests/engine/test_tensor_parallel.py",
         True,
     ),
+    "a changed function of SGLang is not listed": Mutant(
+        "lethe_sglang/engine/compat.py",
+        "source_hash(target) == recorded",
+        "bool(source_hash(target))",
+        "tests/engine/test_refusals.py -k another_sglang_changed",
+    ),
+    "the wheel has no presets": Mutant(
+        "pyproject.toml",
+        '"configs" = "lethe_sglang/presets"',
+        '"configs" = "lethe_sglang/preset"',
+        "tests/engine/test_docs.py -k wheels_hold",
+        engine=True,
+    ),
+    "the support page is not the guard's": Mutant(
+        "lethe_sglang/engine/guard.py",
+        "scores are averaged over ranks in rounds",
+        "scores are summed over ranks in rounds",
+        "tests/unit/test_docs.py -k generated",
+    ),
 }
 
 

@@ -153,11 +153,13 @@ def page(records: list[Record], found: list[Agreement], model: str, arguments: a
     versions = ", ".join(f"{name} {version(name)}" for name in ("kvpress", "transformers", "torch"))
     command = " ".join(["bash lethe_bench/kvpress/compare.sh", *arguments.shown])
     count = max(sum(r["family"] == f and r["policy"] == "kvpress/full" for r in records) for f in families)
-    pilot = " **A pilot: too few problems to tell methods apart.**" if count < 50 else ""
+    pilot = ", and too few problems to tell methods apart" if count < 50 else ""
     lines = [
         f"""# Against kvpress
 
-Model {model}, {versions}, float32 on a CPU. Written by `{command}`.{pilot}
+**One small model on a CPU{pilot}: this says nothing about a large model.**
+
+Model {model}, {versions}, float32 on a CPU. Written by `{command}`.
 
 ## The same scores
 

@@ -6,13 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from conftest import MODEL, config
+from conftest import MODEL, ROOT, config
 from problems import WALKS
 
-PROJECT = Path(__file__).parent / "outside_policy"
+PROJECT = ROOT / "examples" / "own_policy"
 EVERY, SINKS, BUDGET = 3, 4, 48
 SETTINGS = dict(
     budget={"tokens": BUDGET},
@@ -26,7 +25,7 @@ SETTINGS = dict(
 def installed(tmp_path_factory):
     """Build the project into a wheel and install it; returns an environment that finds it."""
     folder = tmp_path_factory.mktemp("outside")
-    shutil.copytree(PROJECT, folder / "project")  # setuptools writes its build folders beside what it builds
+    shutil.copytree(PROJECT, folder / "project")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     alone = ["--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*pip, *alone, "--target", str(folder / "site"), str(folder / "project")], check=True)

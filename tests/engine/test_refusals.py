@@ -270,6 +270,23 @@ def test_a_modified_sglang_function_is_refused(sglang_front, capsys, monkeypatch
     assert "ScheduleBatch.check_decode_mem" in refused(sglang_front, capsys, *EVICT)
 
 
+def test_what_another_sglang_changed_is_listed(sglang_front, capsys, monkeypatch):
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+
+    from lethe_sglang.engine import compat
+
+    monkeypatch.setattr(compat.sys, "argv", ["compat", "--against-installed"])
+    assert compat.main() == 0
+    assert capsys.readouterr().out == "sglang 0.5.23: 0 of the targets recorded from 0.5.23 changed\n"
+
+    monkeypatch.setattr(ScheduleBatch, "check_decode_mem", lambda self, selected_indices=None: True)
+    monkeypatch.delattr(ScheduleBatch, "prepare_for_decode")
+    assert compat.main() == 1
+    first, *targets = capsys.readouterr().out.splitlines()
+    assert first == "sglang 0.5.23: 2 of the targets recorded from 0.5.23 changed"
+    assert {target.rpartition(".")[2] for target in targets} == {"check_decode_mem", "prepare_for_decode"}
+
+
 def test_none_installs_no_runtime_hook(sglang_front):
     from sglang.srt.managers.scheduler import Scheduler
 

@@ -1,4 +1,4 @@
-"""The rooms import downwards only, and the documents say what the code does."""
+"""The rooms import downwards only, modules stay small, and what leans on SGLang says why."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ import json
 from pathlib import Path
 
 import pytest
-
-from lethe_sglang.config.reference import configuration_page
-from lethe_sglang.policies.registry import IN_TREE
 
 ROOT = Path(__file__).parents[2]
 PACKAGE, LABORATORY = ROOT / "lethe_sglang", ROOT / "lethe_bench"
@@ -90,27 +87,15 @@ def test_every_room_of_the_product_has_its_rule():
 
 def test_modules_stay_small():
     lines = {p: len(p.read_text().splitlines()) for p in (*MODULES, *EXPERIMENTS)}
-    assert not {str(p): n for p, n in lines.items() if n > (450 if PACKAGE in p.parents else 400)}
+    assert not {str(p): n for p, n in lines.items() if n > 400}
 
 
-def test_the_page_of_the_configuration_is_the_schema_and_the_policies():
-    page = (ROOT / "docs" / "configuration.md").read_text()
-    assert page == configuration_page(IN_TREE) + "\n", "write it again: lethe show --options > docs/configuration.md"
-
-
-def test_the_page_about_upstream_is_the_hooks_and_every_target_has_its_source_and_reason():
+def test_every_target_has_its_source_and_reason():
     from lethe_sglang.engine import compat, hooks
 
-    assert (ROOT / "docs" / "upstream.md").read_text() == hooks.page() + "\n", "compat --page > docs/upstream.md"
     assert set(json.loads(compat.SOURCES.read_text())) == set(hooks.TARGETS)
     assert len(set(hooks.TARGETS)) == len(hooks.TARGETS)
     assert not [r.target for r in (*hooks.HOOKS, *hooks.RELIANCES) if len(r.why) < 20 or not r.why.endswith(".")]
-
-
-def test_the_readme_shows_the_support_matrix_of_the_guard():
-    from lethe_sglang.engine.guard import support_matrix
-
-    assert support_matrix() in (ROOT / "README.md").read_text(), "paste the output of: lethe show --support"
 
 
 def test_the_formatter_is_never_switched_off():

@@ -1,21 +1,23 @@
-"""A policy of somebody else, registered by an entry point."""
+"""A policy of one's own, in a distribution of its own, registered by an entry point: every n-th position."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from lethe_sglang.policies import Candidates, Policy
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
 class StridePolicy(Policy):
     """Keep every n-th position, the latest of them first, then the latest of the others."""
 
-    source: ClassVar[str] = "tests/engine/outside_policy"
+    source: ClassVar[str] = "an example"
     uses_position: ClassVar[bool] = True
 
     every: int = Field(default=2, ge=1, description="Distance of the positions that are kept. Tokens, >= 1.")
