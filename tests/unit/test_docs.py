@@ -67,7 +67,7 @@ def test_a_block_marked_run_succeeds(block):
     program = ["bash", "-euo", "pipefail", "-c"] if block.language == "bash" else [sys.executable, "-c"]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
-        [*program, block.text], cwd=ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=120
+        [*program, block.text], cwd=ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -126,6 +126,8 @@ def test_a_stale_page_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(docs, "ROOT", tmp_path)
     monkeypatch.setattr(docs, "GENERATED", {tmp_path / "support.md": docs.support, tmp_path / "gone.md": docs.support})
     assert docs.stale() == ["support.md", "gone.md"]
+    monkeypatch.setattr(docs.sys, "argv", ["docs.py", "--check"])
+    assert docs.main() == 1
     monkeypatch.setattr(docs.sys, "argv", ["docs.py"])
     assert docs.main() == 0 and docs.stale() == []
 
