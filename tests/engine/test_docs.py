@@ -19,8 +19,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, STRICT, Server, free_port
+from conftest import ROOT, STRICT, Server
 from doc_blocks import blocks, commands
+
+from lethe_bench import servers
 
 NOT_COPIED = shutil.ignore_patterns(".git", ".venv", "out", "dist", "results", "__pycache__", ".*_cache", ".hypothesis")
 PORT = "30000"  # SGLang's default, which the pages use
@@ -76,18 +78,11 @@ class InstalledServer(Server):
     """A server of the fresh environment, started by a command of the README."""
 
     def __init__(self, command: str, fresh: Fresh, log: Path):
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.log = log
-        with log.open("w") as out:
-            self.process = subprocess.Popen(
-                ["bash", "-c", f"exec {command} --port {self.port} --sleep-on-idle"],
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                env=fresh.env,
-                cwd=fresh.checkout,
-                start_new_session=True,
-            )
+        port = servers.some_free_port()
+        line = f"cd {shlex.quote(str(fresh.checkout))} && exec {command} --port {port} --sleep-on-idle"
+        servers.Server.__init__(self, ["bash", "-c", line], port, log)
+        self.environment = {name: self.environment[name] for name in ("NO_PROXY", "no_proxy")} | fresh.env
+        self.start()
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +165,7 @@ def test_the_installed_programs_run_from_the_wheel(fresh):
 
 def test_the_server_of_the_readme_evicts(fresh, server):
     assert server.lethe()["policy"] == "lethe"
-    launcher = Path(f"/proc/{server.process.pid}/maps").read_text()
+    launcher = Path(f"/proc/{server._process.pid}/maps").read_text()
     assert str(ROOT / "lethe_sglang") not in launcher
 
 
