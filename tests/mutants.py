@@ -157,13 +157,13 @@ MUTANTS = {
         "lethe_sglang/policies/keydiff.py", "return -candidates", "return candidates", f"{REF} -k keydiff"
     ),
     "the shadow looks at keys only": Mutant(
-        "lethe_sglang/observers/shadow.py",
+        "lethe_bench/observers/shadow.py",
         '("value", self.copy[1], self.store.value)',
         '("value", self.copy[0], self.store.key)',
         "tests/unit/test_shadow.py",
     ),
     "the shadow does not mind the order": Mutant(
-        "lethe_sglang/observers/shadow.py",
+        "lethe_bench/observers/shadow.py",
         "if not bool(ascending.all()) or",
         "if False or",
         "tests/unit/test_shadow.py",
@@ -253,8 +253,11 @@ MUTANTS = {
     "flags of the plugin are passed on": Mutant(
         "lethe_sglang/cli/server_args.py", 'name.startswith("--kv-evict")', "False", "tests/unit/test_files.py"
     ),
+    "a missing test aid is passed over": Mutant(
+        "lethe_sglang/observers/base.py", "raise ConfigError(", "return lambda *_, **__: Observer()\n    print(", "tests/unit/test_shadow.py"
+    ),
     "the product imports the laboratory": Mutant(
-        "lethe_sglang/observers/shadow.py",
+        "lethe_sglang/observers/measure.py",
         "from __future__ import annotations",
         "from __future__ import annotations\nimport lethe_bench.servers",
         "tests/unit/test_architecture.py",
@@ -296,7 +299,7 @@ MUTANTS = {
         "tests/unit/test_triton_backend.py -k every_rule",
     ),
     "ranks do not compare what they kept": Mutant(
-        "lethe_sglang/observers/kept.py", "if len(set(digests)) > 1:", "if False:", "tests/unit/test_rank_agreement.py"
+        "lethe_bench/observers/kept.py", "if len(set(digests)) > 1:", "if False:", "tests/unit/test_rank_agreement.py"
     ),
     "admission forgets what a request holds until its next round": Mutant(
         "lethe_sglang/engine/runtime.py",

@@ -20,10 +20,8 @@ from lethe_sglang.engine import breakpoints
 from lethe_sglang.engine.counters import Counters
 from lethe_sglang.engine.ranks import Ranks
 from lethe_sglang.engine.reconfigure import check, settled
-from lethe_sglang.observers.base import Observer
-from lethe_sglang.observers.kept import KeptSets
+from lethe_sglang.observers.base import Observer, installed
 from lethe_sglang.observers.measure import Measurer
-from lethe_sglang.observers.shadow import Shadow
 
 if TYPE_CHECKING:
     from lethe_sglang.attention.length_classes import LengthClasses
@@ -166,9 +164,11 @@ class Runtime:
     def _observers(self) -> list[Observer]:
         debug, found = self.config.debug, list[Observer]()
         if debug.shadow:
-            found.append(Shadow(self.pool.cells, self.ledger, self.req_to_token))
+            shadow = installed("shadow", "debug.shadow")
+            found.append(shadow(self.pool.cells, self.ledger, self.req_to_token))
         if debug.kept_hash or debug.record_kept:
-            found.append(KeptSets(log=debug.record_kept, compare=debug.kept_hash, gather=self.ranks.gather))
+            kept = installed("kept", "debug.kept_hash" if debug.kept_hash else "debug.record_kept")
+            found.append(kept(log=debug.record_kept, compare=debug.kept_hash, gather=self.ranks.gather))
         if self.measures:
             rows = self.req_to_token.shape[0]
             found.append(Measurer(rows, self.num_layers, self.config.retain.sinks, self.pool.device))

@@ -1,1 +1,1 @@
-"""What may watch a server: test aids and the measuring of a profile. In production nothing does."""
+"""What may watch a server: the measuring of a profile, and test aids from outside. In production nothing does."""

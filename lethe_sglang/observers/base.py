@@ -6,14 +6,33 @@ of a request has one loop over nothing at each of these places, and a CUDA graph
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from lethe_sglang.config import ConfigError
 
 if TYPE_CHECKING:
     import torch
 
     from lethe_sglang.cache.ledger import RequestState, RoundPlan
     from lethe_sglang.cache.rounds import RoundResult
+
+GROUP = "lethe_sglang.observers"
+
+
+def installed(name: str, option: str) -> Callable[..., Observer]:
+    """Return the observer that another package registers under ``name``, for a configuration that has ``option``.
+
+    Raises
+    ------
+    ConfigError
+        If no installed package has it.
+    """
+    for found in entry_points(group=GROUP, name=name):
+        observer: Callable[..., Observer] = found.load()
+        return observer
+    raise ConfigError(f"{option}: the observer {name!r} (entry-point group {GROUP}) is not installed; write false")
 
 
 class Observer:

@@ -41,6 +41,8 @@ OF_THE_PRODUCT = {
 }
 """What the laboratory may import: what a configuration means, and tools. Servers it knows over HTTP alone; an engine
 only through ``profiling.run``, which starts one as ``lethe profile`` does."""
+OF_ITS_OBSERVERS = {"observers.base", "kernels.table", "cache.ledger", "cache.rounds"}
+"""What ``lethe_bench/observers`` may import, and only that: a server process loads them."""
 SRT_ALLOWED = ("engine/", "attention/", "profiling/", "plugin.py", "cache/pool.py")
 MODULES, EXPERIMENTS = sorted(PACKAGE.rglob("*.py")), sorted(LABORATORY.rglob("*.py"))
 
@@ -72,10 +74,14 @@ def test_imports_run_downwards_and_sglang_stays_in_its_rooms(path):
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: str(p.relative_to(LABORATORY)))
 def test_the_laboratory_takes_little_of_the_product_and_nothing_of_the_engine(path):
+    of_observers = path.parent.name == "observers"
     for name in imports(path):
         parts = name.split(".")
+        assert not of_observers or parts[0] != "lethe_bench", f"{path} imports {name}: a server process loads it"
         assert parts[0] != "sglang", f"{path} imports {name}: servers are other processes"
-        if parts[0] == "lethe_sglang" and len(parts) > 1:
+        if of_observers and parts[0] == "lethe_sglang":
+            assert ".".join(parts[1:3]) in OF_ITS_OBSERVERS, f"{path} imports {name}"
+        elif parts[0] == "lethe_sglang" and len(parts) > 1:
             part = parts[1] if parts[1] not in ("cli", "attention", "profiling") else ".".join(parts[1:3])
             assert part in OF_THE_PRODUCT | {"cli"}, f"{path} imports {name}"
 

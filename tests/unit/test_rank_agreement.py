@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lethe_sglang.observers.kept import KeptSets
+from lethe_bench.observers.kept import KeptSets
 
 
 @pytest.fixture

@@ -8,7 +8,11 @@ import pytest
 import torch
 from cache_model import MiniPool
 
-from lethe_sglang.observers.shadow import Shadow, ShadowMismatch
+from lethe_bench.observers.kept import KeptSets
+from lethe_bench.observers.shadow import Shadow, ShadowMismatch
+from lethe_sglang.config import ConfigError
+from lethe_sglang.observers import base
+from lethe_sglang.observers.base import installed
 from lethe_sglang.policies.lethe import LethePolicy
 
 PREFIX, PROMPT = 8, 50
@@ -85,3 +89,13 @@ def test_a_row_that_is_freed_leaves_its_place_to_another(watched):
     watched.shadow.on_close([1, 7])
     assert set(watched.shadow.places) == {2}
     assert len(places) == 2 and set(watched.shadow.free) >= places - set(watched.shadow.places.values())
+
+
+@pytest.mark.parametrize(("name", "option", "kind"), [("shadow", "debug.shadow", Shadow), ("kept", "debug.kept_hash", KeptSets)])
+def test_a_server_finds_the_test_aids_by_name_and_says_which_option_asks_for_a_missing_one(
+    name, option, kind, monkeypatch
+):
+    assert installed(name, option) is kind
+    monkeypatch.setattr(base, "entry_points", lambda **_: ())
+    with pytest.raises(ConfigError, match=f"^{option}: the observer '{name}' .* is not installed; write false$"):
+        installed(name, option)

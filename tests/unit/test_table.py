@@ -7,8 +7,8 @@ import torch
 from cache_model import MiniPool
 from flashinfer_double import BUDGETS, SUM, Server, ours, portable
 
+from lethe_bench.observers.shadow import Shadow
 from lethe_sglang.kernels import table
-from lethe_sglang.observers.shadow import Shadow
 from lethe_sglang.policies.lethe import LethePolicy
 
 RULE = SUM._replace(window=5)
