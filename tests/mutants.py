@@ -186,7 +186,7 @@ MUTANTS = {
         "tests/bench/test_one_layer.py",
     ),
     "what --from would not read is passed over": Mutant(
-        "lethe_sglang/cli/profile.py", "    if unread:", "    if False:", ARTIFACT
+        "lethe_bench/cli/profile.py", "    if unread:", "    if False:", ARTIFACT
     ),
     "--kv-evict-profile none leaves an allocation that needs one": Mutant(
         "lethe_sglang/config/loading.py",
@@ -251,10 +251,13 @@ MUTANTS = {
     ),
     "a torn line stays": Mutant("lethe_sglang/files.py", "file.truncate(", "abs(", "tests/unit/test_files.py"),
     "flags of the plugin are passed on": Mutant(
-        "lethe_sglang/cli/server_args.py", 'name.startswith("--kv-evict")', "False", "tests/unit/test_files.py"
+        "lethe_bench/cli/server_args.py", 'name.startswith("--kv-evict")', "False", "tests/unit/test_files.py"
     ),
     "a missing test aid is passed over": Mutant(
-        "lethe_sglang/observers/base.py", "raise ConfigError(", "return lambda *_, **__: Observer()\n    print(", "tests/unit/test_shadow.py"
+        "lethe_sglang/observers/base.py",
+        "raise ConfigError(",
+        "return lambda *_, **__: Observer()\n    print(",
+        "tests/unit/test_shadow.py",
     ),
     "the product imports the laboratory": Mutant(
         "lethe_sglang/observers/measure.py",

@@ -16,10 +16,10 @@ from typing import Annotated, Any
 from pydantic import Field, PlainValidator, model_validator
 
 from lethe_bench.accuracy.datasets import DATASETS, Item, dataset_items, family_items
+from lethe_bench.cli import server_args
 from lethe_bench.machine import readable
 from lethe_bench.servers import launch_command
 from lethe_bench.tasks import FAMILIES
-from lethe_sglang.cli import server_args
 from lethe_sglang.config import ConfigError, EvictionConfig, from_mapping
 from lethe_sglang.config.policy_section import laid_over
 from lethe_sglang.config.section import Section

@@ -10,15 +10,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lethe_bench.cli import server_args
 from lethe_bench.cli.checks import check_ports, say
+from lethe_bench.cli.options import check_model, integer
 from lethe_bench.machine import machine, versions
 from lethe_bench.servers import ServerError
 from lethe_bench.throughput.measure import Measurement
 from lethe_bench.throughput.measure import run as measure_all
 from lethe_bench.throughput.plan import ARMS, Plan
 from lethe_bench.throughput.report import About, to_json, to_markdown
-from lethe_sglang.cli import server_args
-from lethe_sglang.cli.options import check_model, integer
 from lethe_sglang.config import ConfigError, EvictionConfig, from_mapping, resolve
 from lethe_sglang.files import write_atomically
 from lethe_sglang.processes import ending_on_signals

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from lethe_bench.accuracy.experiment import Experiment
 from lethe_bench.accuracy.loading import load
 from lethe_bench.cli.checks import check_ports, say
+from lethe_bench.cli.options import check_model, integer
 from lethe_bench.servers import ServerError
-from lethe_sglang.cli.options import check_model, integer
 from lethe_sglang.config import ConfigError
 from lethe_sglang.processes import ending_on_signals
 

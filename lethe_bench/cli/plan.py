@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lethe_bench.cli.options import integer, number
 from lethe_bench.deployment import GIB, Deployment
 from lethe_sglang.allocation.budgets import from_config
 from lethe_sglang.allocation.profile import load
-from lethe_sglang.cli.options import integer, number
 from lethe_sglang.config import ConfigError, EvictionConfig, resolve
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lethe_sglang.cli import server_args
+from lethe_bench.cli import server_args
 from lethe_sglang.config import ConfigError
 from lethe_sglang.files import Journal, read_lines, write_atomically
 

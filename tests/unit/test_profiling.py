@@ -257,13 +257,13 @@ class TestCommandLine:
         def stopped(task):
             raise Interrupted(3, 16, tmp_path / "p.yaml.partial")
 
-        monkeypatch.setattr("lethe_sglang.cli.profile.measure", stopped)
+        monkeypatch.setattr("lethe_bench.cli.profile.measure", stopped)
         assert cli.main(["profile", "--model-path", "m"]) == 130
         assert "interrupted; 3 of 16 prompts are kept in" in capsys.readouterr().err
 
     def test_what_is_not_given_takes_the_defaults_of_the_pass(self, monkeypatch, tmp_path):
         asked = []
-        monkeypatch.setattr("lethe_sglang.cli.profile.measure", lambda task: asked.append(task) or exit(7))
+        monkeypatch.setattr("lethe_bench.cli.profile.measure", lambda task: asked.append(task) or exit(7))
         out, more = tmp_path / "p.yaml", ["--rule", "hoyer", "--alpha", "2", "--raw", "--server-args=--tp 2"]
         for arguments in ([], ["-o", str(out), "--num-prompts", "3", *more]):
             with pytest.raises(SystemExit):

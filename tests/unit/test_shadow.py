@@ -91,7 +91,9 @@ def test_a_row_that_is_freed_leaves_its_place_to_another(watched):
     assert len(places) == 2 and set(watched.shadow.free) >= places - set(watched.shadow.places.values())
 
 
-@pytest.mark.parametrize(("name", "option", "kind"), [("shadow", "debug.shadow", Shadow), ("kept", "debug.kept_hash", KeptSets)])
+@pytest.mark.parametrize(
+    ("name", "option", "kind"), [("shadow", "debug.shadow", Shadow), ("kept", "debug.kept_hash", KeptSets)]
+)
 def test_a_server_finds_the_test_aids_by_name_and_says_which_option_asks_for_a_missing_one(
     name, option, kind, monkeypatch
 ):

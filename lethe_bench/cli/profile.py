@@ -7,9 +7,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from lethe_bench.cli import server_args
+from lethe_bench.cli.options import check_model, check_out, integer, number
 from lethe_sglang.allocation.profile import Profile, Rule, load, save
-from lethe_sglang.cli import server_args
-from lethe_sglang.cli.options import check_model, check_out, integer, number
 from lethe_sglang.cli.show_profile import render
 from lethe_sglang.config import ConfigError, resolve
 from lethe_sglang.processes import ending_on_signals
