@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -69,10 +70,8 @@ class EvictionRequest:
         raise error
 
 
-def make_request(
-    policy: str | None, source: str | None, budget: int | None, profile: str | None, from_cli: bool
-) -> EvictionRequest | None:
-    """Resolve what the operator asked for; None if it is stock SGLang.
+def stash(server_args: Any, options: Sequence[Any], from_cli: bool) -> Any:
+    """Resolve what the operator asked for (``ENGINE_OPTIONS``, in order), and let it travel unless it is stock SGLang.
 
     Raises
     ------
@@ -80,20 +79,21 @@ def make_request(
         (or, ``from_cli``, a one-line message and exit status 2).
     """
     try:
-        if policy is None or policy == "none":
-            given = {"--kv-evict-config": source, "--kv-evict-budget": budget, "--kv-evict-profile": profile}
-            for flag, value in given.items():
+        if options[0] in (None, "none"):
+            for name, value in zip(ENGINE_OPTIONS[1:], options[1:], strict=True):
                 if value is not None:
+                    flag = f"--{name.replace('_', '-')}"
                     raise ConfigError(f"{flag} needs --kv-evict; legal: {', '.join(policy_names())}")
-            return None
-        config = resolve(policy=policy, source=source, budget=budget, profile=profile)
+            return server_args
+        config = resolve(*options)
         compat.version_check()
         from lethe_sglang.engine.hooks import LAUNCHER_HOOKS  # imports the engine: only of the right SGLang
 
         install(LAUNCHER_HOOKS)
     except (ConfigError, compat.CompatError, RuntimeError) as error:
         EvictionRequest(config=EvictionConfig(), from_cli=from_cli).fail(error)
-    return EvictionRequest(config=config, from_cli=from_cli)
+    server_args._lethe = EvictionRequest(config=config, from_cli=from_cli)
+    return server_args
 
 
 # -- command line -----------------------------------------------------------------------------------------------------
@@ -133,17 +133,7 @@ def add_flags(result: Any, parser: argparse.ArgumentParser) -> None:
 
 def from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:
     """AROUND ``ServerArgs.from_cli_args``: stash the request on the server arguments."""
-    server_args = original(cls, args)
-    request = make_request(
-        getattr(args, "kv_evict", None),
-        getattr(args, "kv_evict_config", None),
-        getattr(args, "kv_evict_budget", None),
-        getattr(args, "kv_evict_profile", None),
-        from_cli=True,
-    )
-    if request is not None:
-        server_args._lethe = request
-    return server_args
+    return stash(original(cls, args), [getattr(args, name, None) for name in ENGINE_OPTIONS], from_cli=True)
 
 
 # -- sgl.Engine -------------------------------------------------------------------------------------------------------
@@ -154,18 +144,9 @@ def engine_server_args(stock: Callable[..., Any]) -> Callable[..., Any]:
 
     def build(**kwargs: Any) -> Any:
         options = {name: kwargs.pop(name, None) for name in ENGINE_OPTIONS}
-        source = options["kv_evict_config"]
-        if isinstance(source, dict):
-            import json
-
-            source = json.dumps(source)
-        server_args = stock(**kwargs)
-        request = make_request(
-            options["kv_evict"], source, options["kv_evict_budget"], options["kv_evict_profile"], from_cli=False
-        )
-        if request is not None:
-            server_args._lethe = request
-        return server_args
+        if isinstance(options["kv_evict_config"], dict):
+            options["kv_evict_config"] = json.dumps(options["kv_evict_config"])
+        return stash(stock(**kwargs), list(options.values()), from_cli=False)
 
     return build
 
