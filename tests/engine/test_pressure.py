@@ -83,7 +83,7 @@ def treeless(request, start):
 def test_without_a_radix_tree_freed_memory_admits_more_requests(start, treeless):
     if treeless.page != 1:
         pytest.skip("stock is measured at page size 1")
-    work = dict(tokens=260, ignore_eos=True)
+    work = dict(tokens=340, ignore_eos=True)  # the prompt is kept, so the gain shows in what is generated
     treeless.generate_all(WALKS, 8, **work)
     report = treeless.lethe()
     assert report["rounds"] > 50 and report["shadow"]["checks"] > 5000
