@@ -4,6 +4,6 @@ from lethe_sglang.kernels.triton.indices import fill_lists
 from lethe_sglang.kernels.triton.repack import repack
 from lethe_sglang.kernels.triton.score import schedule, score
 from lethe_sglang.kernels.triton.select import select
-from lethe_sglang.kernels.triton.zero import start_states
+from lethe_sglang.kernels.triton.start_states import start_states
 
 __all__ = ["fill_lists", "repack", "schedule", "score", "select", "start_states"]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lethe_sglang.kernels import reference
 from lethe_sglang.kernels.common import States
-from lethe_sglang.kernels.triton.zero import start_states
+from lethe_sglang.kernels.triton.start_states import start_states
 
 
 @pytest.mark.parametrize("has_memory", [False, True])
