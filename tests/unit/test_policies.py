@@ -214,13 +214,17 @@ def test_the_example_of_the_documentation_is_a_policy(outside):
     example, table = (page.split(f"```{kind}\n")[1].split("```")[0] for kind in ("python", "toml"))
     ((name, target),) = tomllib.loads(table)["project"]["entry-points"][registry.GROUP].items()
     outside(**{name: target})
-    sys.modules["my_policies"] = module = ModuleType("my_policies")
+    module_name = target.partition(":")[0]
+    sys.modules[module_name] = module = ModuleType(module_name)
     try:
         exec(compile(example, "adding-a-policy.md", "exec"), vars(module))
-        policy = from_mapping({"policy": name, name: {"window": 16}}).built_policy
+        policy = from_mapping({"policy": name, name: {"every": 3}}).built_policy
     finally:
-        del sys.modules["my_policies"]
-    assert policy.accumulation == Accumulation(window=16, rule="max")
+        del sys.modules[module_name]
+    position = torch.arange(7).view(1, 1, 7)
+    everything = Candidates(None, position, None, None, position >= 0, torch.tensor([7]))
+    assert policy.accumulation is None
+    assert policy.rank(everything).flatten().argsort(descending=True).tolist() == [6, 3, 0, 5, 4, 2, 1]
 
 
 def test_no_policy_can_have_the_name_of_a_section():
