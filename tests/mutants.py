@@ -84,6 +84,15 @@ MUTANTS = {
     "admission forgets a prompt that the tree does not own": Mutant(
         "lethe_sglang/engine/runtime.py", "bound = prefix - tree + request", "bound = request", f"{UNIT} -k bound"
     ),
+    "breakpoint forgets the rest of the prompt": Mutant(
+        "lethe_sglang/engine/breakpoints.py", "floor + state.rest", "floor", "tests/unit/test_breakpoint.py -k rest"
+    ),
+    "a waiting request is read after a change": Mutant(
+        "lethe_sglang/engine/runtime.py",
+        "        self.override_of(req)  # read",
+        "        pass  # read",
+        "tests/unit/test_reconfigure.py -k waits",
+    ),
     "default parameters are not looked at": Mutant(
         "lethe_sglang/engine/entrypoints.py",
         "guard.check_request(preferred or {})",

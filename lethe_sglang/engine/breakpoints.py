@@ -45,9 +45,8 @@ def plan(ledger: Ledger, state: RequestState, committed: int, floor: int) -> Rou
         pending.event.synchronize()  # reached long ago; polling instead would let ranks diverge
     layers = len(state.budgets)
     everything = ledger.plan(state, committed, (committed,) * layers)
-    budgets, flat = breakpoint_budgets(
-        pending.counts.tolist(), pending.observed, everything.candidates, sum(state.budgets) // layers, floor
-    )
+    mean, floor = sum(state.budgets) // layers, floor + state.rest  # the rest of the prompt is on top of any budget
+    budgets, flat = breakpoint_budgets(pending.counts.tolist(), pending.observed, everything.candidates, mean, floor)
     state.thresholds = [2 * t if f else b for t, b, f in zip(state.thresholds, state.budgets, flat, strict=True)]
     return ledger.plan(state, committed, budgets)
 

@@ -208,6 +208,7 @@ class Runtime:
             One line that names the option; it is this request's error and nobody else's.
         """
         parse_request(req.sampling_params.custom_params, self.config, self.context_length)
+        self.override_of(req)  # read under the configuration that accepts it, whatever comes while it waits
 
     def protected(self, req: Any, tree: int) -> tuple[int, int]:
         """Divide what is never evicted of a request into P and the rest of its prompt (see ``layout.protected``).

@@ -146,7 +146,7 @@ async def reconfigure(manager: Any, options: Any) -> dict[str, Any]:
         config = reconfigured(request.config, options)
         entrypoints.check_defaults(manager.preferred_sampling_params, config, manager.context_len)
         assert request.model is not None, "the launcher takes it"
-        budgets = settle(config, request.model, _refuse)
+        budgets = await asyncio.to_thread(settle, config, request.model, _refuse)  # a profile's lock may be held
         plain = config.model_dump(mode="json", exclude_unset=True)
         found = await call(manager, "reconfigure", config=plain, budgets=list(budgets))
         manager.server_args._lethe = replace(request, config=config, budgets=budgets)
@@ -231,7 +231,7 @@ def engine_configuration(engine: Any) -> dict[str, Any]:
 
 def engine_requests(engine: Any, after: int = 0) -> dict[str, Any]:
     """Become ``sgl.Engine.kv_evict_requests``: see ``Counters.records_after``."""
-    found: dict[str, Any] = engine.loop.run_until_complete(call(engine.tokenizer_manager, "requests", after=after))
+    found: dict[str, Any] = engine.loop.run_until_complete(call(engine.tokenizer_manager, "requests", after=int(after)))
     return found
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 from lethe_sglang.allocation.breakpoint import breakpoint_budgets, breakpoint_counts
+from lethe_sglang.cache.ledger import Ledger
+from lethe_sglang.engine.breakpoints import Pending, plan
 
 
 def counts(values, ratio=10.0, segments=4, sinks=0):
@@ -47,3 +49,11 @@ def test_budgets_never_exceed_the_mean_and_flat_layers_are_told_apart():
     assert sum(budgets) <= 60 and min(budgets) >= 3
     assert budgets[0] < budgets[1]
     assert breakpoint_budgets((4, 5, 6), (20, 20, 20), (24, 24, 24), 20, 3)[0] == (4, 5, 6)
+
+
+def test_no_layer_gets_less_than_the_rest_of_a_kept_prompt_and_the_floor():
+    ledger = Ledger(2, 4, page_size=16, recent=16, interval=16, device="cpu")
+    state = ledger.open("r", 1, 16, (40, 40, 40, 40), committed=31, rest=15, pinned=15)
+    state.pending = Pending(torch.tensor([200, 10, 200, 12]), None, (200, 200, 200, 200))
+    kept = plan(ledger, state, committed=230, floor=5).kept
+    assert min(kept) >= 15 + 5 and sum(kept) <= 4 * (40 + 15)

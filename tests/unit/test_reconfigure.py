@@ -225,3 +225,15 @@ def test_requests_that_run_and_wait_are_counted():
     assert unfinished(scheduler) == (2, 2)
     scheduler.chunked_req = next(iter(req for req in inflight if not req.done))
     assert unfinished(scheduler) == (1, 2), "a request is counted twice"
+
+
+def test_a_request_that_waits_through_a_change_keeps_what_it_asked_for_or_the_nearest():
+    runtime, _ = served()
+    waiting = request(1, 5, budget=24)
+    runtime.check(waiting)
+    change(runtime, {"budget": {"tokens": 200}})
+    smallest = runtime.config.min_request_budget
+    assert smallest > 24 and (runtime.override_of(waiting).mode, runtime.override_of(waiting).budget) == (
+        "on",
+        smallest,
+    )
