@@ -21,7 +21,7 @@ PROGRAM = textwrap.dedent(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from lethe_sglang.kernels.table import NEVER, column
-    from lethe_sglang.kernels.triton import indices, repack, score, select, zero
+    from lethe_sglang.kernels.triton import indices, repack, score, select, start_states
 
     def build(name, tuned, pointers, constants, floats=()):
         kernel, config = tuned.kernel, tuned.configs[0]
@@ -48,8 +48,8 @@ PROGRAM = textwrap.dedent(
     for fill in (True, False):
         build(f"fill-{fill}", indices._KERNEL, tables, {**columns, "FILL_INDPTR": fill, "BATCH": 64})
     for recurs in (True, False):
-        build(f"zero-{recurs}", zero._KERNEL, {"score": "fp32", "memory": "fp32", "slots": "i64", "positions": "i64"},
-              {} if recurs else {"positions": None})
+        written = {"score": "fp32", "memory": "fp32", "slots": "i64", "positions": "i64"}
+        build(f"start-{recurs}", start_states._KERNEL, written, {} if recurs else {"positions": None})
     build("select", select._KERNEL, {"rank": "fp32", "valid": "u8", "pinned": "u8", "count": "i64", "chosen": "u8"}, {})
     words = {name: ("*i32",) * 5 for name in ("buffers", "scratches")}
     for scatter in (True, False):
