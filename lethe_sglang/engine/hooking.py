@@ -51,7 +51,7 @@ def install(hooks: tuple[Hook, ...]) -> None:
         HookRegistry.register(hook.target, hook.function, hook.kind, source=source)
     HookRegistry.apply_hooks()
     for hook in missing:
-        if pkgutil.resolve_name(hook.target) is before[hook.target]:
+        if pkgutil.resolve_name(hook.target) == before[hook.target]:  # a class method is a new object each time
             raise RuntimeError(
                 f"--kv-evict could not hook {hook.target}: another plugin has patched it, or SGLang's hook registry "
                 "refused (see the log above); remove the other plugin (SGLANG_PLUGINS=lethe) or use --kv-evict none"
