@@ -42,11 +42,31 @@ def configuration() -> str:
     return configuration_page(IN_TREE) + "\n"
 
 
-def upstream() -> str:
-    """Return the page of what the plugin needs of SGLang."""
-    from lethe_sglang.engine.hooks import page
+UPSTREAM = """# What this plugin needs of SGLang
 
-    return page() + "\n"
+One SGLang version is supported at a time: at start, its number and the source of every function named here are
+checked. To move to another version, install it, let `python -m lethe_sglang.engine.compat --against-installed` list
+what changed, read those functions with the reason given here, and record the new sources with `--write`.
+
+"""
+
+
+def upstream() -> str:
+    """Return the page of what the plugin needs of SGLang, for whoever moves it to another version."""
+    from lethe_sglang.engine.hooks import HOOKS, RELIANCES
+
+    lines = [
+        "## Wrapped",
+        "",
+        "| function of SGLang | how | our function | why |",
+        "| --- | --- | --- | --- |",
+    ]
+    for hook in HOOKS:
+        name = f"{hook.function.__module__.rpartition('.')[2]}.{hook.function.__qualname__}"
+        lines.append(f"| `{hook.target}` | {hook.kind.name.lower()} | `{name}` | {hook.why} |")
+    lines += ["", "## Relied on", "", "| function or class of SGLang | why |", "| --- | --- |"]
+    lines += [f"| `{reliance.target}` | {reliance.why} |" for reliance in RELIANCES]
+    return UPSTREAM + "\n".join(lines) + "\n"
 
 
 def throughput() -> str:

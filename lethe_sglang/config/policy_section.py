@@ -70,8 +70,11 @@ def choose(data: Mapping[Any, Any], known: KnownKeys) -> Chosen:
     policy = None
     try:
         policy = kind(**{str(key): value for key, value in given.items()})
+        _ = policy.accumulation  # computed from the options, perhaps by somebody else's code
     except ValidationError as error:
         problems += explain(error, kind, name, {**known, name: tuple(options)})
+    except Exception as error:
+        problems.append(f"{name}: {type(error).__name__}: {error}")
     return Chosen(policy, {name: kind}, problems)
 
 

@@ -68,7 +68,7 @@ def write() -> None:
 
 
 def main() -> int:
-    """Say what another SGLang changed, record a new one, or print the page about it.
+    """Say what another SGLang changed, or record a new one.
 
     Returns
     -------
@@ -79,14 +79,9 @@ def main() -> int:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--against-installed", action="store_true", help="list what the installed SGLang changed")
     what.add_argument("--write", action="store_true", help="record the installed SGLang as the supported one")
-    what.add_argument("--page", action="store_true", help="print docs/upstream.md")
     args = parser.parse_args()
     if args.write:
         write()
-    elif args.page:
-        from lethe_sglang.engine.hooks import page
-
-        print(page())
     else:
         differing, version = changed(), importlib.metadata.version("sglang")
         print(f"sglang {version}: {len(differing)} of the targets recorded from {SUPPORTED} changed")

@@ -64,10 +64,15 @@ class EvictionRequest:
 
     def fail(self, error: Exception) -> NoReturn:
         """Report an error to whoever asked."""
-        if self.from_cli:
-            print(f"lethe: error: {error}", file=sys.stderr, flush=True)
-            raise SystemExit(2)
-        raise error
+        fail(error, self.from_cli)
+
+
+def fail(error: Exception, from_cli: bool) -> NoReturn:
+    """Report an error to a terminal (one line, exit status 2) or to a Python caller."""
+    if from_cli:
+        print(f"lethe: error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2)
+    raise error
 
 
 def stash(server_args: Any, options: Sequence[Any], from_cli: bool) -> Any:
@@ -91,7 +96,7 @@ def stash(server_args: Any, options: Sequence[Any], from_cli: bool) -> Any:
 
         install(LAUNCHER_HOOKS)
     except (ConfigError, compat.CompatError, RuntimeError) as error:
-        EvictionRequest(config=EvictionConfig(), from_cli=from_cli).fail(error)
+        fail(error, from_cli)
     server_args._lethe = EvictionRequest(config=config, from_cli=from_cli)
     return server_args
 

@@ -188,26 +188,3 @@ RELIANCES = (
 
 HOOKS = (*entrypoints.ENTRY_HOOKS, *LAUNCHER_HOOKS, *SCHEDULER_HOOKS)
 TARGETS = (*(hook.target for hook in HOOKS), *(reliance.target for reliance in RELIANCES))
-
-
-def page() -> str:
-    """Render ``docs/upstream.md``: for whoever moves the plugin to another version of SGLang."""
-    lines = [
-        "# What this plugin needs of SGLang",
-        "",
-        "One SGLang version is supported at a time: at start, its number and the source of every function named here "
-        "are checked. To move to another version, install it, let `python -m lethe_sglang.engine.compat "
-        "--against-installed` list what changed, read those functions with the reason given here, and record the new "
-        "sources with `--write`. This page is made by `--page`.",
-        "",
-        "## Wrapped",
-        "",
-        "| function of SGLang | how | our function | why |",
-        "| --- | --- | --- | --- |",
-    ]
-    for hook in HOOKS:
-        name = f"{hook.function.__module__.rpartition('.')[2]}.{hook.function.__qualname__}"
-        lines.append(f"| `{hook.target}` | {hook.kind.name.lower()} | `{name}` | {hook.why} |")
-    lines += ["", "## Relied on", "", "| function or class of SGLang | why |", "| --- | --- |"]
-    lines += [f"| `{reliance.target}` | {reliance.why} |" for reliance in RELIANCES]
-    return "\n".join(lines)

@@ -119,6 +119,8 @@ class Runtime:
             With the reason; then nothing has changed.
         """
         changed = changes(self.config, config)
+        if not changed and budgets != self.budgets:
+            changed["budget.profile"] = [config.budget.profile] * 2  # its file holds another one now
         check(self, changed, config, settled(budgets, self.num_layers), busy)
         if changed:
             self._configure(config, budgets)

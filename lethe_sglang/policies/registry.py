@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from dataclasses import asdict
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
 from pydantic.dataclasses import is_pydantic_dataclass
+from pydantic_core import to_jsonable_python
 
 from lethe_sglang.errors import one_line
 from lethe_sglang.policies.base import Policy
@@ -93,7 +95,11 @@ def _problem(found: object) -> str | None:
     if not isinstance(getattr(found, "source", None), str):
         return "does not say where it comes from: set source, such as 'arXiv 2511.06029'"
     try:
-        found()
+        made = found()
+        accumulation = made.accumulation
+        found(**to_jsonable_python(asdict(made)))  # a live server's configuration travels so
     except Exception as error:
-        return f"cannot be made from its defaults: {' '.join(str(error).split())}"
+        return f"cannot be made from its defaults as JSON writes them: {' '.join(str(error).split())}"
+    if accumulation is not None and accumulation.rule == "recurrence" and not found.uses_memory:
+        return "accumulates by recurrence, which needs uses_memory = True"
     return None

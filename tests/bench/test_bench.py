@@ -400,6 +400,7 @@ def test_a_server_and_its_children_end_with_the_block(how, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     expected = {"leave": (), "interrupt": KeyboardInterrupt, "terminate": SystemExit}[how]
     with (
         pytest.raises(expected) if expected else contextlib.nullcontext(),

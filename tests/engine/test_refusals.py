@@ -81,6 +81,23 @@ def test_refused_with_the_option_to_change(sglang_front, capsys, args, named):
     assert named in refused(sglang_front, capsys, *args)
 
 
+def test_a_name_that_another_distribution_claims_is_refused_with_who_does(sglang_front, capsys, monkeypatch):
+    from importlib.metadata import EntryPoint
+
+    from lethe_sglang.policies import registry
+
+    claims = [EntryPoint("lethe", "theirs:Policy", registry.GROUP)]
+    monkeypatch.setattr(registry, "entry_points", lambda group: claims)
+    for known in (registry._registered, registry.policy_class):
+        known.cache_clear()
+    try:
+        assert "the name is taken by lethe-sglang" in refused(sglang_front, capsys, *EVICT)
+    finally:
+        monkeypatch.undo()
+        for known in (registry._registered, registry.policy_class):
+            known.cache_clear()
+
+
 def graphs(**backends):
     return SimpleNamespace(**{phase: SimpleNamespace(backend=backend) for phase, backend in backends.items()})
 

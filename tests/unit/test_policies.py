@@ -114,13 +114,35 @@ class NoRank(Policy):
     source: ClassVar[str] = "arXiv 0000.00000"
 
 
+@pydantic.dataclasses.dataclass(frozen=True)
+class Strict(Bare):
+    sizes: tuple[int, ...] = (1, 2)
+
+
+@pydantic.dataclasses.dataclass(frozen=True)
+class Forgetful(Bare):
+    accumulation: ClassVar[Accumulation] = Accumulation(rule="recurrence")
+
+
+@pydantic.dataclasses.dataclass(frozen=True)
+class Divides(Bare):
+    by: int = 1
+
+    @property
+    def accumulation(self):
+        return Accumulation(decay=1 / self.by)
+
+
+OUTSIDE = (Bare, Good, NoSource, NoDefault, NoRank, Strict, Forgetful, Divides)
+
+
 @pytest.fixture
 def outside(monkeypatch):
     """Register policies as the entry points of a distribution would."""
 
     def install(**targets):
         module = ModuleType("outside")
-        vars(module).update({c.__name__: c for c in (Bare, Good, NoSource, NoDefault, NoRank)}, thing=3)
+        vars(module).update({c.__name__: c for c in OUTSIDE}, thing=3)
         module.Stdlib = dataclasses.dataclass(frozen=True)(type("Stdlib", (Bare,), {}))
         module.Thawed = pydantic.dataclasses.dataclass(type("Thawed", (Bare,), {}))
         monkeypatch.setitem(sys.modules, "outside", module)
@@ -182,6 +204,11 @@ def test_its_options_are_validated_with_errors_like_ours(outside, section, expec
     assert message("good", **section) == expected
 
 
+def test_what_its_own_code_raises_is_an_error_of_its_section(outside):
+    outside(divides="outside:Divides")
+    assert message("divides", by=0) == "divides: ZeroDivisionError: division by zero"
+
+
 @pytest.mark.parametrize(
     ("name", "target", "expected"),
     [
@@ -192,7 +219,9 @@ def test_its_options_are_validated_with_errors_like_ours(outside, section, expec
         ("bad", "outside:Stdlib", "outside:Stdlib is not decorated with @pydantic.dataclasses.dataclass(frozen=True)"),
         ("bad", "outside:Thawed", "outside:Thawed is not decorated with @pydantic.dataclasses.dataclass(frozen=True)"),
         ("bad", "outside:NoSource", "outside:NoSource does not say where it comes from: set source, such as 'arXiv"),
-        ("bad", "outside:NoDefault", "outside:NoDefault cannot be made from its defaults: 1 validation error"),
+        ("bad", "outside:NoDefault", "outside:NoDefault cannot be made from its defaults as JSON writes them: 1 val"),
+        ("bad", "outside:Strict", "outside:Strict cannot be made from its defaults as JSON writes them: 1 validation"),
+        ("bad", "outside:Forgetful", "outside:Forgetful accumulates by recurrence, which needs uses_memory = True"),
         ("bad", "outside:NoRank", "outside:NoRank lacks accumulation, rank"),
         ("h2o", "outside:Good", "the name is taken by lethe-sglang; register it under another name, or uninstall it"),
         ("budget", "outside:Good", "the name is taken by lethe-sglang; register it under another name"),

@@ -181,6 +181,7 @@ def test_another_broken_pipe_is_not_hidden(monkeypatch, known):
 
 
 def test_ctrl_c_is_one_line(tmp_path):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     wait = '''
         """``lethe wait``: wait."""
         import time

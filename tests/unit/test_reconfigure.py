@@ -134,6 +134,17 @@ def test_an_empty_change_renews_nothing():
     assert change(runtime, {"rounds": {"interval": 8}})["effective"] == "now" and runtime.version == 3
 
 
+def test_a_profile_that_was_measured_anew_is_taken_over_under_its_old_name():
+    runtime, _ = served(budget={"tokens": 30, "allocation": "profile", "profile": "file.yaml"})
+    other = tuple(reversed(runtime.budgets))
+    with pytest.raises(ConfigError, match=r"^kv_evict: budget\.profile: changes on an idle server only"):
+        runtime.reconfigure(runtime.config, other, (1, 0))
+    assert runtime.budgets != other
+    answer = runtime.reconfigure(runtime.config, other, IDLE)
+    assert answer == {"changed": {"budget.profile": ["file.yaml", "file.yaml"]}, "effective": "now"}
+    assert runtime.budgets == other and runtime.version == 1
+
+
 def test_a_window_that_has_begun_goes_on_and_one_that_has_not_is_moved():
     runtime, pool = served(policy="snapkv", snapkv={"window": 5})
     req = request(1, 4)
