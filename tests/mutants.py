@@ -2,7 +2,7 @@
 
 """Break the code on purpose, one place at a time, on a copy of the tree, and see the named tests go red.
 
-python tests/mutants.py [--engine] [NAME ...]     without --engine only those whose tests start no server
+python tests/mutants.py [--engine] [--jobs N] [NAME ...]     without --engine only those whose tests start no server
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,6 +47,7 @@ ARTIFACT, MEASURE, CACHE = (
 )
 ALLOCATOR, BUDGETS = "lethe_sglang/allocation/budgets.py", "tests/unit/test_budgets.py"
 LIVE, RULES = "tests/unit/test_reconfigure.py", "lethe_sglang/engine/reconfigure.py"
+POLICIES = "tests/unit/test_policies.py"
 RECONF = "tests/engine/test_reconfigure.py"
 PAGE8 = f"{SERVE} -k page8"
 STORM = "tests/engine/test_pressure.py -k storm"
@@ -412,6 +414,18 @@ MUTANTS = {
         "tests/engine/test_docs.py -k wheels_hold",
         engine=True,
     ),
+    "options that JSON changes are accepted": Mutant(
+        REGISTRY, "found(**to_jsonable_python(asdict(made)))", "to_jsonable_python(asdict(made))", POLICIES
+    ),
+    "recurrence without a memory is accepted": Mutant(
+        REGISTRY, 'accumulation.rule == "recurrence"', 'accumulation.rule == "no such"', POLICIES
+    ),
+    "what a policy's own code raises is a traceback": Mutant(
+        SECTION, "_ = policy.accumulation", "_ = policy", f"{POLICIES} -k own_code"
+    ),
+    "a profile written anew is not taken over": Mutant(
+        "lethe_sglang/engine/runtime.py", "if not changed and budgets != self.budgets:", "if False:", LIVE
+    ),
     "the support page is not the guard's": Mutant(
         "lethe_sglang/engine/guard.py",
         "scores are averaged over ranks in rounds",
@@ -421,8 +435,8 @@ MUTANTS = {
 }
 
 
-def survives(mutant: Mutant) -> bool:
-    """Run a mutant's tests on a mutated copy of the tree; True if they pass, which is bad."""
+def outcome(mutant: Mutant) -> tuple[bool, str]:
+    """Run a mutant's tests on a mutated copy of the tree: whether they pass, which is bad, and pytest's last line."""
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / "tree"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "out", "__pycache__", ".*_cache"))
@@ -434,26 +448,29 @@ def survives(mutant: Mutant) -> bool:
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *mutant.tests.split()]
         env = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
         done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True)
-        print("   ", done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr[-200:], flush=True)
         if done.returncode not in (0, 1):
-            raise SystemExit(f"pytest could not run: {done.stdout[-500:]}")
-        return done.returncode == 0
+            raise SystemExit(f"pytest could not run {mutant.tests}: {done.stdout[-500:]}{done.stderr[-500:]}")
+        return done.returncode == 0, done.stdout.strip().splitlines()[-1]
 
 
 def main() -> int:
     """Run the chosen mutants; the exit status is the number of survivors."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", action="store_true", help="run those that need servers as well")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="run N at a time (default: 1)")
     parser.add_argument("names", nargs="*", help="only these")
     args = parser.parse_args()
+    chosen = {
+        name: mutant
+        for name, mutant in MUTANTS.items()
+        if (name in args.names if args.names else args.engine or not mutant.engine)
+    }
     survivors = 0
-    for name, mutant in MUTANTS.items():
-        if (args.names and name not in args.names) or (mutant.engine and not args.engine and not args.names):
-            continue
-        print(name, flush=True)
-        if survives(mutant):
-            survivors += 1
-            print("    SURVIVED", flush=True)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for name, (survived, line) in zip(chosen, pool.map(outcome, chosen.values()), strict=True):
+            survivors += survived
+            print(f"{name}\n    {'SURVIVED: ' if survived else ''}{line}", flush=True)
+    print(f"{len(chosen) - survivors} of {len(chosen)} went red")
     return survivors
 
 

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from warm import Warm
 
 from lethe_bench import servers
 
@@ -23,18 +24,31 @@ STRICT = {
     "OMP_NUM_THREADS": "1",  # threads of two servers on two cores would spin against each other
 }
 START_SECONDS = 420
+LONGEST = ("test_serving", "test_cuda_backends", "test_pressure", "test_docs", "test_profile", "test_reconfigure")
+WARM = Warm(STRICT)
 
 
 class Server(servers.Server):
     """One SGLang server process and a few ways to talk to it."""
 
-    def __init__(self, *args: str, entry=("-m", "sglang.launch_server"), env=None, key: str | None = None, log: Path):
+    def __init__(
+        self,
+        *args: str,
+        entry=("-m", "sglang.launch_server"),
+        env=None,
+        key: str | None = None,
+        log: Path,
+    ):
         port = servers.some_free_port()
         command = [sys.executable, *entry, "--model-path", str(MODEL), "--port", str(port), "--sleep-on-idle", *args]
         super().__init__(command, port, log, {**STRICT, **(env or {})})
         if key is not None:
             self._opener.addheaders += [("authorization", f"Bearer {key}")]
         self.start()
+
+    def start(self) -> None:
+        self._started = time.monotonic()
+        self._process = WARM.start(self.command[1:], self.environment, self.log)
 
     def wait(self) -> Server:
         super().wait(START_SECONDS)
@@ -93,6 +107,15 @@ class Server(servers.Server):
             assert bad not in log, f"{bad!r} in the log:\n{self.tail()}"
 
 
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # of xdist: it would begin with the files that have the most tests
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the files that take longest, so that two workers end together."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session")
 def log_dir():
     """Server logs stay in the checkout (ignored by git), so that a failure can be read afterwards."""
@@ -115,6 +138,12 @@ def start(log_dir, request):
     yield launch
     for server in servers:
         server.stop()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm():
+    yield
+    WARM.stop()
 
 
 def config(**sections) -> str:

@@ -10,19 +10,21 @@ from problems import CHAINS, WALKS
 from lethe_sglang.policies import policy_names
 
 POLICIES = policy_names()
+SHORT = {"budget": {"tokens": 24}, "rounds": {"interval": 8}}
+"""Many rounds in few tokens."""
 
 
 def switch(server, policy: str) -> None:
     """Send an idle server over to a policy."""
     server.flush()
-    answer = server.post("/kv_evict", {"policy": policy})
+    answer = server.post("/kv_evict", {"policy": policy, **SHORT})
     assert answer["configuration"]["policy"] == server.lethe()["policy"] == policy
 
 
 def run(server, policy: str) -> None:
     """Many rounds alone, together and through a retraction; nothing may leak and no output may depend on the batch."""
     prompts = [WALKS[0], CHAINS[1]]
-    work = dict(tokens=112, ignore_eos=True)
+    work = dict(tokens=72, ignore_eos=True)
     switch(server, policy)
     before = server.lethe()["requests_retracted"]
     alone = []

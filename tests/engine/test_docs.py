@@ -77,6 +77,8 @@ class Fresh:
 class InstalledServer(Server):
     """A server of the fresh environment, started by a command of the README."""
 
+    start = servers.Server.start  # as the command says, with nothing imported before
+
     def __init__(self, command: str, fresh: Fresh, log: Path):
         port = servers.some_free_port()
         line = f"cd {shlex.quote(str(fresh.checkout))} && exec {command} --port {port} --sleep-on-idle"

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 import textwrap
 
 import pytest
-from conftest import MODEL, ROOT, STRICT
+from conftest import MODEL, WARM
 from problems import prompt, walk
 
 PROBLEM, ANSWER = walk(3, steps=60)
@@ -139,7 +137,7 @@ def test_an_sglang_frontend_program(server):
         assert choose.run(problem="{PROBLEM}")["first"] == "{ANSWER[:3]}"
         print("frontend ok")
     """)
-    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600, cwd=ROOT)
+    out = WARM.run(["-c", program])
     assert "frontend ok" in out.stdout, out.stdout[-2000:] + out.stderr[-3000:]
 
 
@@ -166,12 +164,5 @@ def test_offline_engine(tmp_path):
                 engine.shutdown()
     """)
     )
-    out = subprocess.run(
-        [sys.executable, str(program)],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        cwd=ROOT,
-        env={**os.environ, **STRICT},
-    )
+    out = WARM.run([program])
     assert "engine ok" in out.stdout, out.stdout[-2000:] + out.stderr[-3000:]

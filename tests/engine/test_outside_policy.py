@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import MODEL, ROOT, config
+from conftest import MODEL, ROOT, WARM, config
 from problems import WALKS
 
 PROJECT = ROOT / "examples" / "own_policy"
@@ -64,8 +64,7 @@ def test_it_serves_with_its_option_and_keeps_what_it_ranks_first(installed, star
 
 def test_its_option_is_validated_before_a_server_starts(installed):
     arguments = ["--kv-evict", "stride", "--kv-evict-config", config(stride={"every": 0, "evry": 2})]
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(MODEL), *arguments]
-    done = subprocess.run(command, env={**os.environ, **installed}, capture_output=True, text=True)
+    done = WARM.run(["-m", "sglang.launch_server", "--model-path", MODEL, *arguments], **installed)
     assert done.returncode == 2
     assert "stride.every: got 0, expected an integer >= 1" in done.stderr
     assert "stride.evry: unknown key; did you mean stride.every?" in done.stderr
@@ -74,13 +73,14 @@ def test_its_option_is_validated_before_a_server_starts(installed):
 
 def test_help_and_lethe_show_know_it(installed):
     def output(*command: str) -> str:
-        environment = {**os.environ, **installed}
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        done = WARM.run(["-m", *command], **installed)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
-    lethe = (sys.executable, "-m", "lethe_sglang.cli.main", "show")
+    lethe = ("lethe_sglang.cli.main", "show")
     assert "\nstride:\n  every: 2\n" in output(*lethe, "--kv-evict", "stride")
     assert "| `stride.every` | `2` | Distance of the positions that are kept. Tokens, >= 1. |" in (
         output(*lethe, "--policies")
     )
     assert "stride" not in output(*lethe, "--options"), "the page of the documentation is the same everywhere"
-    assert "random, stride. Default" in " ".join(output(sys.executable, "-m", "sglang.launch_server", "--help").split())
+    assert "random, stride. Default" in " ".join(output("sglang.launch_server", "--help").split())

@@ -10,7 +10,7 @@ import math
 from types import SimpleNamespace
 
 import pytest
-from conftest import MODEL, STRICT, config
+from conftest import MODEL, WARM, config
 
 pytest.importorskip("sglang")
 BUDGET = {"tokens": 48}
@@ -210,16 +210,11 @@ def test_a_profile_of_another_model_is_refused_with_what_differs(kept, launcher,
 
 def test_every_layer_is_pruned_alone_and_the_budgets_follow(kept, tmp_path):
     """`lethe sensitivity`: one more start of SGLang."""
-    import os
-    import subprocess
-    import sys
-
     from lethe_sglang.allocation.profile import load, save
 
     file, out = tmp_path / "profile.yaml", tmp_path / "new.yaml"
     save(kept, file)
     command = [
-        sys.executable,
         "-m",
         "lethe_sglang.cli.main",
         "sensitivity",
@@ -237,8 +232,7 @@ def test_every_layer_is_pruned_alone_and_the_budgets_follow(kept, tmp_path):
         "--config",
         config(rounds={"interval": 8}, retain={"recent_ratio": 0.5}),
     ]
-    environment = {**os.environ, **STRICT}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False, env=environment)
+    done = WARM.run(command, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
     found = load(out)
     assert (found.sensitivity.kept, found.sensitivity.prompts) == (24, 4)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-import textwrap
 from types import SimpleNamespace
 
 import pytest
-from conftest import MODEL, ROOT
+from conftest import MODEL, WARM
 
 pytest.importorskip("sglang")
 
@@ -326,24 +324,13 @@ def test_engine_raises_a_config_error(sglang_front):
         sgl.Engine(model_path=str(MODEL), kv_evict="lethee")
 
 
-def launch(code: str, **env) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        cwd=ROOT,
-        env={**os.environ, **env},
-    )
-
-
 def test_without_the_plugin_the_flag_is_an_error():
-    out = launch(
+    program = (
         "from sglang.srt.plugins import load_plugins; load_plugins()\n"
         "from sglang.srt.server_args import prepare_server_args\n"
-        f"prepare_server_args(['--model-path', '{MODEL}', '--kv-evict', 'lethe'])",
-        SGLANG_PLUGINS="somebody_else",
+        f"prepare_server_args(['--model-path', '{MODEL}', '--kv-evict', 'lethe'])"
     )
+    out = WARM.run(["-c", program], SGLANG_PLUGINS="somebody_else")
     assert out.returncode == 2 and "unrecognized arguments: --kv-evict" in out.stderr
 
 
@@ -381,7 +368,7 @@ def test_a_plugin_broken_in_the_scheduler_process_cannot_lead_to_a_silent_server
         sabotage = 'os.environ["SGLANG_PLUGINS"] = "lethe_cpu"'
     script = tmp_path / "launch.py"
     script.write_text(BROKEN.format(args=args, sabotage=sabotage, child_path=child_path))
-    out = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=600, cwd=tmp_path)
+    out = WARM.run([script], folder=tmp_path)
     assert "serving without eviction" not in out.stdout
     assert out.returncode != 0
     assert named in out.stdout + out.stderr, out.stdout[-1500:] + out.stderr[-1500:]
