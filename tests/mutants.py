@@ -415,7 +415,7 @@ MUTANTS = {
         engine=True,
     ),
     "options that JSON changes are accepted": Mutant(
-        REGISTRY, "found(**to_jsonable_python(asdict(made)))", "to_jsonable_python(asdict(made))", POLICIES
+        REGISTRY, "kind(**to_jsonable_python(asdict(made)))", "to_jsonable_python(asdict(made))", POLICIES
     ),
     "recurrence without a memory is accepted": Mutant(
         REGISTRY, 'accumulation.rule == "recurrence"', 'accumulation.rule == "no such"', POLICIES

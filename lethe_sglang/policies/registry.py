@@ -7,6 +7,7 @@ import inspect
 from dataclasses import asdict
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
 from pydantic.dataclasses import is_pydantic_dataclass
 from pydantic_core import to_jsonable_python
@@ -94,12 +95,13 @@ def _problem(found: object) -> str | None:
         return "is not decorated with @pydantic.dataclasses.dataclass(frozen=True)"
     if not isinstance(getattr(found, "source", None), str):
         return "does not say where it comes from: set source, such as 'arXiv 2511.06029'"
+    kind: Any = found
     try:
-        made = found()
+        made = kind()
         accumulation = made.accumulation
-        found(**to_jsonable_python(asdict(made)))  # a live server's configuration travels so
+        kind(**to_jsonable_python(asdict(made)))  # a live server's configuration travels so
     except Exception as error:
         return f"cannot be made from its defaults as JSON writes them: {' '.join(str(error).split())}"
-    if accumulation is not None and accumulation.rule == "recurrence" and not found.uses_memory:
+    if accumulation is not None and accumulation.rule == "recurrence" and not kind.uses_memory:
         return "accumulates by recurrence, which needs uses_memory = True"
     return None

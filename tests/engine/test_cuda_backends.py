@@ -39,8 +39,10 @@ def serve(start, backend):
         "4",
         "--attention-backend",
         backend,
-        "--triton-attention-num-kv-splits",  # the interpreter runs empty ones too
+        "--triton-attention-num-kv-splits",  # the interpreter runs empty ones too, as it does for this length:
         "2",
+        "--context-length",
+        "600",  # three programs a request fill its list
         "--kv-evict",
         "lethe",
         "--kv-evict-config",
