@@ -1,6 +1,6 @@
 """Ask a server with eviction over the OpenAI API, and read from it what eviction did.
 
-Start the server as the README says, then: python examples/chat.py [URL]
+Start the server as the README says (models/reasoner-dev), then: python examples/chat.py [URL]
 """
 
 import json
@@ -10,7 +10,7 @@ import urllib.request
 from openai import OpenAI
 
 URL = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:30000"
-QUESTION = "i>e;t>o;e>i;o>t;?t60"  # a walk on a graph: 60 steps from t; the bundled model writes every step
+QUESTION = "i>e;t>o;e>i;o>t;?t60"  # a walk on a graph: 60 steps from t; models/reasoner-dev writes every step
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Requests that choose for themselves: the server's budget, a larger one, the whole cache, and one that is refused.
 
-Start the server as the README says, then: python examples/per_request.py [URL]
+Start the server as the README says (models/reasoner-dev), then: python examples/per_request.py [URL]
 """
 
 import sys

@@ -46,7 +46,8 @@ UPSTREAM = """# What this plugin needs of SGLang
 
 One SGLang version is supported at a time: at start, its number and the source of every function named here are
 checked. To move to another version, install it, let `python -m lethe_sglang.engine.compat --against-installed` list
-what changed, read those functions with the reason given here, and record the new sources with `--write`.
+what changed, read those functions with the reason given here, pin it in both `pyproject.toml` and as `SUPPORTED` in
+`engine/compat.py`, and record the new sources with `--write`.
 
 """
 

@@ -426,6 +426,12 @@ MUTANTS = {
     "a profile written anew is not taken over": Mutant(
         "lethe_sglang/engine/runtime.py", "if not changed and budgets != self.budgets:", "if False:", LIVE
     ),
+    "a list of budgets outlives its allocation": Mutant(
+        "lethe_sglang/config/changes.py",
+        'budget.get("allocation", "list") != "list"',
+        "False",
+        "tests/unit/test_changes.py",
+    ),
     "the support page is not the guard's": Mutant(
         "lethe_sglang/engine/guard.py",
         "scores are averaged over ranks in rounds",

@@ -37,7 +37,8 @@ def when(option: str) -> When:
 def reconfigured(running: EvictionConfig, options: Any) -> EvictionConfig:
     """Lay options over the running configuration.
 
-    A policy's own options go with it (``laid_over``). A new ``budget.layers`` brings its mean along.
+    A policy's own options go with it (``laid_over``). A new ``budget.layers`` brings its mean
+    along, and goes with allocation list.
 
     Parameters
     ----------
@@ -55,8 +56,10 @@ def reconfigured(running: EvictionConfig, options: Any) -> EvictionConfig:
         raise one_line([f"kv_evict: got {show(options)}, expected a mapping of options such as 'budget:'"])
     base = running.model_dump(mode="json", exclude_unset=True)
     budget = options.get("budget")
-    if isinstance(budget, Mapping) and budget.get("layers") is not None and "tokens" not in budget:
-        base["budget"] = {name: value for name, value in base.get("budget", {}).items() if name != "tokens"}
+    if isinstance(budget, Mapping):
+        follows = budget.get("layers") is not None and "tokens" not in budget
+        gone = {"tokens": follows, "layers": budget.get("allocation", "list") != "list"}
+        base["budget"] = {name: value for name, value in base.get("budget", {}).items() if not gone.get(name)}
     return from_mapping(laid_over(base, options), where="kv_evict")
 
 

@@ -23,7 +23,7 @@ class RequestOverride:
     mode
         ``on``: it is pruned by the server's policy. ``none``: its whole cache is kept and ``budget`` means nothing.
     budget
-        Mean tokens kept per layer after a round, recent window included, shared prefix not. The recent window stays
+        Mean tokens kept per layer after a round, recent window included, the kept prompt not. The recent window stays
         the server's, so K of this request is ``budget - config.recent``.
     own
         Whether the request asked for ``budget``; otherwise it is the server's.

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-_PROFILE = "it is the rule that a profile was made with: lethe profile --rule {}, then budget.allocation: profile"
+_PROFILE = "it is the rule that a profile was made with: lethe {}, then budget.allocation: profile"
 _CONSTANT = "no longer an option, the allocator settles it; leave it out"
 _BREAKPOINT = "no longer an option, it is the paper's value; leave it out"
-_RULES = ("concentration", "sensitivity", "pyramid", "d2o", "cake", "zipvl")
+_RULES = ("concentration", "pyramid", "d2o", "cake", "zipvl")
 _DECAY = "write lethe.half_life, with decay = 0.5 ** (1 / half_life): a decay of 0.998 is a half_life of 346"
 _CREDIT = "gone, it improved nothing that was measured; lethe.diversity did"
 _PAPER = "no longer an option, it is {} as in the paper's code; leave it out"
@@ -27,8 +27,9 @@ REPLACED: dict[str, str] = {
     "budget.alpha": "it belongs to the profile: lethe profile --alpha",
     **{f"budget.{key}": _CONSTANT for key in ("min_factor", "max_factor", "classes")},
     "budget.allocation=weights": "write list, with the tokens of every layer in budget.layers",
-    "budget.allocation=profiled": _PROFILE.format("hoyer"),
-    **{f"budget.allocation={rule}": _PROFILE.format(rule) for rule in _RULES},
+    "budget.allocation=profiled": _PROFILE.format("profile --rule hoyer"),
+    **{f"budget.allocation={rule}": _PROFILE.format(f"profile --rule {rule}") for rule in _RULES},
+    "budget.allocation=sensitivity": _PROFILE.format("sensitivity FILE --model-path MODEL --out NEW"),
     "breakpoint": _BREAKPOINT,
     **{f"breakpoint.{key}": _BREAKPOINT for key in ("sparse_ratio", "segments", "reference")},
     "retain.prompt=shared": "write keep",

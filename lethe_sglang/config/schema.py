@@ -1,6 +1,6 @@
 """The eviction configuration: every option, its unit, its range and its default.
 
-The lengths that follow from it, for one layer right after a round (the shared prefix is not counted)::
+The lengths that follow from it, for one layer right after a round (the kept prompt is not counted)::
 
     |<------------------ budget.tokens, mean over the layers ------------------>|
     |<---------------- K, mean of k_l ---------------->|<----------- R -------->|
@@ -32,7 +32,7 @@ class BudgetConfig(Section):
         default=1024,
         ge=2,
         description="Mean number of tokens kept per layer after a round: sinks, best-ranked and recent tokens "
-        "together, not counting the shared prefix. Tokens, >= 2. "
+        "together, not counting the kept prompt. Tokens, >= 2. "
         "With allocation list it is the mean of layers, rounded down.",
     )
     allocation: Literal["uniform", "profile", "list", "breakpoint"] = Field(

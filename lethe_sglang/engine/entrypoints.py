@@ -124,7 +124,7 @@ def add_flags(result: Any, parser: argparse.ArgumentParser) -> None:
         default=None,
         type=int,
         metavar="N",
-        help="Mean tokens a layer keeps after a round, shared prefix not counted; beats budget.tokens of the config.",
+        help="Mean tokens a layer keeps after a round, the kept prompt not counted; beats budget.tokens of the config.",
     )
     group.add_argument(
         "--kv-evict-profile",

@@ -162,6 +162,8 @@ _SUPPORTED = (
         "CUDA only",
         "flashinfer unless you name one; not yet run on a GPU",
     ),
+    ("any other attention backend", "refused", "fa3 and others read one page table for all layers; name one of these"),
+    ("different backends for prefill and decode", "refused", "set --attention-backend alone"),
     ("fp8 KV cache", "CUDA only", "fp8_e4m3 and fp8_e5m2, scored with the layer's scale; not yet run on a GPU"),
     ("multi-head and grouped-query attention", "yes", "MoE feed-forward layers are not looked at, and not tested"),
     ("chat, completions, streaming, logprobs, frontend programs", "yes", ""),

@@ -150,6 +150,9 @@ SCHEDULER_HOOKS = (
 """Installed in a scheduler process that evicts, and nowhere else."""
 
 RELIANCES = (
+    Reliance("sglang.srt.arg_groups.resolution_hooks.register_resolution_hook", "Lets the plugin refuse options."),
+    Reliance("sglang.srt.arg_groups.overrides.declare_resolution", "Picks the attention backend where none is named."),
+    Reliance("sglang.srt.entrypoints.http_server.get_global_state", "Finds the tokenizer manager for the verb."),
     Reliance(f"{_SCHEDULER}._reqs_finishing_inflight", "Names requests that the result in flight will finish."),
     Reliance(f"{_SCHEDULER}.collect_inflight_reqs", "Names what still runs: some changes need an idle server."),
     Reliance(f"{_MANAGERS}.communicator.FanOutCommunicator", "Carries the verb to the scheduler and its answer back."),

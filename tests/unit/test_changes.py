@@ -52,7 +52,10 @@ def test_a_list_of_budgets_brings_its_mean_along():
     running = from_mapping({"budget": {"allocation": "list", "layers": [40, 60]}})
     new = reconfigured(running, {"budget": {"layers": [80, 100]}})
     assert changes(running, new) == {"budget.layers": [[40, 60], [80, 100]], "budget.tokens": [50, 90]}
-    assert reconfigured(running, {"budget": {"allocation": "uniform", "layers": None}}).budget.tokens == 50
+    for also in ({"layers": None}, {}):
+        assert reconfigured(running, {"budget": {"allocation": "uniform", **also}}).budget.tokens == 50
+    new = reconfigured(running, {"budget": {"allocation": "uniform", "tokens": 80}})
+    assert (new.budget.tokens, new.budget.layers) == (80, None)
 
 
 @pytest.mark.parametrize(

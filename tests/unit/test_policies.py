@@ -246,7 +246,7 @@ def test_the_example_of_the_documentation_is_a_policy(outside):
     module_name = target.partition(":")[0]
     sys.modules[module_name] = module = ModuleType(module_name)
     try:
-        exec(compile(example, "adding-a-policy.md", "exec"), vars(module))
+        exec(compile(example, "adding-a-policy.md", "exec", dont_inherit=True), vars(module))
         policy = from_mapping({"policy": name, name: {"every": 3}}).built_policy
     finally:
         del sys.modules[module_name]
