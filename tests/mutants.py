@@ -452,7 +452,7 @@ def outcome(mutant: Mutant) -> tuple[bool, str]:
             raise SystemExit(f"{mutant.file}: {mutant.old!r} occurs {source.count(mutant.old)} times")
         path.write_text(source.replace(mutant.old, mutant.new))
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *mutant.tests.split()]
-        env = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+        env = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True)
         if done.returncode not in (0, 1):
             raise SystemExit(f"pytest could not run {mutant.tests}: {done.stdout[-500:]}{done.stderr[-500:]}")
