@@ -84,7 +84,10 @@ def test_without_a_radix_tree_freed_memory_admits_more_requests(start, treeless)
     if treeless.page != 1:
         pytest.skip("stock is measured at page size 1")
     work = dict(tokens=340, ignore_eos=True)  # the prompt is kept, so the gain shows in what is generated
+    steps = len(running(treeless.log.read_text(errors="replace")))
     treeless.generate_all(WALKS, 8, **work)
+    first = running(treeless.log.read_text(errors="replace"))[steps:][:40]
+    assert max(first) >= 5, "a request was charged its whole length before anything of it was evicted"
     report = treeless.lethe()
     assert report["rounds"] > 50 and report["shadow"]["checks"] > 5000
     treeless.check_healthy()

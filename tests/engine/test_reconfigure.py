@@ -178,6 +178,9 @@ def test_limits_of_requests_follow_the_configuration(server):
             server.generate(WALKS[0], tokens=4, kv_evict=asked)
         assert error.value.code == 400
     server.generate(WALKS[0], tokens=4, kv_evict={"budget": 128})
+    assert server.get("/kv_evict")["configuration"]["requests"] == {"allow_off": False, "max_budget": 128}
+    server.post("/kv_evict", {"requests": {"max_budget": 256}})  # wider than before: the front must let it through
+    server.generate(WALKS[0], tokens=4, kv_evict={"budget": 256})
 
 
 def test_a_policy_changes_on_an_idle_server_only(server):
