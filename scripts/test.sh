@@ -3,7 +3,7 @@
 set -uo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$ROOT" || exit 1
-export OMP_NUM_THREADS=1 # two workers of two threads each spin against each other: the unit tests took three times as long
+export OMP_NUM_THREADS=1 # two workers of two threads each would spin against each other on two cores
 
 failed=()
 section() {

@@ -1,7 +1,7 @@
 """Both wheels in a fresh environment, the README's server from them, and what the pages and the examples ask it.
 
 The environment sees the packages of the test environment, so that nothing is downloaded, but neither our own packages
-there nor the checkout: what runs here is what the wheels carry.
+there nor the checkout: what runs here is what the wheels carry. The offline example alone runs on the checkout.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Python programs as forks of a process that has imported SGLang: a server in 7 CPU seconds, not 45.
+"""Python programs as forks of a process that has imported SGLang: imports are most of a start.
 
 The program starts as from a command line, in a session of its own, and so do the processes that it spawns: they get
 their pickled arguments and load plugins for themselves. Only the imports are there already. What is forked has run
