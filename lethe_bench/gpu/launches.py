@@ -69,15 +69,13 @@ def make_attention(shape: Shape, point: Point) -> Launch:
 
 
 def make_indices(shape: Shape, point: Point) -> Launch:
-    """One layer's lists, the middle layer's, of requests just pruned."""
+    """Fill the lists of a step under uniform budgets, of requests just pruned."""
     batch, layers, packed = point.batch, shape.layers, point.packed
     behind = point.prefix + packed
     lines = torch.zeros(batch + 1, table.width(layers), dtype=torch.int32, device="cuda")
     at = table.read(lines[1:])
-    at.prefix[:], at.tail[:], at.kept[:] = point.prefix, behind, packed
-    at.offset[:] = torch.arange(layers, device="cuda") * packed
-    blocks = batch * point.length + 1
-    slots = torch.randperm(blocks - 1, device="cuda").to(torch.int32) + 1
+    at.prefix[:], at.tail[:], at.kept[:], at.packed[:] = point.prefix, behind, packed, packed
+    slots = torch.randperm(batch * point.length, device="cuda").to(torch.int32) + 1
     rows_table = torch.zeros(batch + 1, point.length, dtype=torch.int32, device="cuda")
     rows_table[1:] = slots.view(batch, point.length)
     rows = torch.arange(1, batch + 1, device="cuda")
@@ -85,7 +83,7 @@ def make_indices(shape: Shape, point: Point) -> Launch:
     indptr = torch.arange(batch + 1, dtype=torch.int32, device="cuda") * point.length
     indices = torch.empty(batch * point.length, dtype=torch.int32, device="cuda")
     requests, lists = Batch(rows_table, lines, rows, seq_lens), Lists(indptr, indices)
-    return lambda: fill_lists(requests, layers // 2, blocks, lists, False)
+    return lambda: fill_lists(requests, layers // 2, None, lists, False)
 
 
 def make_repack(shape: Shape, point: Point) -> Launch:

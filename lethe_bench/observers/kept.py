@@ -54,7 +54,7 @@ class KeptSets(Observer):
         for state, plan in zip(states, plans, strict=True):
             layers = []
             for k in plan.kept:
-                layers.append(positions[start : start + k])
+                layers.append(sorted(positions[start : start + k]))
                 start += k
             self.hash.update(repr((state.rid, plan.new_tail, layers)).encode())
             self.entries.append(

@@ -1,10 +1,11 @@
 """SGLang's FlashInfer backend whose decode reads packed rows and scores; prefill is stock.
 
-The flat pool is a paged cache of page size 1. Before a layer's attention its lists are written where the wrapper will
-read them: FlashInfer's fa2 reads indices when it runs, and plans from lengths alone. So there is one wrapper and one
-plan per length class and step, and all wrappers read one index buffer, because layers run one after the other::
+A layer's buffer, or the flat pool, is a paged cache of page size 1. Lists are written where the wrapper will read them:
+FlashInfer's fa2 reads indices when it runs, and plans from lengths alone. So there is one wrapper and one plan per
+length class and step. A narrow class has one list, filled when the step begins; layers of the other classes fill one
+buffer in turn, because they run one after the other::
 
-    plan of a class (host lengths)  ->  for each of its layers: fill indices, run with log-sum-exp, score
+    plan of a class (host lengths)  ->  for each of its layers: fill indices if wide, run with log-sum-exp, score
 
 A plan that splits along the sequence may not take a list for longer than it is: chunks behind its end would underflow.
 Class lengths are therefore exact, and a list is never written beyond them. The single-plan variant does not split: its
@@ -107,8 +108,10 @@ class ClassPlanner:
         }
         heads = (self.stock.num_qo_heads, self.stock.num_kv_heads, self.stock.head_dim)
         last_page_len = torch.ones(indptr.shape[1] - 1, dtype=torch.int32)
-        eager = None
-        for wrapper, line in zip(decode_wrappers, indptr, strict=True):
+        eager: dict[int, torch.Tensor] = {}
+        ends = indptr[:, -1].tolist()
+        buffer_of = (0,) if self.classes is None else self.classes.buffer_of
+        for wrapper, line, number in zip(decode_wrappers, indptr, buffer_of, strict=True):
             own = options
             if wrapper.is_cuda_graph_enabled:  # over its own buffers; a replan copies no indptr to the device
                 indices = wrapper._paged_kv_indices_buf[:0]
@@ -116,9 +119,10 @@ class ClassPlanner:
                 if hasattr(wrapper.begin_forward, "func"):  # SGLang installs fast_decode_plan behind the first plan
                     own = {**options, "global_override_indptr_cpu": line}
             else:
-                if eager is None:
-                    eager = torch.empty(int(indptr[:, -1].max()), dtype=torch.int32, device=self.device)
-                indices = eager
+                if number not in eager:
+                    size = max(end for end, n in zip(ends, buffer_of, strict=True) if n == number)
+                    eager[number] = torch.empty(size, dtype=torch.int32, device=self.device)
+                indices = eager[number]
             wrapper.begin_forward(line, indices, last_page_len, *heads, 1, **own)
 
 
@@ -139,8 +143,6 @@ class LetheFlashInferBackend(ScoredBackend, FlashInferAttnBackend):  # type: ign
     ----------
     planner
         Plans the steps.
-    wrapper_of
-        Per layer, the number of its wrapper.
     """
 
     indices_updater_decode: Any
@@ -161,14 +163,13 @@ class LetheFlashInferBackend(ScoredBackend, FlashInferAttnBackend):  # type: ign
         req_to_token = self.req_to_token_pool.req_to_token
         device, max_batch = req_to_token.device, self.kv_last_page_len.shape[0]
         self.scored = ScoredDecode(pool, ledger, req_to_token, accumulation, max_batch)
-        classes = None if single_plan else LengthClasses(budgets, ledger)
-        self.wrapper_of = (0,) * len(budgets) if classes is None else classes.of_layer
+        self.classes = None if single_plan else LengthClasses(budgets, ledger)
         if single_plan:
             self.decode_use_tensor_cores = True  # the other kernel's plan splits whatever it is told
-        count = 1 + max(self.wrapper_of)
+        count = 1 if self.classes is None else len(self.classes.layers)
         self.class_indptr = torch.zeros((count, max_batch + 1), dtype=torch.int32, device=device)
         self._int_workspaces = [_int_workspace(device) for _ in range(count)]
-        self.planner = ClassPlanner(self.indices_updater_decode, classes, rows, device)
+        self.planner = ClassPlanner(self.indices_updater_decode, self.classes, rows, device)
         self.indices_updater_decode = self.planner
         self.decode_wrappers = [self._wrapper(number) for number in range(count)]
 
@@ -186,14 +187,22 @@ class LetheFlashInferBackend(ScoredBackend, FlashInferAttnBackend):  # type: ign
         wrapper._pin_memory_int_workspace_buffer = staging
         return wrapper
 
+    def init_cuda_graph_state(self, *args: Any, **kwargs: Any) -> None:
+        """Stock, and as many index buffers as there are."""
+        super().init_cuda_graph_state(*args, **kwargs)
+        count = 1 if self.classes is None else 1 + max(self.classes.buffer_of)
+        first = self.cuda_graph_kv_indices[0]
+        self.graph_indices = [first, *(torch.zeros_like(first) for _ in range(count - 1))]
+
     def _create_decode_wrappers(self, bs: int, num_tokens: int) -> list[Any]:
         """Make the wrappers of one captured batch size, over buffers whose addresses the graphs hold."""
+        buffer_of = (0,) if self.classes is None else self.classes.buffer_of
         return [
             self._wrapper(
                 number,
                 use_cuda_graph=True,
                 paged_kv_indptr_buffer=self.class_indptr[number, : num_tokens + 1],
-                paged_kv_indices_buffer=self.cuda_graph_kv_indices[0],
+                paged_kv_indices_buffer=self.graph_indices[buffer_of[number]],
                 paged_kv_last_page_len_buffer=self.kv_last_page_len[:num_tokens],
             )
             for number in range(len(self.decode_wrappers))
@@ -205,6 +214,10 @@ class LetheFlashInferBackend(ScoredBackend, FlashInferAttnBackend):  # type: ign
         super().init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
         self.planner.capturing = False
 
+    def _lists(self, number: int) -> tuple[Lists, bool]:
+        wrapper = self.forward_metadata.decode_wrappers[number]
+        return Lists(wrapper._paged_kv_indptr_buf, wrapper._paged_kv_indices_buf), self.classes is None
+
     def forward_decode(
         self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True
     ) -> torch.Tensor:
@@ -212,10 +225,9 @@ class LetheFlashInferBackend(ScoredBackend, FlashInferAttnBackend):  # type: ign
         if k is not None and save_kv_cache:
             where = KVWriteLoc.for_layer(forward_batch, layer)
             self.token_to_kv_pool.set_kv_buffer(layer, where, k, v, *self._kv_write_scales(layer))
-        scored = self.scored
-        wrapper = self.forward_metadata.decode_wrappers[self.wrapper_of[scored.index_of(layer)]]
-        lists = Lists(wrapper._paged_kv_indptr_buf, wrapper._paged_kv_indices_buf)
-        scored.fill(layer, forward_batch, lists, fill_indptr=self.planner.classes is None)
+        scored, index = self.scored, self.scored.index_of(layer)
+        wrapper = self.forward_metadata.decode_wrappers[0 if self.classes is None else self.classes.of_layer[index]]
+        lists, cells = self._lists_of(index, forward_batch)
         query = q.contiguous().view(-1, layer.tp_q_head_num, layer.head_dim)
         options = {
             "sm_scale": layer.scaling,
@@ -223,12 +235,12 @@ class LetheFlashInferBackend(ScoredBackend, FlashInferAttnBackend):  # type: ign
             "k_scale": layer.k_scale_float,
             "v_scale": layer.v_scale_float,
         }
-        cache = scored.pool.cells.keys, scored.pool.cells.values
+        cache = cells.keys, cells.values
         if scored.accumulation is None:
             output = wrapper.forward(query, cache, **options)
         else:
             output, lse = wrapper.forward_return_lse(query, cache, **options)
-            scored.score(layer, forward_batch, query, lse, lists, lse_base="2")
+            scored.score(layer, forward_batch, query, lse, lists, cells, lse_base="2")
         return output.view(-1, layer.tp_q_head_num * layer.head_dim)
 
 

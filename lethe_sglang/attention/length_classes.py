@@ -2,8 +2,9 @@
 
 A FlashInfer plan depends on lengths only, so one plan serves a class. That lengths agree within a class follows from
 budgets: a request's k_l is ``min(budget, candidates)``, layers of one budget start with the same candidates, and a
-request's own budget gives equal shares to equal layers (``allocation.budgets.scale``). The map is fixed when the
-server starts, because a CUDA graph holds it.
+request's own budget gives equal shares to equal layers (``allocation.budgets.scale``). A class at or under the mean
+budget is *narrow*: its layers never have excess (``cache/layout.py``), so they also share one list, of slots. Layers of
+other classes have a list each, of flat cells. The map is fixed when the server starts, because a CUDA graph holds it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+
+from lethe_sglang.cache.layout import narrow_layers
 
 if TYPE_CHECKING:
     from lethe_sglang.cache.layout import RowLayout
@@ -34,6 +37,11 @@ class LengthClasses:
         Class of each layer; classes are numbered by ascending budget.
     layers
         Layers of each class, ascending.
+    narrow
+        Which classes are narrow; they are the first ones.
+    buffer_of
+        Per class, the number of the buffer its lists lie in. A narrow class has one of its own, filled when a step
+        begins; all others share the last, which every layer fills for itself.
     """
 
     def __init__(self, budgets: Sequence[int], ledger: Ledger) -> None:
@@ -43,13 +51,24 @@ class LengthClasses:
             tuple(layer for layer, owner in enumerate(self.of_layer) if owner == number)
             for number in range(len(distinct))
         )
+        narrow = narrow_layers(budgets)
+        self.narrow = tuple(narrow[layers[0]] for layers in self.layers)
+        self.buffer_of = tuple(min(number, sum(self.narrow)) for number in range(len(distinct)))
         self.ledger = ledger
         self._intact = (0,) * len(distinct)
         self._known: dict[int, tuple[RowLayout, tuple[int, ...]]] = {}
 
     def serve(self, budgets: Sequence[int]) -> bool:
-        """Whether the layers of each class have one budget among ``budgets`` too."""
-        return all(len({budgets[layer] for layer in layers}) == 1 for layers in self.layers)
+        """Whether the layers of each class have one budget among ``budgets`` too, and narrow ones remain narrow."""
+        narrow = narrow_layers(budgets)
+        return all(
+            len({budgets[layer] for layer in layers}) == 1 and (narrow[layers[0]] or not shares)
+            for layers, shares in zip(self.layers, self.narrow, strict=True)
+        )
+
+    def narrow_layers(self) -> tuple[bool, ...]:
+        """Return whether each layer's class is narrow."""
+        return tuple(self.narrow[number] for number in self.of_layer)
 
     def lengths(self, rows: Sequence[int], seq_lens: torch.Tensor) -> torch.Tensor:
         """Resolve the lengths of a decode batch's lists: ``P + k_l + seq - T``.

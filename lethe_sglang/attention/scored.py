@@ -4,8 +4,9 @@ Owns: the states of written cells, the step's schedule, a layer's token list, th
 Does not own: the attention itself, its plans and its buffers (``flashinfer.py``, ``triton.py``, ``torch_native.py``).
 
 Everything reads tensors of fixed address (the runner's input buffers, the ledger's table, the pool) and nothing is
-read back from the device, so a CUDA graph can hold all of it. A list is filled right before its layer's attention, so
-rows and table are read until the last layer: the shared reads of a decode step end behind the replay.
+read back from the device, so a CUDA graph can hold all of it. Lists that layers share are filled when a step begins;
+the list of a layer that may have excess right before its attention. So rows and table are read until the last such
+layer, and without any the shared reads of a decode step end at the graph's head.
 
 A backend whose attention is a kernel hands over its log-sum-exp (:meth:`ScoredDecode.score`, which computes the weights
 of own cells again); one that has the weights at hand hands over these (:meth:`ScoredDecode.accumulate`).
@@ -25,8 +26,10 @@ from lethe_sglang.kernels.dispatch import kernels_for
 from lethe_sglang.kernels.table import NEVER, read
 
 if TYPE_CHECKING:
+    from lethe_sglang.attention.length_classes import LengthClasses
     from lethe_sglang.cache.ledger import Ledger
     from lethe_sglang.cache.pool import PackedKVPool
+    from lethe_sglang.cache.rounds import Cells
     from lethe_sglang.policies.base import Accumulation
 
 
@@ -94,10 +97,17 @@ class ScoredDecode:
         """Return each request's longest list over the layers, int ``[B]`` (tokens), on the device."""
         return read(self.ledger.table[rows]).length(seq_lens).amax(1)
 
-    def fill(self, layer: Any, forward_batch: Any, lists: Lists, fill_indptr: bool) -> None:
-        """Write a layer's lists: where ``indptr`` says, or ``indptr`` as well (see ``kernels/triton/indices.py``)."""
-        batch, blocks = self.batch_of(forward_batch), self.pool.cells.blocks
-        self.kernels.fill_lists(batch, self.index_of(layer), blocks, lists, fill_indptr)
+    def fill(self, layer: int, forward_batch: Any, lists: Lists, fill_indptr: bool, narrow: bool) -> None:
+        """Write a layer's lists: where ``indptr`` says, or ``indptr`` as well (see ``kernels/triton/indices.py``).
+
+        ``narrow`` asks for slots of the layer's own buffer, which serve every layer of its class.
+        """
+        batch, blocks = self.batch_of(forward_batch), None if narrow else self.pool.cells.blocks
+        self.kernels.fill_lists(batch, layer, blocks, lists, fill_indptr)
+
+    def cells_of(self, layer: int, narrow: bool) -> Cells:
+        """Return the cells that a layer's list counts: its own, or all of the pool."""
+        return self.pool.cells.of_layer(layer) if narrow else self.pool.cells
 
     def score(
         self,
@@ -106,12 +116,13 @@ class ScoredDecode:
         query: torch.Tensor,
         lse: torch.Tensor,
         lists: Lists,
+        cells: Cells,
         lse_base: Literal["e", "2"],
     ) -> None:
         """Add a layer's attention of this step to the states of own cells.
 
         ``query``, ``lse`` and ``lse_base`` are those of :class:`~lethe_sglang.kernels.common.Attention`, ``lists`` what
-        it has read.
+        it has read, ``cells`` what these count.
 
         Raises
         ------
@@ -121,15 +132,14 @@ class ScoredDecode:
         if self.accumulation is None:
             return
         check_layer(layer)
-        cells = self.pool.cells
         attention = Attention(query, cells.keys, lse, layer.scaling * key_scale(layer), lse_base)
         states = States(cells.score, cells.memory if self.accumulation.rule == "recurrence" else None)
         self.kernels.score(self.accumulation, attention, lists, self.schedule_of(forward_batch.seq_lens), states)
 
-    def accumulate(self, cells: torch.Tensor, attention: torch.Tensor, step: torch.Tensor) -> None:
+    def accumulate(self, states: States, cells: torch.Tensor, attention: torch.Tensor, step: torch.Tensor) -> None:
         """Add attention that a backend has at hand to the states of cells; for the arguments, see ``accumulate``."""
         assert self.accumulation is not None
-        reference.accumulate(self.accumulation, self.pool.cells.states, cells, attention, self.schedule_of(step))
+        reference.accumulate(self.accumulation, states, cells, attention, self.schedule_of(step))
 
     def observe(self, layer: Any, forward_batch: Any, query: torch.Tensor, scaling: float) -> None:
         """Score a layer's own tokens of observed prefills as if the last queries had been decode steps.
@@ -192,9 +202,12 @@ class ScoredBackend(AttentionBackend):  # type: ignore[misc]
     ----------
     scored
         Set by the subclass once SGLang's backend is built.
+    classes
+        Which layers share plans and lists; None where every layer has a list of its own.
     """
 
     scored: ScoredDecode
+    classes: LengthClasses | None = None
     key_scale = staticmethod(key_scale)
 
     @property
@@ -209,7 +222,7 @@ class ScoredBackend(AttentionBackend):  # type: ignore[misc]
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """Eager steps: stock's metadata, then what the forward needs of ours."""
         super().init_forward_metadata(forward_batch)
-        self.scored.begin(forward_batch)
+        self._begin(forward_batch)
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         """Stock's metadata; a prefill's graph holds no metadata of ours, so its states start here."""
@@ -220,11 +233,35 @@ class ScoredBackend(AttentionBackend):  # type: ignore[misc]
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
         """Record what a decode step needs of ours into its graph."""
         super().init_forward_metadata_in_graph(forward_batch)
+        self._begin(forward_batch)
+
+    def _begin(self, forward_batch: Any) -> None:
         self.scored.begin(forward_batch)
+        if self.classes is not None and forward_batch.forward_mode.is_decode():
+            for number, layers in enumerate(self.classes.layers):
+                if self.classes.narrow[number]:
+                    lists, fill_indptr = self._lists(number)
+                    self.scored.fill(layers[0], forward_batch, lists, fill_indptr, narrow=True)
+
+    def _lists(self, number: int) -> tuple[Lists, bool]:
+        """Return where the lists of a class lie in this step, and whether their indptr has yet to be written."""
+        raise NotImplementedError
+
+    def _lists_of(self, layer: int, forward_batch: Any) -> tuple[Lists, Cells]:
+        """Return a layer's lists, filled, and the cells that they count."""
+        number = 0 if self.classes is None else self.classes.of_layer[layer]
+        narrow = self.classes is not None and self.classes.narrow[number]
+        lists, fill_indptr = self._lists(number)
+        if not narrow:
+            self.scored.fill(layer, forward_batch, lists, fill_indptr, narrow=False)
+        return lists, self.scored.cells_of(layer, narrow)
 
     def shared_read_ends(self, fm: Any) -> Any:
-        """Rows and table are read before every layer: a decode step's shared reads end behind its replay."""
-        return SharedReadEnds.POST_REPLAY if fm.is_decode() else super().shared_read_ends(fm)
+        """Rows and table are read at the head of a decode step, and before every layer that has its own list."""
+        if not fm.is_decode():
+            return super().shared_read_ends(fm)
+        shared = self.classes is not None and all(self.classes.narrow)
+        return SharedReadEnds.IN_REPLAY if shared else SharedReadEnds.POST_REPLAY
 
     def forward_extend(
         self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **kwargs: Any

@@ -1,35 +1,77 @@
 """SGLang's Triton backend whose decode reads packed rows and scores; prefill is stock.
 
-There is no plan: before a layer's attention its lists are written into the buffers stock uses for its own, indptr
-included, and the kernel reads everything from the device. Lengths may differ in every layer.
+There is no plan: lists are written on the device, indptr included, and the kernel reads everything from there. Layers
+of one narrow class (``length_classes.py``) share a list that is written when the step begins; the others write theirs
+into one buffer in turn, and without classes lengths may differ in every layer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
+from lethe_sglang.attention.length_classes import LengthClasses
 from lethe_sglang.attention.scored import ScoredBackend, ScoredDecode, check_layer
 from lethe_sglang.kernels.common import Lists
 
 if TYPE_CHECKING:
     from lethe_sglang.cache.ledger import Ledger
     from lethe_sglang.cache.pool import PackedKVPool
+    from lethe_sglang.cache.rounds import Cells
     from lethe_sglang.policies.base import Accumulation
 
 
 class LetheTritonBackend(ScoredBackend, TritonAttnBackend):  # type: ignore[misc]
-    """Decode reads packed rows and adds the step's attention to the score of own cells; prefill is stock."""
+    """Decode reads packed rows and adds the step's attention to the score of own cells; prefill is stock.
+
+    Parameters
+    ----------
+    budgets
+        k_l of every layer: they make the length classes. None if lengths may differ in every layer.
+    """
 
     def __init__(
-        self, model_runner: Any, pool: PackedKVPool, ledger: Ledger, accumulation: Accumulation | None
+        self,
+        model_runner: Any,
+        pool: PackedKVPool,
+        ledger: Ledger,
+        accumulation: Accumulation | None,
+        budgets: Sequence[int] | None,
     ) -> None:
         super().__init__(model_runner)
         max_batch = self.kv_indptr.shape[0] - 1
         self.scored = ScoredDecode(pool, ledger, self.req_to_token, accumulation, max_batch)
+        self.classes = None if budgets is None else LengthClasses(budgets, ledger)
+        self.buffers = 1 if self.classes is None else 1 + max(self.classes.buffer_of)
+        self._indptrs = [torch.zeros_like(self.kv_indptr) for _ in range(self.buffers - 1)]
+        self._graph_indices: list[torch.Tensor] = []
+        self._eager_indices: list[torch.Tensor] = []
+
+    def init_cuda_graph_state(self, *args: Any, **kwargs: Any) -> None:
+        """Stock, and as many index buffers as there are."""
+        super().init_cuda_graph_state(*args, **kwargs)
+        self._graph_indices = [torch.zeros_like(self.cuda_graph_kv_indices) for _ in range(self.buffers - 1)]
+
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        """Eager steps: stock's buffers for one list are made anew, and so are the others."""
+        self._eager_indices.clear()
+        super().init_forward_metadata(forward_batch)
+
+    def _lists(self, number: int) -> tuple[Lists, bool]:
+        metadata, buffer = self.forward_metadata, 0 if self.classes is None else self.classes.buffer_of[number]
+        if buffer == 0:
+            return Lists(metadata.kv_indptr, metadata.kv_indices), True
+        if metadata.kv_indices is getattr(self, "cuda_graph_kv_indices", None):
+            indices = self._graph_indices
+        else:
+            indices = self._eager_indices
+            if not indices:
+                indices += [torch.empty_like(metadata.kv_indices) for _ in range(self.buffers - 1)]
+        return Lists(self._indptrs[buffer - 1][: len(metadata.kv_indptr)], indices[buffer - 1]), True
 
     def _update_decode_kv_buffers(
         self, plan: Any, bs: int, seq_lens: torch.Tensor, req_pool_indices: torch.Tensor
@@ -55,18 +97,17 @@ class LetheTritonBackend(ScoredBackend, TritonAttnBackend):  # type: ignore[misc
             where = KVWriteLoc.for_batch(forward_batch)
             self._set_kv_buffer(forward_batch, layer, where, k, v, layer.k_scale, layer.v_scale)
         metadata, scored = self.forward_metadata, self.scored
-        lists = Lists(metadata.kv_indptr, metadata.kv_indices)
-        scored.fill(layer, forward_batch, lists, fill_indptr=True)
+        lists, cells = self._lists_of(scored.index_of(layer), forward_batch)
         query = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        output = self._attend(query, layer, metadata)
+        output = self._attend(query, layer, metadata, lists, cells)
         if scored.accumulation is not None:
             lse = merge_splits(metadata.attn_lse[: query.shape[0], : query.shape[1]])
-            scored.score(layer, forward_batch, query, lse, lists, lse_base="e")
+            scored.score(layer, forward_batch, query, lse, lists, cells, lse_base="e")
         return output.view(-1, layer.tp_q_head_num * layer.v_head_dim)
 
-    def _attend(self, query: torch.Tensor, layer: Any, metadata: Any) -> torch.Tensor:
+    def _attend(self, query: torch.Tensor, layer: Any, metadata: Any, lists: Lists, cells: Cells) -> torch.Tensor:
         check_layer(layer)
-        cells, output = self.scored.pool.cells, torch.empty_like(query)
+        output = torch.empty_like(query)
         scaled = layer.k_scale is not None and layer.v_scale is not None
         if self.scored.accumulation is not None:
             metadata.attn_lse[: query.shape[0]].fill_(float("-inf"))  # the kernel writes the splits it uses
@@ -75,8 +116,8 @@ class LetheTritonBackend(ScoredBackend, TritonAttnBackend):  # type: ignore[misc
             cells.keys,
             cells.values,
             output,
-            metadata.kv_indptr,
-            metadata.kv_indices,
+            lists.indptr,
+            lists.indices,
             metadata.attn_logits,
             metadata.attn_lse,
             metadata.num_kv_splits,

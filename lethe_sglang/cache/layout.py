@@ -5,24 +5,25 @@ flat index ``l * blocks + b``. The row of a request (its line of ``req_to_token`
 
     [0 .. P)         prefix: intact in every layer, never moved. The radix tree owns its head; what the tree does not
                      own (a kept prompt after a retraction, or without a tree) is the request's until it ends
-    [P .. P+m)       packed blocks: kept cells of all layers, densely
+    [P .. P+m)       packed blocks: kept cells of all layers
     [P+m .. T)       dead: entries are 0, blocks are free
     [T .. seq)       tail: recent tokens, intact in every layer, appended by SGLang's decode
 
 P, m and T are multiples of the page size. Before its first round a request has m = 0 and T = P.
+
+A layer's kept cells lie in its own buffer first: cell q of layer l, ``q < min(k_l, m)``, in the block at ``P + q``.
+What a layer keeps above m is its *excess*; it lies in *holes*, the cells at ``[k_l', m)`` of layers that keep less. Both
+are numbered through the layers, ascending, and excess cell g lies in hole g. A layer without excess reads one list of
+blocks, which depends on k_l alone.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, TypeVar
 
-if TYPE_CHECKING:
-    import torch
-
-Number = TypeVar("Number", int, "torch.Tensor")
 Range = tuple[int, int]
 
 
@@ -41,22 +42,40 @@ def page_floor(length: int, page_size: int) -> int:
     return length // page_size * page_size
 
 
-def packed_blocks(kept: Sequence[int], page_size: int) -> int:
-    """Blocks that hold ``sum(kept)`` cells when packed densely over all layers, in whole pages."""
-    return page_ceil(ceil_div(sum(kept), len(kept)), page_size)
+def packed_blocks(kept: Sequence[int], page_size: int, narrow: Sequence[bool]) -> int:
+    """Return m: blocks that hold k_l cells of every layer, and all cells of a narrow layer in its own buffer.
 
-
-def packed_offsets(kept: Sequence[int]) -> tuple[int, ...]:
-    """``off_l``: packed cells of the layers below l. Cell q of layer l is number ``off_l + q``."""
-    return (0, *accumulate(kept))[: len(kept)]
-
-
-def packed_cell(number: Number, num_layers: int) -> tuple[Number, Number]:
-    """Packed cell number -> (layer whose buffer holds it, block's position among the packed blocks).
-
-    The numbering is also resolved where lists are made: ``kernels/common.py`` and ``kernels/triton/indices.py``.
+    That is the mean of k_l, and no less than a narrow layer keeps, in whole pages.
     """
-    return number % num_layers, number // num_layers
+    largest = max((k for k, own in zip(kept, narrow, strict=True) if own), default=0)
+    return page_ceil(max(ceil_div(sum(kept), len(kept)), largest), page_size)
+
+
+def narrow_layers(budgets: Sequence[int]) -> tuple[bool, ...]:
+    """Say which layers have at most the mean budget, so that room for the mean holds all that they keep."""
+    return tuple(len(budgets) * budget <= sum(budgets) for budget in budgets)
+
+
+def excess_offsets(kept: Sequence[int], packed: int) -> tuple[int, ...]:
+    """``E_l``: excess cells of the layers below l. Kept cell ``m + x`` of layer l is excess cell number ``E_l + x``."""
+    return (0, *accumulate(max(k - packed, 0) for k in kept))[: len(kept)]
+
+
+def hole_offsets(kept: Sequence[int], packed: int) -> tuple[int, ...]:
+    """``H_l``: holes of the layers below l. Place ``k_l + y`` of layer l's packed blocks is hole number ``H_l + y``."""
+    return (0, *accumulate(max(packed - k, 0) for k in kept))[: len(kept)]
+
+
+def packed_cell(kept: Sequence[int], packed: int, layer: int, cell: int) -> tuple[int, int]:
+    """Return where kept cell q of a layer lies: the layer whose buffer holds it, and its place among the packed blocks.
+
+    Lists and moves resolve the same for tensors: ``kernels/common.py``, ``kernels/triton/indices.py``.
+    """
+    if cell < packed:
+        return layer, cell
+    number, holes = excess_offsets(kept, packed)[layer] + cell - packed, hole_offsets(kept, packed)
+    owner = bisect_right(holes, number) - 1
+    return owner, kept[owner] + number - holes[owner]
 
 
 def protected(tree: int, prompt: int, page_size: int) -> tuple[int, int]:

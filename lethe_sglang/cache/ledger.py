@@ -14,7 +14,14 @@ from typing import NamedTuple
 
 import torch
 
-from lethe_sglang.cache.layout import RowLayout, packed_blocks, packed_offsets, page_ceil, page_floor
+from lethe_sglang.cache.layout import (
+    RowLayout,
+    excess_offsets,
+    hole_offsets,
+    packed_blocks,
+    page_ceil,
+    page_floor,
+)
 from lethe_sglang.cache.upload import upload
 from lethe_sglang.kernels import table
 from lethe_sglang.kernels.table import NEVER
@@ -138,6 +145,8 @@ class Ledger:
         Test aid: a round is due every interval even if nothing has to be evicted.
     window
         Decode steps before a round that the policy listens to; None is all of them.
+    narrow
+        Layers that never have excess (``layout.packed_blocks``); None is none of them.
 
     Attributes
     ----------
@@ -159,17 +168,21 @@ class Ledger:
         device: torch.device | str,
         pack_always: bool = False,
         window: int | None = None,
+        narrow: Sequence[bool] | None = None,
     ) -> None:
         self.num_layers = num_layers
         self.page_size = page_size
-        self.configure(recent, interval, pack_always, window)
+        self.configure(recent, interval, pack_always, window, narrow)
         self.table = torch.zeros((num_rows, table.width(num_layers)), dtype=torch.int32, device=device)
         self.requests: dict[int, RequestState] = {}
         self.observed: dict[int, int] = {}
         self._dirty: dict[int, list[int]] = {}
 
-    def configure(self, recent: int, interval: int, pack_always: bool, window: int | None) -> None:
+    def configure(
+        self, recent: int, interval: int, pack_always: bool, window: int | None, narrow: Sequence[bool] | None
+    ) -> None:
         """Set what decides about rounds; see the class for the meaning. Followed requests are to be renewed."""
+        self.narrow = (False,) * self.num_layers if narrow is None else tuple(narrow)
         self.recent = recent
         self.interval = page_ceil(interval, self.page_size)
         self.pack_always = pack_always
@@ -266,7 +279,7 @@ class Ledger:
             prefix=layout.prefix,
             old_packed=layout.packed,
             old_tail=layout.tail,
-            new_packed=packed_blocks(kept, self.page_size),
+            new_packed=packed_blocks(kept, self.page_size, self.narrow),
             new_tail=new_tail,
             old_kept=state.kept,
             candidates=candidates,
@@ -322,12 +335,18 @@ class Ledger:
         if not (goes_on and state.listens_from < committed == listens_from):
             state.listens_from = listens_from
         self._dirty[state.row] = table.line(
-            prefix=layout.prefix,
-            tail=layout.tail,
-            score_from=score_from,
-            score_after=state.listens_from,
-            kept=state.kept,
-            offset=packed_offsets(state.kept),
+            {
+                "prefix": layout.prefix,
+                "packed": layout.packed,
+                "tail": layout.tail,
+                "score_from": score_from,
+                "score_after": state.listens_from,
+            },
+            {
+                "kept": state.kept,
+                "excess": excess_offsets(state.kept, layout.packed),
+                "holes": hole_offsets(state.kept, layout.packed),
+            },
         )
 
     @property

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from lethe_sglang.cache.layout import packed_cell, packed_offsets
+from lethe_sglang.cache.layout import excess_offsets, hole_offsets
 from lethe_sglang.cache.ledger import RoundPlan
 from lethe_sglang.cache.upload import upload
-from lethe_sglang.kernels.common import States, TokenLists, token_lists
+from lethe_sglang.kernels.common import States, TokenLists, holes_of, token_lists
 from lethe_sglang.kernels.dispatch import kernels_for
-from lethe_sglang.kernels.table import Spans
+from lethe_sglang.kernels.table import NEVER, Spans
 from lethe_sglang.policies.base import Candidates
 
 if TYPE_CHECKING:
@@ -69,6 +69,12 @@ class Cells(NamedTuple):
         """``value`` as attention reads it."""
         return self.value if self.dtype is None else self.value.view(self.dtype)
 
+    def of_layer(self, layer: int) -> Cells:
+        """Return views of one layer's cells, in which slot b is cell b."""
+        start, end = layer * self.blocks, (layer + 1) * self.blocks
+        views = {name: buffer[start:end] for name, buffer in self.buffers.items()}
+        return self._replace(**views, num_layers=1)
+
     @property
     def buffers(self) -> dict[str, torch.Tensor]:
         """What a round moves, by name."""
@@ -84,9 +90,9 @@ class Numbers(NamedTuple):
     Attributes
     ----------
     start
-        Kept cells of the requests before this one.
-    old_offset, offset
-        off_l before the round and after it.
+        Kept cells of the requests before this one, and of its layers before this one.
+    old_excess, old_holes, excess, holes
+        E_l and H_l (``cache/layout.py``) before the round and after it.
     """
 
     row: torch.Tensor
@@ -99,18 +105,24 @@ class Numbers(NamedTuple):
     new_tail: torch.Tensor
     start: torch.Tensor
     old_kept: torch.Tensor
-    old_offset: torch.Tensor
+    old_excess: torch.Tensor
+    old_holes: torch.Tensor
     kept: torch.Tensor
-    offset: torch.Tensor
+    excess: torch.Tensor
+    holes: torch.Tensor
 
     @classmethod
     def of(cls, plans: Sequence[RoundPlan], device: torch.device) -> Numbers:
         """Send what a launch needs of its plans."""
         shared = [name for name in RoundPlan._fields if name in cls._fields]
         numbers: dict[str, list[Any]] = {name: [getattr(plan, name) for plan in plans] for name in shared}
-        numbers["start"] = list(accumulate((sum(p.kept) for p in plans), initial=0))[:-1]
-        numbers["old_offset"] = [packed_offsets(p.old_kept) for p in plans]
-        numbers["offset"] = [packed_offsets(p.kept) for p in plans]
+        starts = list(accumulate((k for plan in plans for k in plan.kept), initial=0))[:-1]
+        layers = len(plans[0].kept)
+        numbers["start"] = [starts[i : i + layers] for i in range(0, len(starts), layers)]
+        numbers["old_excess"] = [excess_offsets(plan.old_kept, plan.old_packed) for plan in plans]
+        numbers["old_holes"] = [hole_offsets(plan.old_kept, plan.old_packed) for plan in plans]
+        numbers["excess"] = [excess_offsets(plan.kept, plan.new_packed) for plan in plans]
+        numbers["holes"] = [hole_offsets(plan.kept, plan.new_packed) for plan in plans]
         return cls(**dict(zip(numbers, upload(numbers.values(), device), strict=True)))
 
 
@@ -128,9 +140,8 @@ class RoundResult(NamedTuple):
     pinned
         bool ``[L, B, n]``: what is kept whatever its rank.
     kept_position
-        int32 ``[sum k]``: logical positions kept (request-major, then layer), or None if positions are not tracked.
-    kept_cells
-        int64 ``[sum k]``: the packed cells in the same order.
+        int32 ``[sum k]``: logical positions kept (request-major, then layer; in no order within a layer), or None if
+        positions are not tracked.
     """
 
     freed: torch.Tensor
@@ -138,7 +149,6 @@ class RoundResult(NamedTuple):
     candidates: torch.Tensor
     pinned: torch.Tensor
     kept_position: torch.Tensor | None
-    kept_cells: torch.Tensor
 
 
 def run_round(
@@ -170,67 +180,91 @@ def run_round(
     """
     numbers = Numbers.of(plans, req_to_token.device)
     own = own_cells(plans, numbers, cells, req_to_token)
-    candidates, renewed = gather_candidates(numbers, own, cells, policy, reduce_scores)
+    position = positions_of(numbers, own, cells)
+    order = in_time(own, position) if policy.uses_position else None
+    candidates, remembered = gather_candidates(numbers, own, position, order, cells, policy, reduce_scores)
     rank = policy.rank(candidates).nan_to_num()  # finite: only pinned cells are above all, only invalid ones below
     j = torch.arange(rank.shape[2], device=rank.device)
     pinned = (j < numbers.pinned.view(1, -1, 1)).expand_as(candidates.valid)
     keep = kernels_for(rank.device).select(rank, candidates.valid, pinned, numbers.kept.t())
+    renewed = {} if position is None else {"position": position}
+    if remembered is not None:
+        renewed["memory"] = as_stored(remembered, order)
     freed = rewrite_rows(plans, numbers, req_to_token)
-    kept_cells, kept_position = move_cells(plans, numbers, own, keep, renewed, cells, req_to_token)
+    kept_position = move_cells(plans, numbers, own, as_stored(keep, order), renewed, cells, req_to_token)
     rank = rank.masked_fill(~candidates.valid, float("-inf"))
-    return RoundResult(freed, rank, own.length, pinned, kept_position, kept_cells)
+    return RoundResult(freed, rank, own.length, pinned, kept_position)
 
 
 def own_cells(plans: Sequence[RoundPlan], numbers: Numbers, cells: Cells, req_to_token: torch.Tensor) -> TokenLists:
     """Resolve the cells that a round may evict: packed ones, then those that have left the recent window."""
+    n = numbers
     return token_lists(
         req_to_token,
-        numbers.row,
-        numbers.new_tail,
-        Spans(numbers.prefix, numbers.old_tail, numbers.old_kept, numbers.old_offset),
+        n.row,
+        n.new_tail,
+        Spans(n.prefix, n.old_packed, n.old_tail, n.old_kept, n.old_excess, n.old_holes),
         cells.blocks,
         max(max(p.candidates) for p in plans),
         skip_prefix=True,
+        excess=any(max(p.old_kept) > p.old_packed for p in plans),
     )
+
+
+def positions_of(numbers: Numbers, own: TokenLists, cells: Cells) -> torch.Tensor | None:
+    """Return the candidates' logical positions, int32 ``[L, B, n]``, if they are tracked."""
+    if cells.position is None:
+        return None
+    in_tail = torch.arange(own.cells.shape[2], device=own.cells.device) - numbers.old_kept.t().unsqueeze(2)
+    stored = cells.position[own.cells]
+    return torch.where(in_tail >= 0, (numbers.old_tail.view(1, -1, 1) + in_tail).to(torch.int32), stored)
+
+
+def in_time(own: TokenLists, position: torch.Tensor | None) -> torch.Tensor:
+    """Return the order in which candidates were written, int64 ``[L, B, n]``; those that are not valid come last.
+
+    They are stored in another: a packed cell lies where there was room for it.
+    """
+    assert position is not None, "a policy that uses positions has them tracked"
+    j = torch.arange(position.shape[2], device=position.device)
+    return position.masked_fill(j >= own.length.unsqueeze(2), NEVER).argsort(dim=-1, stable=True)
+
+
+def as_stored(values: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    """Bring what was computed in order of time, ``[L, B, n]``, back into the order of :func:`own_cells`."""
+    return values if order is None else torch.empty_like(values).scatter_(-1, order, values)
 
 
 def gather_candidates(
     numbers: Numbers,
     own: TokenLists,
+    position: torch.Tensor | None,
+    order: torch.Tensor | None,
     cells: Cells,
     policy: Policy,
     reduce_scores: Callable[[torch.Tensor], torch.Tensor] | None,
-) -> tuple[Candidates, dict[str, torch.Tensor]]:
-    """Gather what the policy sees, and the states that follow from it: these are written anew instead of moved."""
-    j = torch.arange(own.cells.shape[2], device=own.cells.device)
-    valid = j < own.length.unsqueeze(2)
+) -> tuple[Candidates, torch.Tensor | None]:
+    """Gather what the policy sees, in ``order``, and the memory that it renews: that is written instead of moved."""
+    valid = torch.arange(own.cells.shape[2], device=own.cells.device) < own.length.unsqueeze(2)
+    seen = own.cells if order is None else own.cells.gather(-1, order)
 
     def over_ranks(values: torch.Tensor) -> torch.Tensor:
         return values if reduce_scores is None else reduce_scores(values)
 
-    renewed = {}
-    if cells.position is not None:
-        in_tail = j - numbers.old_kept.t().unsqueeze(2)
-        stored = cells.position[own.cells].to(torch.int64)
-        position = torch.where(in_tail >= 0, numbers.old_tail.view(1, -1, 1) + in_tail, stored)
-        renewed["position"] = position.to(torch.int32)
     feature = None
     if policy.uses_keys:  # one layer at a time: a policy may compare every key with every other
-        pairs = zip(own.cells, valid, strict=True)
+        pairs = zip(seen, valid, strict=True)
         feature = over_ranks(torch.stack([policy.key_feature(cells.keys[c].float(), v) for c, v in pairs]))
     candidates = Candidates(
-        score=None if cells.score is None else over_ranks(cells.score[own.cells]),
-        position=renewed.get("position"),
-        memory=None if cells.memory is None else over_ranks(cells.memory[own.cells]),
+        score=None if cells.score is None else over_ranks(cells.score[seen]),
+        position=None if position is None or order is None else position.gather(-1, order),
+        memory=None if cells.memory is None else over_ranks(cells.memory[seen]),
         feature=feature,
         valid=valid,
         length=numbers.committed,
     )
     remembered = policy.remember(candidates) if policy.uses_memory else None
-    if remembered is not None:
-        renewed["memory"] = remembered
-        candidates = candidates._replace(memory=remembered)
-    return candidates, renewed
+    return candidates if remembered is None else candidates._replace(memory=remembered), remembered
 
 
 def rewrite_rows(plans: Sequence[RoundPlan], numbers: Numbers, req_to_token: torch.Tensor) -> torch.Tensor:
@@ -273,25 +307,72 @@ def move_cells(
     renewed: dict[str, torch.Tensor],
     cells: Cells,
     req_to_token: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Move the kept cells to where their numbers say, all at once; return these cells and the positions they hold."""
+) -> torch.Tensor | None:
+    """Move the kept cells to where they belong, all at once, and return the positions they hold if these are tracked.
+
+    A kept cell that lies in its layer's own part of the packed blocks already stays where it is.
+    """
+    owner, block = destinations(plans, numbers, keep)
     total = sum(sum(p.kept) for p in plans)
-    # A kept cell's number within its request (off_l + its place in the layer), and its place within the whole round.
-    number = numbers.offset.t().unsqueeze(2) + keep.cumsum(-1) - 1
-    owner, block = packed_cell(number, cells.num_layers)
-    position = torch.where(keep, numbers.prefix.view(1, -1, 1) + block, 0)
-    slot = req_to_token[numbers.row.view(1, -1, 1), position].to(torch.int64)
-    place = torch.where(keep, numbers.start.view(1, -1, 1) + number, total).reshape(-1)
+    place = torch.where(keep, numbers.start.t().unsqueeze(2) + keep.cumsum(-1) - 1, total).reshape(-1)
 
     def compact(values: torch.Tensor) -> torch.Tensor:
         out = torch.empty(total + 1, dtype=values.dtype, device=values.device)
         out.index_copy_(0, place, values.expand_as(keep).reshape(-1))
         return out[:total]
 
+    position = torch.where(keep, numbers.prefix.view(1, -1, 1) + block, 0)
+    slot = req_to_token[numbers.row.view(1, -1, 1), position].to(torch.int64)
     source, destination = compact(own.cells), compact(owner * cells.blocks + slot)
     moved = [buffer for name, buffer in cells.buffers.items() if name not in renewed]
     kernels_for(source.device).repack(moved, source, destination)
     written = {name: compact(values) for name, values in renewed.items()}
     for name, values in written.items():
         cells.buffers[name].index_copy_(0, destination, values)
-    return destination, written.get("position")
+    return written.get("position")
+
+
+def destinations(plans: Sequence[RoundPlan], numbers: Numbers, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Say where kept cells go: the layer whose buffer takes them, and the place among its packed blocks.
+
+    Places of a layer that no kept cell of its own holds are filled in ascending order by those that have to move, in
+    the order of :func:`own_cells`; what is left of these goes into holes.
+
+    Parameters
+    ----------
+    plans, numbers
+        The launch.
+    keep
+        bool ``[L, B, n]``, in the order of :func:`own_cells`.
+
+    Returns
+    -------
+    tuple
+        int64, broadcastable to ``[L, B, n]``; nothing where ``keep`` is false.
+    """
+    n = numbers
+    j = torch.arange(keep.shape[2], device=keep.device)
+    room = torch.minimum(n.kept, n.new_packed.unsqueeze(1)).t().unsqueeze(2)  # places of a layer's own
+    old_kept, old_packed = n.old_kept.t().unsqueeze(2), n.old_packed.view(1, -1, 1)
+    # Own block of a cell: a packed one's is its place unless it is excess, and blocks of the old tail follow.
+    home = torch.where(j < old_kept, j, old_packed + j - old_kept)
+    stays = keep & (home < room) & ((j < old_packed) | (j >= old_kept))
+    # The same the other way round: which cell a block holds.
+    i = torch.arange(max(max(plan.new_packed for plan in plans), 1), device=keep.device)
+    cell = torch.where(i < old_packed, i, old_kept + i - old_packed)
+    holds = ((i < old_kept) | (i >= old_packed)) & (cell < keep.shape[2])
+    taken = holds & stays.gather(-1, torch.where(holds, cell, 0))
+    vacant = (i < room) & ~taken
+    number = torch.where(vacant, vacant.cumsum(-1) - 1, len(i))
+    gaps = torch.zeros((*keep.shape[:2], len(i) + 1), dtype=torch.int64, device=keep.device)
+    gaps.scatter_(-1, number, i.expand_as(number))
+    turn = (keep & ~stays).cumsum(-1) - 1
+    filled = gaps.gather(-1, turn.clamp(0, len(i)))
+    block = torch.where(stays, home, filled)
+    owner = torch.arange(keep.shape[0], device=keep.device).view(-1, 1, 1)
+    if all(max(plan.kept) <= plan.new_packed for plan in plans):
+        return owner, block
+    excess = turn - vacant.sum(-1, keepdim=True)
+    elsewhere = keep & ~stays & (excess >= 0)
+    hole, at = holes_of(torch.where(elsewhere, n.excess.t().unsqueeze(2) + excess, 0), n.kept, n.holes)
+    return torch.where(elsewhere, hole, owner), torch.where(elsewhere, at, block)

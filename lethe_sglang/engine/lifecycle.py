@@ -175,8 +175,6 @@ def flashinfer_backend(runner: Any) -> Any:
         rows=lambda: runtime.step_rows,
         single_plan=runtime.config.budget.allocation == "breakpoint",
     )
-    if backend.planner.classes is not None:
-        runtime.length_classes.append(backend.planner.classes)
     return _known(runtime, backend)
 
 
@@ -186,7 +184,9 @@ def triton_backend(runner: Any) -> Any:
 
     runtime = attach(runner)
     logger.warning(UNPROVEN, "triton")
-    return _known(runtime, LetheTritonBackend(runner, runtime.pool, runtime.ledger, runtime.policy.accumulation))
+    budgets = None if runtime.config.budget.allocation == "breakpoint" else runtime.budgets
+    backend = LetheTritonBackend(runner, runtime.pool, runtime.ledger, runtime.policy.accumulation, budgets)
+    return _known(runtime, backend)
 
 
 BACKENDS = {"torch_native": torch_native_backend, "flashinfer": flashinfer_backend, "triton": triton_backend}
@@ -194,8 +194,10 @@ BACKENDS = {"torch_native": torch_native_backend, "flashinfer": flashinfer_backe
 
 
 def _known(runtime: Runtime, backend: Any) -> Any:
-    """Let a backend follow the runtime when it takes another policy."""
+    """Let a backend follow the runtime when it takes another policy, and the runtime heed the backend's classes."""
     runtime.backends.append(backend)
+    if backend.classes is not None:
+        runtime.length_classes.append(backend.classes)
     return backend
 
 

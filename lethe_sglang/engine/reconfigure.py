@@ -98,8 +98,8 @@ def _classes(runtime: Runtime, config: EvictionConfig, budgets: tuple[int, ...])
     for classes in runtime.length_classes:
         if config.budget.allocation == "breakpoint" or not classes.serve(budgets):
             yield (
-                "budget.allocation: FlashInfer plans once for all layers that had one budget at the start, and this "
-                "gives them different ones; start the server with it, or with --attention-backend triton"
+                "budget.allocation: layers that had one budget at the start, or at most the mean, share lists and "
+                "plans, and this takes them apart; start the server with it"
             )
 
 

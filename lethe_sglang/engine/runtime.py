@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lethe_sglang.allocation.budgets import scale
-from lethe_sglang.cache.layout import page_ceil, pinned_cells, protected, request_bound
+from lethe_sglang.cache.layout import narrow_layers, page_ceil, pinned_cells, protected, request_bound
 from lethe_sglang.cache.ledger import Ledger, RequestState, RoundPlan
 from lethe_sglang.cache.pool import PackedKVPool
 from lethe_sglang.cache.rounds import run_round
@@ -57,7 +57,7 @@ class Runtime:
     backends
         Attention backends, which hold the policy's rule of accumulation.
     length_classes
-        FlashInfer's maps from layers to plans, which no configuration may contradict.
+        The backends' maps from layers to plans and lists, which no configuration may contradict.
     observers
         Watch what happens; none in production.
     """
@@ -141,16 +141,19 @@ class Runtime:
             everything or policy.uses_memory,
         )
 
-    def _rounds(self) -> tuple[int, int, bool, int | None]:
+    def _rounds(self) -> tuple[int, int, bool, int | None, Sequence[bool] | None]:
         window = None if self.policy.accumulation is None else self.policy.accumulation.window
-        return self.config.recent, self.config.rounds.interval, self.config.debug.pack_always, window
+        narrow = None if self.config.budget.allocation == "breakpoint" else narrow_layers(self.budgets)
+        for classes in self.length_classes:  # what a backend has settled stays
+            narrow = classes.narrow_layers()
+        return self.config.recent, self.config.rounds.interval, self.config.debug.pack_always, window, narrow
 
     def attach(self, pool: PackedKVPool, req_to_token: torch.Tensor) -> None:
         """Bind to the pool and the rows SGLang has built; once, whatever number of backends asks."""
         if getattr(self, "pool", None) is pool and self.req_to_token is req_to_token:
             return
         self.pool, self.req_to_token = pool, req_to_token
-        recent, interval, pack_always, window = self._rounds()
+        recent, interval, pack_always, window, narrow = self._rounds()
         self.ledger = Ledger(
             num_rows=req_to_token.shape[0],
             num_layers=self.num_layers,
@@ -160,6 +163,7 @@ class Runtime:
             device=req_to_token.device,
             pack_always=pack_always,
             window=window,
+            narrow=narrow,
         )
         self.observers[:] = self._observers()
 

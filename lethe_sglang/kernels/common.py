@@ -108,22 +108,20 @@ class TokenLists(NamedTuple):
     length: torch.Tensor
 
 
-def token_lists(
+def slot_lists(
     req_to_token: torch.Tensor,
     rows: torch.Tensor,
     seq_lens: torch.Tensor,
     spans: Spans,
-    blocks: int,
     width: int,
     skip_prefix: bool = False,
 ) -> TokenLists:
-    """Resolve which cells every layer of a request attends to, and in which order.
+    """Resolve which slots of its own buffer a layer without excess attends to, and in which order.
 
     List position j of a request is in layer l at (docs/architecture.md) ::
 
-        [0, P)            l * blocks + row[j]                          prefix
-        [P, P + k_l)      (cell % L) * blocks + row[P + cell // L]     packed, cell = off_l + j - P
-        [P + k_l, ...)    l * blocks + row[T + j - P - k_l]            tail
+        [0, P + k_l)      row[j]                     prefix, then packed
+        [P + k_l, ...)    row[T + j - P - k_l]       tail
 
     Parameters
     ----------
@@ -134,9 +132,7 @@ def token_lists(
     seq_lens
         int ``[B]``: logical length (tokens), the newest included.
     spans
-        P, T, k_l and off_l.
-    blocks
-        Blocks of the pool, padding included.
+        P, T and k_l, of those layers that are asked for.
     width
         n: at least the longest list (tokens).
     skip_prefix
@@ -145,24 +141,91 @@ def token_lists(
     Returns
     -------
     TokenLists
-        ``cells[l, b, j]`` for list position j (own position if ``skip_prefix``).
+        ``cells[l, b, j]`` for list position j (own position if ``skip_prefix``): a slot.
     """
-    num_layers = spans.kept.shape[1]
     base, t, seq = (x.to(torch.int64).view(1, -1, 1) for x in (spans.prefix, spans.tail, seq_lens))
-    k, off = (x.to(torch.int64).t().unsqueeze(2) for x in (spans.kept, spans.offset))
-    p = torch.zeros_like(base) if skip_prefix else base
-    length = p + k + seq - t
-
-    j = torch.arange(width, device=req_to_token.device).view(1, 1, -1)
-    number = j + (off - p)
-    packed = (j >= p) & (number < off + k)
-    block = torch.div(number, num_layers, rounding_mode="trunc")
-    position = torch.where(packed, block + base, torch.where(j < p, j, j + (t - p - k)))
-    valid = j < length
+    k = spans.kept.to(torch.int64).t().unsqueeze(2)
+    first = base if skip_prefix else torch.zeros_like(base)
+    length = base + k + seq - t - first
+    j = torch.arange(width, device=req_to_token.device).view(1, 1, -1) + first
+    behind = j >= base + k
+    position = torch.where(behind, j + (t - base - k), j)
+    valid = j < first + length
     slot = req_to_token[rows.view(1, -1, 1), position.mul_(valid)]
-    layer = torch.arange(num_layers, device=req_to_token.device).view(-1, 1, 1)
-    owner = torch.where(packed, number.sub_(block, alpha=num_layers), layer)
-    return TokenLists(owner.mul_(blocks).add_(slot).mul_(valid), length.squeeze(2))
+    return TokenLists(slot.to(torch.int64).mul_(valid), length.squeeze(2))
+
+
+def token_lists(
+    req_to_token: torch.Tensor,
+    rows: torch.Tensor,
+    seq_lens: torch.Tensor,
+    spans: Spans,
+    blocks: int,
+    width: int,
+    skip_prefix: bool = False,
+    layers: torch.Tensor | None = None,
+    excess: bool = True,
+) -> TokenLists:
+    """Resolve which cells every layer of a request attends to, and in which order.
+
+    As :func:`slot_lists`, as flat cells: slot b of layer l is cell ``l * blocks + b``; but excess cells, at list
+    positions ``[P + m, P + k_l)``, lie in the buffers of other layers (:func:`holes_of`).
+
+    Parameters
+    ----------
+    req_to_token, rows, seq_lens, width, skip_prefix
+        See :func:`slot_lists`.
+    spans
+        Of all L layers.
+    blocks
+        Blocks of the pool, padding included.
+    layers
+        int64 ``[l]``: the layers that are asked for, in the order of the result; None is all of them.
+    excess
+        Whether any layer may have excess cells.
+    """
+    if layers is None:
+        layers = torch.arange(spans.kept.shape[1], device=req_to_token.device)
+    asked = spans._replace(kept=spans.kept[:, layers], excess=spans.excess[:, layers])
+    lists = slot_lists(req_to_token, rows, seq_lens, asked, width, skip_prefix)
+    owner = layers.view(-1, 1, 1)
+    j = torch.arange(width, device=req_to_token.device)
+    valid, slot = j < lists.length.unsqueeze(2), lists.cells
+    if excess:
+        k, m = asked.kept.to(torch.int64).t().unsqueeze(2), spans.packed.to(torch.int64).view(1, -1, 1)
+        base = spans.prefix.to(torch.int64).view(1, -1, 1)
+        place = j if skip_prefix else j - base  # among the layer's own cells
+        elsewhere = (place >= m) & (place < k)
+        number = asked.excess.t().unsqueeze(2) + place - m
+        hole, at = holes_of(number.masked_fill(~elsewhere, 0), spans.kept, spans.holes)
+        owner = torch.where(elsewhere, hole, owner)
+        away = req_to_token[rows.view(1, -1, 1), torch.where(elsewhere, base + at, 0)]
+        slot = torch.where(elsewhere, away, slot)
+    return TokenLists((owner * blocks + slot).mul_(valid), lists.length)
+
+
+def holes_of(number: torch.Tensor, kept: torch.Tensor, holes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Resolve in which hole an excess cell lies.
+
+    Parameters
+    ----------
+    number
+        int64 ``[L, B, n]``: ``E_l`` and the cell's place in its layer's excess.
+    kept, holes
+        int ``[B, L]``: k_l and H_l.
+
+    Returns
+    -------
+    tuple
+        The layer whose buffer holds it and the place among its packed blocks, int64 ``[L, B, n]``: hole g of layer l'
+        is the last with ``H_l' <= g``, at ``k_l' + g - H_l'``.
+    """
+    layers, batch, n = number.shape
+    wanted = number.transpose(0, 1).reshape(batch, layers * n)
+    starts, kept = holes.to(torch.int64).contiguous(), kept.to(torch.int64)
+    owner = torch.searchsorted(starts, wanted, right=True) - 1
+    place = kept.gather(1, owner) + wanted - starts.gather(1, owner)
+    return tuple(x.view(batch, layers, n).transpose(0, 1) for x in (owner, place))
 
 
 def update(

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from lethe_sglang.kernels.common import Attention, Batch, Lists, Schedule, States, token_lists, update
+from lethe_sglang.kernels.common import Attention, Batch, Lists, Schedule, States, slot_lists, token_lists, update
 from lethe_sglang.kernels.table import NEVER, read
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def start_states(states: States, slots: torch.Tensor, positions: torch.Tensor | 
             state.view(num_layers, -1)[:, slots] = fresh
 
 
-def fill_lists(batch: Batch, layer: int, blocks: int, lists: Lists, fill_indptr: bool) -> None:
+def fill_lists(batch: Batch, layer: int, blocks: int | None, lists: Lists, fill_indptr: bool) -> None:
     """Write one layer's lists for a whole batch, in place."""
     req_to_token, table, rows, seq_lens = batch
     indptr, indices = lists
@@ -55,7 +55,12 @@ def fill_lists(batch: Batch, layer: int, blocks: int, lists: Lists, fill_indptr:
         indptr[0] = 0
         indptr[1 : len(rows) + 1] = length.cumsum(0)
     width = int(length.amax()) if len(rows) else 0
-    cells = token_lists(req_to_token, rows, seq_lens, lines.spans, blocks, width).cells[layer]
+    if blocks is None:
+        spans = lines.spans._replace(kept=lines.kept[:, layer : layer + 1])
+        cells = slot_lists(req_to_token, rows, seq_lens, spans, width).cells[0]
+    else:
+        only = torch.full((1,), layer, dtype=torch.int64, device=rows.device)
+        cells = token_lists(req_to_token, rows, seq_lens, lines.spans, blocks, width, layers=only).cells[0]
     begin, end = _ends(indptr, len(rows))
     j = torch.arange(width, device=rows.device).unsqueeze(0)
     fits = (j < length.unsqueeze(1)) & (begin + j < end) & (begin + j < indices.shape[0])
@@ -108,13 +113,30 @@ def accumulate(
             store.index_copy_(0, index, values.reshape(-1))
 
 
+class Reading(NamedTuple):
+    """What a batch's padded lists read of a cache, the same for every layer that has these lists.
+
+    Attributes
+    ----------
+    index
+        int64 ``[B * Hkv * n]``: rows of a cache viewed as ``[cells * Hkv, D]``.
+    beyond
+        bool ``[B, 1, n]``: behind a list's end.
+    """
+
+    index: torch.Tensor
+    beyond: torch.Tensor
+
+    @classmethod
+    def of(cls, cells: torch.Tensor, length: torch.Tensor, kv_heads: int) -> Reading:
+        """Resolve lists, int64 ``[B, n]``, of ``length`` valid entries, int64 ``[B]``."""
+        heads = torch.arange(kv_heads, device=cells.device).view(1, -1, 1)
+        beyond = torch.arange(cells.shape[1], device=cells.device).unsqueeze(0) >= length.unsqueeze(1)
+        return cls((cells.unsqueeze(1) * kv_heads + heads).reshape(-1), beyond.unsqueeze(1))
+
+
 def attend(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    cells: torch.Tensor,
-    length: torch.Tensor,
-    scaling: float,
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, reading: Reading, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend one query per request to its padded token list.
 
@@ -123,11 +145,9 @@ def attend(
     query
         ``[B, Hq, D]``.
     keys, values
-        The flat pool, ``[cells, Hkv, D]``.
-    cells
-        int64 ``[B, n]``: the lists.
-    length
-        int64 ``[B]``: valid entries of each list.
+        ``[cells, Hkv, D]``: the flat pool, or a layer of it.
+    reading
+        The lists, of n entries with padding.
     scaling
         Softmax scale.
 
@@ -138,17 +158,12 @@ def attend(
         a list's end); its mean over heads is the ``a`` of the scores.
     """
     batch, heads, dim = query.shape
-    kv_heads, n = keys.shape[1], cells.shape[1]
-    if kv_heads == 1:
-        index = cells.reshape(-1)
-    else:  # gather straight into [B, Hkv, n, D]: no permuted copy
-        index = (cells.unsqueeze(1) * kv_heads + torch.arange(kv_heads, device=cells.device).view(1, -1, 1)).reshape(-1)
-    k = keys.view(-1, dim).index_select(0, index).view(batch * kv_heads, n, dim)
-    v = values.view(-1, dim).index_select(0, index).view(batch * kv_heads, n, dim)
+    kv_heads, n = keys.shape[1], reading.beyond.shape[2]
+    k = keys.view(-1, dim).index_select(0, reading.index).view(batch * kv_heads, n, dim)
+    v = values.view(-1, dim).index_select(0, reading.index).view(batch * kv_heads, n, dim)
     q = (query.float() * scaling).view(batch * kv_heads, heads // kv_heads, dim)
     logits = torch.bmm(q, k.float().transpose(1, 2)).view(batch, heads, n)
-    beyond = torch.arange(n, device=cells.device).unsqueeze(0) >= length.unsqueeze(1)
-    attention = logits.masked_fill_(beyond.unsqueeze(1), float("-inf")).softmax(-1)
+    attention = logits.masked_fill_(reading.beyond, float("-inf")).softmax(-1)
     out = torch.bmm(attention.view(batch * kv_heads, heads // kv_heads, n), v.float())
     return out.view(batch, heads, dim).to(query.dtype), attention
 
@@ -168,5 +183,8 @@ def select(rank: torch.Tensor, valid: torch.Tensor, pinned: torch.Tensor, count:
 
 def repack(buffers: Iterable[torch.Tensor], source: torch.Tensor, destination: torch.Tensor) -> None:
     """``buffer[destination] = buffer[source]`` for each buffer, as if all cells moved at once."""
+    if source.device.type == "cpu":  # a mask has to be counted, which would make the host wait for a GPU
+        moves = source != destination
+        source, destination = source[moves], destination[moves]
     for buffer in buffers:
         buffer.index_copy_(0, destination, buffer.index_select(0, source))

@@ -6,7 +6,7 @@ A line of zeros describes an intact row, so rows that nobody has written yet (an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,27 +14,31 @@ import torch
 NEVER = 2**31 - 1
 """As the first scored list position, or as a length at which something is due: it does not happen."""
 
-SINGLE = ("prefix", "tail", "score_from", "score_after")
-PER_LAYER = ("kept", "offset")
+SINGLE = ("prefix", "packed", "tail", "score_from", "score_after")
+PER_LAYER = ("kept", "excess", "holes")
 """The order of the columns: those of a request, then L columns of each of those that a request has in every layer."""
 
 
 class Spans(NamedTuple):
-    """Where the parts of rows lie; see :class:`Lines`. int ``[B]``, ``kept`` and ``offset`` ``[B, L]``."""
+    """Where the parts of rows lie; see :class:`Lines`. int ``[B]``, ``kept``, ``excess`` and ``holes`` ``[B, L]``."""
 
     prefix: torch.Tensor
+    packed: torch.Tensor
     tail: torch.Tensor
     kept: torch.Tensor
-    offset: torch.Tensor
+    excess: torch.Tensor
+    holes: torch.Tensor
 
 
 class Lines(NamedTuple):
-    """Lines of the table by name: int32 ``[...]``, ``kept`` and ``offset`` ``[..., L]``. Views, where it was a tensor.
+    """Lines of the table by name: int32 ``[...]``, those of every layer ``[..., L]``. Views, where it was a tensor.
 
     Attributes
     ----------
     prefix
         P: positions in front that are intact in every layer.
+    packed
+        m: packed blocks.
     tail
         T: first position of the intact tail.
     score_from
@@ -43,21 +47,23 @@ class Lines(NamedTuple):
         Sequence length (tokens) after which steps are scored, for a policy with a window.
     kept
         k_l: packed cells of each layer.
-    offset
-        off_l: number of each layer's first packed cell (``layout.packed_offsets``).
+    excess, holes
+        E_l and H_l: numbers of each layer's first excess cell and first hole (``cache/layout.py``).
     """
 
     prefix: torch.Tensor
+    packed: torch.Tensor
     tail: torch.Tensor
     score_from: torch.Tensor
     score_after: torch.Tensor
     kept: torch.Tensor
-    offset: torch.Tensor
+    excess: torch.Tensor
+    holes: torch.Tensor
 
     @property
     def spans(self) -> Spans:
         """What a list follows from."""
-        return Spans(self.prefix, self.tail, self.kept, self.offset)
+        return Spans(self.prefix, self.packed, self.tail, self.kept, self.excess, self.holes)
 
     def length(self, seq_lens: torch.Tensor) -> torch.Tensor:
         """Return the tokens on each list, ``[..., L]``, of sequences of ``seq_lens`` tokens: ``P + k_l + seq - T``."""
@@ -98,7 +104,6 @@ def read(table: torch.Tensor) -> Lines:
     return Lines(**dict(zip(SINGLE, single.unbind(-1), strict=True)), **dict(zip(PER_LAYER, per_layer, strict=True)))
 
 
-def line(kept: Sequence[int], offset: Sequence[int], **single: int) -> list[int]:
+def line(single: Mapping[str, int], per_layer: Mapping[str, Sequence[int]]) -> list[int]:
     """Return one line as host numbers, from its columns by name."""
-    per_layer = {"kept": kept, "offset": offset}
     return [*(single[name] for name in SINGLE), *(number for name in PER_LAYER for number in per_layer[name])]

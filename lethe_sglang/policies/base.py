@@ -62,7 +62,7 @@ class Candidates(NamedTuple):
         parallelism the mean over ranks.
     position
         int32 ``[L, B, n]``: logical position of each cell, or None unless the policy declares ``uses_position``.
-        Along the last axis positions ascend.
+        Then, and only then, positions ascend along the last axis: cells are stored in another order.
     memory
         float32 ``[L, B, n]``: the second state M, or None unless the policy declares ``uses_memory``.
     feature
@@ -102,7 +102,8 @@ class Policy(ABC):
     source
         The paper, such as ``arXiv 2511.06029``.
     uses_position, uses_memory, uses_keys
-        Which of ``Candidates.position``, ``memory`` and ``feature`` the policy looks at.
+        Which of ``Candidates.position``, ``memory`` and ``feature`` the policy looks at. One that compares a candidate
+        with its neighbours uses positions, too: it is what puts candidates in order.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -125,7 +126,7 @@ class Policy(ABC):
         Returns
         -------
         torch.Tensor
-            float32 ``[L, B, n]``; larger is kept first. Ties are broken towards the later position.
+            float32 ``[L, B, n]``; larger is kept first. Ties are broken towards the later candidate.
         """
         ...
 

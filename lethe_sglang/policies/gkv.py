@@ -26,6 +26,7 @@ class GKVPolicy(Policy):
     """
 
     source: ClassVar[str] = "arXiv 2512.00504"
+    uses_position: ClassVar[bool] = True
     uses_memory: ClassVar[bool] = True
     uses_keys: ClassVar[bool] = True
 

@@ -23,6 +23,7 @@ class LazyPolicy(Policy):
     """
 
     source: ClassVar[str] = "arXiv 2506.15969"
+    uses_position: ClassVar[bool] = True  # tokens that were never used again tie: the later one stays
     uses_memory: ClassVar[bool] = True
 
     threshold: float = Field(

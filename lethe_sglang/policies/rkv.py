@@ -27,6 +27,7 @@ class RKVPolicy(Policy):
     """
 
     source: ClassVar[str] = "arXiv 2505.24133"
+    uses_position: ClassVar[bool] = True
     uses_keys: ClassVar[bool] = True
 
     window: int = Field(

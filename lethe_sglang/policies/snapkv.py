@@ -20,6 +20,7 @@ class SnapKVPolicy(Policy):
     """
 
     source: ClassVar[str] = "arXiv 2404.14469"
+    uses_position: ClassVar[bool] = True
 
     window: int = Field(
         default=32,

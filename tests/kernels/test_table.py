@@ -12,8 +12,8 @@ from lethe_sglang.kernels.triton import launchers
 from lethe_sglang.policies.base import Accumulation
 
 PERMUTATIONS = [
-    (("score_after", "prefix", "tail", "score_from"), ("offset", "kept")),
-    (("tail", "prefix", "score_after", "score_from"), ("kept", "offset")),
+    (("score_after", "packed", "prefix", "tail", "score_from"), ("holes", "kept", "excess")),
+    (("tail", "prefix", "score_after", "score_from", "packed"), ("kept", "excess", "holes")),
 ]
 RULE = Accumulation(decay=0.9, window=8)
 
@@ -27,9 +27,9 @@ def written(kernels, device):
     out = []
     for layer in range(3):
         indptr = torch.zeros(ROWS + 1, dtype=torch.int32, device=device)
-        for fill_indptr in (True, False):
+        for fill_indptr, blocks in ((True, BLOCKS), (False, BLOCKS), (True, None)):
             indices = torch.zeros(600, dtype=torch.int32, device=device)
-            kernels.fill_lists(batch, layer, BLOCKS, Lists(indptr, indices), fill_indptr)
+            kernels.fill_lists(batch, layer, blocks, Lists(indptr, indices), fill_indptr)
             out += [indptr.clone(), indices]
     first = torch.zeros(ROWS, dtype=torch.int32, device=device)
     decay = torch.zeros(ROWS, device=device)

@@ -44,9 +44,10 @@ PROGRAM = textwrap.dedent(
 
     built, rows = {}, {"rows": "i64", "seq_lens": "i64"}
     tables = {"req_to_token": "i32", "table": "i32", **rows, "indptr": "i32", "indices": "i32"}
-    columns = {name.upper(): column(name, 28) for name in ("prefix", "tail", "kept", "offset")}
-    for fill in (True, False):
-        build(f"fill-{fill}", indices._KERNEL, tables, {**columns, "FILL_INDPTR": fill, "BATCH": 64})
+    columns = {name.upper(): column(name, 28) for name in ("prefix", "tail", "kept", "packed", "excess", "holes")}
+    for fill, flat in ((True, True), (False, True), (True, False), (False, False)):
+        constants = {**columns, "LAYERS": 28, "FLAT": flat, "FILL_INDPTR": fill, "BATCH": 64}
+        build(f"fill-{fill}-{flat}", indices._KERNEL, tables, constants)
     for recurs in (True, False):
         written = {"score": "fp32", "memory": "fp32", "slots": "i64", "positions": "i64"}
         build(f"start-{recurs}", start_states._KERNEL, written, {} if recurs else {"positions": None})
@@ -83,7 +84,7 @@ def test_every_kernel_compiles(tmp_path, capability):
     )
     assert run.returncode == 0, run.stderr[-4000:]
     built = json.loads(run.stdout.splitlines()[-1])
-    assert len(built) == 12 + (capability >= 89)
+    assert len(built) == 14 + (capability >= 89)
     assert all(kernel["binary"] for kernel in built.values())
     assert {name: kernel["shared"] for name, kernel in built.items() if kernel["shared"] > SHARED_MEMORY} == {}
     loops = {name: kernel["asynchronous"] for name, kernel in built.items() if name.startswith("score")}

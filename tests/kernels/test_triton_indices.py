@@ -7,7 +7,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from lethe_sglang.cache.layout import packed_blocks, packed_offsets
+from lethe_sglang.cache.layout import excess_offsets, hole_offsets, packed_blocks, packed_cell
 from lethe_sglang.kernels import reference, table
 from lethe_sglang.kernels.common import Batch, Lists, token_lists
 from lethe_sglang.kernels.triton import config, indices
@@ -36,20 +36,67 @@ def make(layers, seed):
     for row in range(1, ROWS):
         prefix = number(0, 1) * number(0, 50)
         kept = [number(0, 30) * (row % 3 > 0) for _ in range(layers)]
-        packed = packed_blocks(kept, 1)
+        packed = packed_blocks(kept, 1, (False,) * layers)
         tail = prefix + packed + number(0, 10) * (packed > 0)
         lengths[row] = tail + number(1, 40)
         slots = torch.randperm(BLOCKS - 1, generator=generator)[: lengths[row]].to(torch.int32) + 1
         req_to_token[row, : lengths[row]] = slots
         req_to_token[row, prefix + packed : tail] = 0
-        single = {"prefix": prefix, "tail": tail, "score_from": prefix, "score_after": 0}
-        lines[row] = torch.tensor(table.line(kept, packed_offsets(kept), **single))
+        single = {"prefix": prefix, "packed": packed, "tail": tail, "score_from": prefix, "score_after": 0}
+        excess, holes = excess_offsets(kept, packed), hole_offsets(kept, packed)
+        lines[row] = torch.tensor(table.line(single, {"kept": kept, "excess": excess, "holes": holes}))
     return req_to_token, lines, lengths
 
 
 def expected_lists(req_to_token, lines, rows, seq_lens, layer):
-    lists = token_lists(req_to_token, rows, seq_lens, table.read(lines[rows]).spans, BLOCKS, WIDTH)
-    return [lists.cells[layer, b, : int(n)] for b, n in enumerate(lists.length[layer])]
+    """Lists of flat cells, by the host's arithmetic alone."""
+    lists = []
+    for row, seq in zip(rows.tolist(), seq_lens.tolist(), strict=True):
+        line = table.read(lines[row])
+        kept, prefix, tail = line.kept.tolist(), int(line.prefix), int(line.tail)
+        packed = [packed_cell(kept, int(line.packed), layer, q) for q in range(kept[layer])]
+        places = [(layer, p) for p in range(prefix)] + [(owner, prefix + place) for owner, place in packed]
+        places += [(layer, p) for p in range(tail, seq)]
+        lists.append(torch.tensor([owner * BLOCKS + int(req_to_token[row, p]) for owner, p in places]).long())
+    return lists
+
+
+def test_the_reference_resolves_lists_as_the_host_does():
+    for layers in (1, 2, 5):
+        req_to_token, lines, lengths = make(layers, 3 + layers)
+        rows, seq_lens = torch.arange(ROWS), torch.tensor(lengths)
+        spans = table.read(lines).spans
+        assert layers == 1 or int(spans.excess.max()) > 0, "no layer has excess: the test says nothing"
+        lists = token_lists(req_to_token, rows, seq_lens, spans, BLOCKS, WIDTH)
+        own = token_lists(req_to_token, rows, seq_lens, spans, BLOCKS, WIDTH, skip_prefix=True)
+        some = token_lists(req_to_token, rows, seq_lens, spans, BLOCKS, WIDTH, layers=torch.tensor([layers - 1]))
+        assert torch.equal(some.cells[0], lists.cells[-1])
+        for layer in range(layers):
+            expected = expected_lists(req_to_token, lines, rows, seq_lens, layer)
+            for row, cells in enumerate(expected):
+                prefix = int(spans.prefix[row])
+                assert lists.cells[layer, row, : int(lists.length[layer, row])].tolist() == cells.tolist()
+                assert own.cells[layer, row, : int(own.length[layer, row])].tolist() == cells[prefix:].tolist()
+                assert not lists.cells[layer, row, len(cells) :].any()
+
+
+def test_a_layer_without_excess_has_a_list_of_slots(device):
+    batch = arguments(device, (1, 2, 4, 5))
+    spans = table.read(batch.table[batch.rows]).spans
+    for layer in range(3):
+        if bool((spans.kept[:, layer] > spans.packed).any()):
+            continue
+        cells, slots = (
+            Lists(torch.zeros(5, dtype=torch.int64, device=device), torch.zeros(600, device=device).long())
+            for _ in range(2)
+        )
+        fill_lists(batch, layer, BLOCKS, cells, True)
+        fill_lists(batch, layer, None, slots, True)
+        end = int(slots.indptr[-1])
+        assert torch.equal(cells.indptr, slots.indptr) and end > 40
+        assert torch.equal(cells.indices[:end], slots.indices[:end] + layer * BLOCKS)
+        return
+    raise AssertionError("every layer has excess: take another seed")
 
 
 @settings(deadline=None, derandomize=True, phases=[Phase.generate], max_examples=14)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lethe_sglang.kernels import reference
 from lethe_sglang.kernels.common import Attention, Batch, Lists, Schedule, States
-from lethe_sglang.kernels.reference import accumulate, attend
+from lethe_sglang.kernels.reference import Reading, accumulate, attend
 from lethe_sglang.kernels.table import NEVER, read, width
 from lethe_sglang.kernels.triton import config, score
 from lethe_sglang.policies.base import Accumulation
@@ -87,7 +87,9 @@ class Case:
         self.indptr = torch.tensor([0, *lengths]).cumsum(0).to(integer)
         self.indices = torch.cat([self.cells[b, :n] for b, n in enumerate(lengths)]).to(integer)
         clean = torch.nan_to_num(self.keys.float()) * k_scale
-        _, self.heads = attend(self.query.float(), clean, clean, self.cells, self.length, self.scaling)
+        _, self.heads = attend(
+            self.query.float(), clean, clean, Reading.of(self.cells, self.length, clean.shape[1]), self.scaling
+        )
         listed = clean[self.cells].repeat_interleave(group, 2)
         logits = torch.einsum("bhd,bnhd->bhn", self.query.float(), listed) * self.scaling
         beyond = torch.arange(max(lengths)) >= self.length.unsqueeze(1)

@@ -16,7 +16,7 @@ from lethe_sglang.kernels.table import read
 class MiniPool:
     """Rows and slots as SGLang hands them out; every written cell holds its request, layer and position."""
 
-    def __init__(self, num_layers=3, page=1, pages=400, context=600, rows=9, recent=6, interval=8, seed=0):
+    def __init__(self, num_layers=3, page=1, pages=400, context=600, rows=9, recent=6, interval=8, seed=0, narrow=None):
         self.rng = random.Random(seed)
         self.page, self.num_layers = page, num_layers
         blocks = pages * page + page
@@ -34,7 +34,7 @@ class MiniPool:
         self.free = list(range(1, pages + 1))
         self.total = pages
         self.rng.shuffle(self.free)
-        self.ledger = Ledger(rows, num_layers, page, recent, interval, "cpu")
+        self.ledger = Ledger(rows, num_layers, page, recent, interval, "cpu", narrow=narrow)
         self.seq = {}
         self.truth = {}
 

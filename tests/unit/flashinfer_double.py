@@ -26,7 +26,7 @@ from cache_model import MiniPool
 
 import lethe_sglang.attention
 from lethe_sglang.allocation.budgets import scale
-from lethe_sglang.cache.layout import ceil_div
+from lethe_sglang.cache.layout import ceil_div, narrow_layers
 from lethe_sglang.cache.ledger import Ledger
 from lethe_sglang.cache.rounds import Cells
 from lethe_sglang.policies.base import Accumulation
@@ -471,7 +471,8 @@ class World(MiniPool):
             blocks=self.cells.blocks,
             dtype=stored,
         )
-        self.ledger = Ledger(len(self.req_to_token), LAYERS, page, 6, 8, "cpu", window=window)
+        narrow = narrow_layers(BUDGETS)
+        self.ledger = Ledger(len(self.req_to_token), LAYERS, page, 6, 8, "cpu", window=window, narrow=narrow)
 
     def as_stored(self, x):
         if self.stored is not None:
@@ -742,8 +743,9 @@ def launches_of_a_step(backend, patch):
     launched, scored = [], backend.scored
     for name in ("start_states", "schedule", "score"):
         patch.setattr(scored.kernels, name, lambda *args, name=name: launched.append(name))
-    fills = {True: "fill_lists with indptr", False: "fill_lists"}
-    patch.setattr(scored.kernels, "fill_lists", lambda *args: launched.append(fills[args[-1]]))
+    fills = {True: " with indptr", False: ""}
+    kinds = {True: "fill_slots", False: "fill_cells"}
+    patch.setattr(scored.kernels, "fill_lists", lambda *args: launched.append(kinds[args[2] is None] + fills[args[-1]]))
     scored.__dict__.update(meta(vars(scored)))
     scored.ledger = SimpleNamespace(table=scored.ledger.table.to("meta"))
     scored.pool.cells = scored.pool.cells._replace(**meta(scored.pool.cells._asdict()))

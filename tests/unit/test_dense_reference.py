@@ -17,7 +17,7 @@ from lethe_sglang.cache.ledger import Ledger
 from lethe_sglang.cache.rounds import Cells
 from lethe_sglang.config import from_mapping
 from lethe_sglang.kernels.common import Schedule
-from lethe_sglang.kernels.reference import accumulate, attend
+from lethe_sglang.kernels.reference import Reading, accumulate, attend
 from lethe_sglang.kernels.table import read
 
 LAYERS, KV_HEADS, HEADS, DIM, RANK = 3, 2, 4, 8, 4
@@ -150,7 +150,8 @@ class DecodePool(MiniPool):
             scored = torch.where(own, cells, 0)
         for layer in range(LAYERS):
             query = torch.stack([torch.from_numpy(STREAMS[row][1][layer, self.seq[row] - 1]) for row in rows])
-            _, heads = attend(query, self.cells.key, self.cells.value, cells[layer], length[layer], DIM**-0.5)
+            reading = Reading.of(cells[layer], length[layer], KV_HEADS)
+            _, heads = attend(query, self.cells.key, self.cells.value, reading, DIM**-0.5)
             if rule is not None:
                 schedule = Schedule(at.score_from, decay, seq)
                 accumulate(rule, self.cells.states, scored[layer], heads.mean(1), schedule)
@@ -163,7 +164,7 @@ class DecodePool(MiniPool):
             told = self.cells.value[lists.cells[layer, 0, : int(lists.length[layer, 0])], 0, :3].to(torch.int64)
             assert bool((told[:, 0] == row).all()) and bool((told[:, 1] == layer).all()), "a cell of somebody else"
             positions = told[:, 2].tolist()
-            assert positions[:prefix] == list(range(prefix)) and positions == sorted(positions)
+            assert positions[:prefix] == list(range(prefix)) and len(positions) == len(set(positions))
             kept.append(set(positions[prefix:]))
         return kept
 

@@ -41,6 +41,8 @@ from lethe_sglang.policies.base import Accumulation
 from lethe_sglang.policies.lethe import LethePolicy
 
 CLASSES = (0, 1, 0, 2, 1)
+NARROW = (0, 2)
+"""Layers of ``BUDGETS`` at or under its mean."""
 VARIANTS = [(graph, single) for graph in (False, True) for single in (False, True)]
 NAMES = [f"{'graph' if graph else 'eager'}-{'single' if single else 'classes'}" for graph, single in VARIANTS]
 
@@ -119,7 +121,7 @@ def driven(single=False, steps=9):
 def test_one_plan_a_class_and_step_with_the_lists_own_lengths():
     server = driven()
     wrappers = server.backend.decode_cuda_graph_metadata[8]
-    assert len(wrappers) == 3 and server.backend.wrapper_of == CLASSES
+    assert len(wrappers) == 3 and server.backend.classes.of_layer == CLASSES
     before = [len(wrapper.planned) for wrapper in wrappers]
     server.step((1, 2, 3, 4, 5, 6), LethePolicy())
     assert [len(wrapper.planned) for wrapper in wrappers] == [n + 1 for n in before]
@@ -157,7 +159,8 @@ def test_lists_are_filled_for_the_layer_that_runs():
     for layer, indices in enumerate(seen):
         cells = [lists.cells[layer, b, : int(n)] for b, n in enumerate(lists.length[layer])]
         padding = torch.full((2,), layer * blocks)
-        assert torch.equal(indices.long(), torch.cat([*cells, padding])), f"layer {layer}"
+        base = layer * blocks if layer in NARROW else 0
+        assert torch.equal(indices.long() + base, torch.cat([*cells, padding])), f"layer {layer}"
 
 
 @pytest.mark.parametrize("single", [False, True], ids=["classes", "single"])
@@ -172,7 +175,7 @@ def test_captured_addresses_stay_and_classes_share_only_what_they_may(single):
     assert {size: [w.addresses() for w in wrappers] for size, wrappers in captured.items()} == before
     for addresses in before.values():
         indptr, indices, _, workspace, floats = zip(*addresses, strict=True)
-        assert len(set(indices)) == 1 and len(set(floats)) == 1, "one index buffer for all classes"
+        assert [indices.index(i) for i in indices] == ([0] if single else [0, 1, 1]) and len(set(floats)) == 1
         assert len(set(indptr)) == len(set(workspace)) == len(addresses), "classes do not share lengths or plans"
     by_class = zip(*before.values(), strict=True)
     assert all(len({addresses[3] for addresses in sizes}) == 1 for sizes in by_class), "sizes share a class's workspace"
@@ -202,7 +205,11 @@ def test_classes_are_the_same_for_every_request_and_say_what_they_can_serve():
     world = World()
     classes = LengthClasses((4, 4, 8, 9), world.ledger)
     assert classes.of_layer == (0, 0, 1, 2) and classes.layers == ((0, 1), (2,), (3,))
-    assert classes.serve((7, 7, 7, 7)) and classes.serve((9, 9, 3, 1)) and not classes.serve((4, 5, 8, 9))
+    assert classes.narrow == (True, False, False) and classes.buffer_of == (0, 1, 1)
+    assert LengthClasses((3, 4, 5, 20), world.ledger).buffer_of == (0, 1, 2, 3)
+    assert LengthClasses((5, 5, 5, 5), world.ledger).buffer_of == (0,)
+    assert classes.serve((7, 7, 7, 7)) and classes.serve((3, 3, 9, 1)) and not classes.serve((4, 5, 8, 9))
+    assert not classes.serve((9, 9, 3, 1)), "a narrow class above the mean would have excess, and its list cannot"
     for mean in range(4, 40):
         other = scale(BUDGETS, mean, 3)
         owned = [{other[layer] for layer in layers} for layers in LengthClasses(BUDGETS, world.ledger).layers]
@@ -327,11 +334,14 @@ def test_a_replayed_prefill_starts_states_out_of_its_graph():
     assert seen == [Mode.EXTEND]
 
 
-def test_shared_reads_end_behind_the_replay_of_a_decode_step_only():
+def test_shared_reads_end_at_the_graphs_head_unless_a_layer_has_its_own_list():
     backend = Server(flashinfer()).backend
     ends = ours.scored.SharedReadEnds
     assert backend.shared_read_ends(Mode.DECODE) is ends.POST_REPLAY
     assert backend.shared_read_ends(Mode.EXTEND) is ends.UNKNOWN
+    uniform = Server(flashinfer(budgets=(9,) * LAYERS)).backend
+    assert uniform.shared_read_ends(Mode.DECODE) is ends.IN_REPLAY
+    assert Server(flashinfer(single=True)).backend.shared_read_ends(Mode.DECODE) is ends.POST_REPLAY
 
 
 def test_another_policy_reaches_the_score():
@@ -341,15 +351,22 @@ def test_another_policy_reaches_the_score():
     assert backend.accumulation is rule and backend.scored.accumulation is rule
 
 
-@pytest.mark.parametrize("single", [False, True], ids=["classes", "single"])
-def test_a_step_reads_nothing_back_from_the_device(single, monkeypatch):
-    backend = Server(flashinfer(single=single)).backend
+@pytest.mark.parametrize(
+    ("budgets", "single", "wide"),
+    [((9,) * LAYERS, False, ()), (BUDGETS, False, (1, 3, 4)), (BUDGETS, True, range(LAYERS))],
+    ids=["uniform", "classes", "single"],
+)
+def test_a_step_launches_no_more_than_it_must_and_reads_nothing_back(budgets, single, wide, monkeypatch):
+    backend = Server(flashinfer(budgets=budgets, single=single)).backend
     GraphRunner(backend, backend.scored.ledger)
     for wrapper in backend.forward_metadata.decode_wrappers:
         wrapper.__dict__.update(meta(vars(wrapper)))
         wrapper.run = lambda q, *args: (q, q.new_empty(q.shape[:2]))
-    layer = ["store", "fill_lists with indptr" if single else "fill_lists", "score"]
-    assert launches_of_a_step(backend, monkeypatch) == ["start_states", "schedule", *layer * LAYERS]
+    expected = ["start_states", "schedule", *(() if single else ["fill_slots"])]
+    for layer in range(LAYERS):
+        fill = ["fill_cells with indptr" if single else "fill_cells"] * (layer in wide)
+        expected += ["store", *fill, "score"]
+    assert launches_of_a_step(backend, monkeypatch) == expected
 
 
 def takes(function):

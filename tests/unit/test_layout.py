@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lethe_sglang.allocation.budgets import scale
 from lethe_sglang.cache.layout import (
     RowLayout,
+    narrow_layers,
     packed_blocks,
     packed_cell,
-    packed_offsets,
     page_ceil,
     page_floor,
     request_bound,
@@ -22,21 +23,44 @@ def test_pages_round_both_ways():
     assert [page_floor(n, 8) for n in (0, 7, 8, 9)] == [0, 0, 8, 8]
 
 
-@given(st.lists(st.integers(0, 200), min_size=1, max_size=12), st.sampled_from([1, 8, 16]))
-def test_every_kept_cell_has_its_own_place_in_the_packed_blocks(kept, page):
-    blocks = packed_blocks(kept, page)
+@given(st.lists(st.integers(0, 200), min_size=1, max_size=12), st.sampled_from([1, 8, 16]), st.booleans())
+def test_every_kept_cell_has_its_own_place_in_the_packed_blocks(kept, page, some_narrow):
+    narrow = narrow_layers(kept) if some_narrow else (False,) * len(kept)
+    blocks = packed_blocks(kept, page, narrow)
     assert blocks % page == 0
     places = set()
-    for offset, count in zip(packed_offsets(kept), kept, strict=True):
+    for layer, count in enumerate(kept):
         for q in range(count):
-            layer, block = packed_cell(offset + q, len(kept))
-            assert 0 <= layer < len(kept) and 0 <= block < blocks
-            places.add((layer, block))
+            owner, block = packed_cell(kept, blocks, layer, q)
+            assert 0 <= owner < len(kept) and 0 <= block < blocks
+            assert (owner, block) == (layer, q) or q >= blocks, "a cell for which there is room at home lies elsewhere"
+            places.add((owner, block))
     assert len(places) == sum(kept)
 
 
+BUDGET = st.lists(st.integers(3, 90), min_size=1, max_size=12)
+
+
+@given(BUDGET, st.integers(3, 120), st.integers(0, 300), st.sampled_from([1, 8, 16]))
+def test_a_narrow_layer_has_no_excess_and_costs_no_block_beyond_the_budget(budgets, mean, candidates, page):
+    """Whatever a request asks for, and however many candidates there are when its first round comes."""
+    narrow, asked = narrow_layers(budgets), scale(budgets, mean, 3)
+    kept = [min(budget, candidates) for budget in asked]
+    blocks = packed_blocks(kept, page, narrow)
+    assert all(k <= blocks for k, own in zip(kept, narrow, strict=True) if own)
+    assert blocks <= page_ceil(mean, page)
+
+
 def test_packed_memory_follows_the_mean_not_the_largest_layer():
-    assert packed_blocks([10, 0, 0, 2], 1) == 3
+    assert packed_blocks([10, 0, 0, 2], 1, (False,) * 4) == 3
+    assert packed_blocks([10, 4, 0, 2], 1, (False, True, True, True)) == 4
+    assert narrow_layers((10, 4, 0, 2)) == (False, True, True, True) and all(narrow_layers((7, 7, 7)))
+
+
+def test_excess_lies_in_holes_layer_by_layer():
+    kept = (5, 1, 4, 2)  # m = 3: layer 0 has two cells too many, layer 2 one; layer 1 has two holes, layer 3 one
+    assert [packed_cell(kept, 3, 0, q) for q in range(5)] == [(0, 0), (0, 1), (0, 2), (1, 1), (1, 2)]
+    assert [packed_cell(kept, 3, 2, q) for q in range(4)] == [(2, 0), (2, 1), (2, 2), (3, 2)]
 
 
 def test_live_ranges_exclude_the_dead_positions():

@@ -101,7 +101,7 @@ def flashinfer(runner, world, rows, single=False):
 
 
 def triton(runner, world, rows):
-    return ours.triton.LetheTritonBackend(runner, runner.token_to_kv_pool, world.ledger, SUM)
+    return ours.triton.LetheTritonBackend(runner, runner.token_to_kv_pool, world.ledger, SUM, BUDGETS)
 
 
 @pytest.mark.parametrize("page", [1, 8])

@@ -58,7 +58,7 @@ def test_many_rounds_keep_what_a_dense_reference_keeps(page, prefix, budgets):
         for row, state in states.items():
             assert [set(p) for p in own_positions(pool, row)] == [t | set(range(prefix)) for t in pool.truth[row]]
             for positions in own_positions(pool, row):
-                assert positions == sorted(positions), "packed cells are not in ascending position"
+                assert len(positions) == len(set(positions)), "a cell is read twice"
             pool.append(row)
             assert pool.seq[row] < state.due_at + 1 or not due
         pool.check_conservation()
@@ -180,7 +180,7 @@ def test_no_position_of_a_kept_prompt_is_ever_a_candidate_whoever_owns_its_block
         for positions, budget in zip(own_positions(pool, 1), (2, 3, 4), strict=True):
             assert positions[:protected] == list(range(protected)), "the prompt lost a token"
             assert len([p for p in positions if protected <= p < plan.new_tail]) == budget, "it is not in the budget"
-            assert plan.new_tail - positions[protected] == budget, "the best are not kept"
+            assert plan.new_tail - min(positions[protected:]) == budget, "the best are not kept"
 
 
 def test_streaming_keeps_sinks_and_the_latest():
@@ -199,7 +199,7 @@ def test_random_is_the_same_sample_however_many_rounds_there_were():
             pool.append(1)
             if pool.seq[1] in stops:
                 pool.round([state], RandomPolicy(), sinks=2)
-        kept.append(own_positions(pool, 1))
+        kept.append([sorted(positions) for positions in own_positions(pool, 1)])
     assert kept[0] == kept[1]
     assert kept[0][0] != kept[0][1], "layers draw different samples"
 

@@ -7,7 +7,7 @@ import torch
 
 from lethe_sglang.attention.prefill import observation_attention, replay
 from lethe_sglang.kernels.common import Schedule, States
-from lethe_sglang.kernels.reference import accumulate, attend, repack, select
+from lethe_sglang.kernels.reference import Reading, accumulate, attend, repack, select
 from lethe_sglang.policies import Accumulation
 
 
@@ -27,7 +27,7 @@ def test_attend_equals_dense_attention_on_ragged_lists(heads, kv_heads):
         [torch.cat([torch.randperm(49)[:n] + 1, torch.zeros(20 - n, dtype=torch.long)]) for n in lengths]
     )
     q = torch.randn(3, heads, 8)
-    out, heads = attend(q, k, v, cells, lengths, 0.3)
+    out, heads = attend(q, k, v, Reading.of(cells, lengths, kv_heads), 0.3)
     attention = heads.mean(1)
     for b, n in enumerate(lengths.tolist()):
         expected, a = dense(q[b], k[cells[b, :n]], v[cells[b, :n]], 0.3)

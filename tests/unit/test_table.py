@@ -12,7 +12,7 @@ from lethe_sglang.kernels import table
 from lethe_sglang.policies.lethe import LethePolicy
 
 RULE = SUM._replace(window=5)
-PERMUTED = (("score_after", "prefix", "tail", "score_from"), ("offset", "kept"))
+PERMUTED = (("score_after", "packed", "prefix", "tail", "score_from"), ("holes", "kept", "excess"))
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def flashinfer(single):
 
 
 def triton(runner, world, rows):
-    return ours.triton.LetheTritonBackend(runner, runner.token_to_kv_pool, world.ledger, RULE)
+    return ours.triton.LetheTritonBackend(runner, runner.token_to_kv_pool, world.ledger, RULE, BUDGETS)
 
 
 def drive(make, graph=False):
@@ -54,11 +54,12 @@ def test_every_column_has_one_place():
     assert sorted(PERMUTED[0]) == sorted(table.SINGLE) and sorted(PERMUTED[1]) == sorted(table.PER_LAYER)
     assert {*table.SINGLE, *table.PER_LAYER} == {*table.Lines._fields}
     single = {name: n for n, name in enumerate(table.SINGLE, 10)}
-    line = torch.tensor(table.line((1, 2, 3), (4, 5, 6), **single), dtype=torch.int32)
+    per_layer = {"kept": (1, 2, 3), "excess": (4, 5, 6), "holes": (7, 8, 9)}
+    line = torch.tensor(table.line(single, per_layer), dtype=torch.int32)
     assert len(line) == table.width(3) and table.layers_of(line) == 3
     read = table.read(line)
     assert {name: int(getattr(read, name)) for name in single} == single
-    assert read.kept.tolist() == [1, 2, 3] and read.offset.tolist() == [4, 5, 6]
+    assert {name: tuple(getattr(read, name).tolist()) for name in per_layer} == per_layer
     for name in (*table.SINGLE, *table.PER_LAYER):
         assert int(line[table.column(name, 3)]) == int(getattr(read, name).flatten()[0])
 

@@ -33,26 +33,29 @@ from lethe_sglang.policies.base import Accumulation
 from lethe_sglang.policies.lethe import LethePolicy
 
 GRAPH = pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+NARROW = (0, 2)
+"""Layers of ``BUDGETS`` at or under its mean."""
+
 KERNELS = "kernels/ops/attention/decode_attention.py"
 
 
-def triton(accumulation=SUM):
+def triton(accumulation=SUM, budgets=BUDGETS):
     def make(runner, world, rows):
-        return ours.triton.LetheTritonBackend(runner, runner.token_to_kv_pool, world.ledger, accumulation)
+        return ours.triton.LetheTritonBackend(runner, runner.token_to_kv_pool, world.ledger, accumulation, budgets)
 
     return make
 
 
-def server(accumulation=SUM, graph=False, **options):
+def server(accumulation=SUM, graph=False, budgets=BUDGETS, **options):
     """A server whose unused splits hold garbage before every layer, as those of earlier steps do."""
-    made = Server(triton(accumulation), **options)
+    made = Server(triton(accumulation, budgets), **options)
     backend = made.backend
     attend = backend._attend
 
-    def dirty(query, layer, metadata):
+    def dirty(query, layer, metadata, *rest):
         metadata.attn_lse.fill_(GARBAGE)
         metadata.attn_logits.fill_(GARBAGE)
-        return attend(query, layer, metadata)
+        return attend(query, layer, metadata, *rest)
 
     backend._attend = dirty
     if graph:
@@ -62,8 +65,9 @@ def server(accumulation=SUM, graph=False, **options):
 
 @GRAPH
 @pytest.mark.parametrize("page", [1, 8])
-def test_outputs_and_scores_equal_the_portable_backend(graph, page):
-    compare(server(graph=graph, page=page), Server(portable(), page=page))
+@pytest.mark.parametrize("budgets", [BUDGETS, None], ids=["classes", "apart"])
+def test_outputs_and_scores_equal_the_portable_backend(graph, page, budgets):
+    compare(server(graph=graph, budgets=budgets, page=page), Server(portable(), page=page))
 
 
 @pytest.mark.parametrize(
@@ -115,12 +119,15 @@ def test_splits_of_a_captured_step_follow_the_longest_list():
 def test_lists_lie_at_captured_addresses_and_cover_the_flat_pool():
     mine = server(graph=True)
     backend, store = mine.backend, mine.world.cells
-    backend.kv_indptr_at = backend.kv_indptr.data_ptr(), backend.cuda_graph_kv_indices.data_ptr()
+    narrow, wide = (backend.kv_indptr, backend.cuda_graph_kv_indices), (backend._indptrs[0], backend._graph_indices[0])
     seen = []
 
     def note(q, k, v, o, indptr, indices, *rest, **options):
-        assert (indptr.data_ptr(), indices.data_ptr()) == backend.kv_indptr_at
-        assert k.data_ptr() == store.key.data_ptr() and k.shape[0] == v.shape[0] == LAYERS * store.blocks
+        shared = len(seen) in NARROW
+        at = narrow if shared else wide
+        assert (indptr.data_ptr(), indices.data_ptr()) == tuple(buffer.data_ptr() for buffer in at)
+        assert k.data_ptr() == (store.of_layer(len(seen)) if shared else store).key.data_ptr()
+        assert k.shape[0] == v.shape[0] == (1 if shared else LAYERS) * store.blocks
         seen.append([indices[a:b].tolist() for a, b in zip(indptr.tolist(), indptr.tolist()[1:], strict=False)])
         decode_attention_fwd(q, k, v, o, indptr, indices, *rest, **options)
 
@@ -131,15 +138,16 @@ def test_lists_lie_at_captured_addresses_and_cover_the_flat_pool():
         mine.step((1, 2, 3, 4, 5), LethePolicy())
     lists = mine.world.lists([1, 2, 3, 4, 5])
     for layer, indices in enumerate(seen):
-        assert indices[5:] == [[layer * store.blocks]] * 3, "a padded row has the padding block's cell"
+        base = layer * store.blocks if layer in NARROW else 0
+        assert indices[5:] == [[layer * store.blocks - base]] * 3, "a padded row has the padding block's cell"
         for b, own in enumerate(indices[:5]):
-            assert own == lists.cells[layer, b, : int(lists.length[layer, b])].tolist()
+            assert [base + cell for cell in own] == lists.cells[layer, b, : int(lists.length[layer, b])].tolist()
 
 
 @GRAPH
 def test_lengths_may_differ_in_every_layer(graph):
     """Breakpoint allocation: counts of a round are nobody's budgets."""
-    servers = [server(graph=graph), Server(portable())]
+    servers = [server(graph=graph, budgets=None), Server(portable())]
     outputs = []
     for one in servers:
         one.world.admit(1, 40, 0, BUDGETS)
@@ -174,19 +182,28 @@ def test_sinks_and_modifiers_are_refused():
         mine.backend.forward_decode(None, None, None, make_layer(2), None, sinks=torch.ones(6), score_mod=None)
 
 
-def test_shared_reads_end_behind_the_replay_of_a_decode_step_only():
-    backend, ends = server().backend, ours.scored.SharedReadEnds
-    assert backend.shared_read_ends(Mode.DECODE) is ends.POST_REPLAY
-    assert backend.shared_read_ends(Mode.EXTEND) is ends.UNKNOWN
+def test_shared_reads_end_at_the_graphs_head_unless_a_layer_has_its_own_list():
+    ends = ours.scored.SharedReadEnds
+    for budgets, end in ((BUDGETS, ends.POST_REPLAY), (None, ends.POST_REPLAY), ((9,) * LAYERS, ends.IN_REPLAY)):
+        backend = server(budgets=budgets).backend
+        assert backend.shared_read_ends(Mode.DECODE) is end
+        assert backend.shared_read_ends(Mode.EXTEND) is ends.UNKNOWN
 
 
-def test_a_step_reads_nothing_back_from_the_device(monkeypatch):
-    backend = Server(triton()).backend
+@pytest.mark.parametrize(
+    ("budgets", "head", "wide"),
+    [((9,) * LAYERS, 1, ()), (BUDGETS, 1, (1, 3, 4)), ((3, 4, 4, 4, 20), 2, (4,)), (None, 0, range(LAYERS))],
+    ids=["uniform", "classes", "two-narrow", "apart"],
+)
+def test_a_step_launches_no_more_than_it_must_and_reads_nothing_back(budgets, head, wide, monkeypatch):
+    backend = Server(triton(budgets=budgets)).backend
     GraphRunner(backend, backend.scored.ledger)
     backend.forward_metadata.__dict__.update(meta(vars(backend.forward_metadata)))
     backend.decode_attention_fwd = lambda *args, **options: None
-    layer = ["store", "fill_lists with indptr", "score"]
-    assert launches_of_a_step(backend, monkeypatch) == ["start_states", "schedule", *layer * LAYERS]
+    expected = ["start_states", "schedule", *["fill_slots with indptr"] * head]
+    for layer in range(LAYERS):
+        expected += ["store", *["fill_cells with indptr"] * (layer in wide), "score"]
+    assert launches_of_a_step(backend, monkeypatch) == expected
 
 
 def test_the_doubles_take_what_the_installed_classes_take():

@@ -1,6 +1,6 @@
-"""Token lists of one layer: row + device table -> CSR lists over the flat pool, a paged cache of page size 1.
+"""Token lists of one layer: row + device table -> CSR lists over its buffer or the flat pool, of page size 1.
 
-The layout of a list is that of ``common.token_lists``: prefix, packed, tail.
+The order of a list is that of ``common.slot_lists``: prefix, packed, tail.
 """
 
 from __future__ import annotations
@@ -43,12 +43,15 @@ def _fill(
     row_stride,
     table_stride,
     layer,
-    num_layers,
     blocks,
     PREFIX: tl.constexpr,
     TAIL: tl.constexpr,
     KEPT: tl.constexpr,
-    OFFSET: tl.constexpr,
+    PACKED: tl.constexpr,
+    EXCESS: tl.constexpr,
+    HOLES: tl.constexpr,
+    LAYERS: tl.constexpr,
+    FLAT: tl.constexpr,
     FILL_INDPTR: tl.constexpr,
     BATCH: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -69,29 +72,45 @@ def _fill(
         begin = tl.load(indptr + b).to(tl.int32)
         length = tl.minimum(length, tl.load(indptr + b + 1).to(tl.int32) - begin)
     row = tl.load(rows + b).to(tl.int64)
-    offset = tl.load(table + row * table_stride + OFFSET + layer)
+    line = table + row * table_stride
     entries = req_to_token + row * row_stride
+    if FLAT:
+        first = prefix + tl.load(line + PACKED)  # of the excess, as a list position
+        excess = tl.load(line + EXCESS + layer)
     for start in range(split * BLOCK, length, tl.num_programs(0) * BLOCK):
         j = start + tl.arange(0, BLOCK)
         mask = (j < length) & (begin + j < capacity)
-        packed = (j >= prefix) & (j < prefix + kept)
-        number = tl.where(packed, offset + j - prefix, 0)
-        behind = tl.where(j < prefix, j, tail + j - prefix - kept)
-        slot = tl.load(entries + tl.where(packed, prefix + number // num_layers, behind), mask=mask, other=0)
-        owner = tl.where(packed, number % num_layers, layer)
-        tl.store(indices + begin + j, owner * blocks + slot, mask=mask)
+        position = tl.where(j < prefix + kept, j, tail + j - prefix - kept)
+        base = 0
+        if FLAT:
+            base = tl.zeros([BLOCK], tl.int32) + layer * blocks
+            away = (j >= first) & (j < prefix + kept)
+            if first < prefix + kept:
+                number = excess + j - first
+                owner = tl.zeros([BLOCK], tl.int32) - 1  # the last layer whose first hole is not behind the cell's
+                for other in range(LAYERS):
+                    owner += (number >= tl.load(line + HOLES + other)).to(tl.int32)
+                owner = tl.where(away, owner, 0)
+                place = tl.load(line + KEPT + owner, mask=away, other=0) + number
+                place -= tl.load(line + HOLES + owner, mask=away, other=0)
+                position = tl.where(away, prefix + place, position)
+                base = tl.where(away, owner * blocks, base)
+        tl.store(indices + begin + j, base + tl.load(entries + position, mask=mask, other=0), mask=mask)
 
 
 _KERNEL = Tuned(_fill, [config(BLOCK=256), config(BLOCK=128), config(BLOCK=512), config(BLOCK=1024, num_warps=8)])
 
 
-def fill_lists(batch: Batch, layer: int, blocks: int, lists: Lists, fill_indptr: bool) -> None:
+def fill_lists(batch: Batch, layer: int, blocks: int | None, lists: Lists, fill_indptr: bool) -> None:
     """Write one layer's lists for a whole batch, in place, in one launch; see ``common.token_lists`` for their order.
 
     Parameters
     ----------
-    batch, layer, blocks
-        The requests, l, and blocks of the pool, padding included.
+    batch, layer
+        The requests, and l.
+    blocks
+        Blocks of the pool, padding included, for lists of flat cells. None for lists of slots of the layer's own
+        buffer: the layer may have no excess, and every layer that keeps as much has the same lists.
     lists
         Written; ``indices`` at least as long as all lists together. What does not fit is left out.
     fill_indptr
@@ -103,7 +122,7 @@ def fill_lists(batch: Batch, layer: int, blocks: int, lists: Lists, fill_indptr:
     expect_lists(lists, requests)
     if not 0 <= layer < num_layers:
         raise ValueError(f"layer {layer} is not among the {num_layers} of the table")
-    if not 0 < blocks <= (2**31 - 1) // num_layers:
+    if blocks is not None and not 0 < blocks <= (2**31 - 1) // num_layers:
         raise ValueError(f"{num_layers} layers of {blocks} blocks cannot be addressed with 32 bits")
     if requests == 0:
         if fill_indptr:
@@ -112,7 +131,7 @@ def fill_lists(batch: Batch, layer: int, blocks: int, lists: Lists, fill_indptr:
     splits = max(1, _PROGRAMS // bucket(requests))
     _KERNEL.launch(
         lambda meta: (max(1, min(splits, triton.cdiv(batch.req_to_token.shape[1], meta["BLOCK"]))), requests),
-        (bucket(requests), fill_indptr),
+        (bucket(requests), fill_indptr, blocks is None),
         *batch,
         *lists,
         requests,
@@ -120,9 +139,10 @@ def fill_lists(batch: Batch, layer: int, blocks: int, lists: Lists, fill_indptr:
         batch.req_to_token.stride(0),
         batch.table.stride(0),
         layer,
+        blocks or 0,
+        *(column(name, num_layers) for name in ("prefix", "tail", "kept", "packed", "excess", "holes")),
         num_layers,
-        blocks,
-        *(column(name, num_layers) for name in ("prefix", "tail", "kept", "offset")),
+        blocks is not None,
         fill_indptr,
         bucket(requests),
     )
