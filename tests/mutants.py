@@ -67,8 +67,66 @@ MUTANTS = {
         "block - n.old_packed.minimum(n.new_packed)[request]",
         f"{UNIT} -k shrink",
     ),
-    "the tail is packed in the wrong layer": Mutant(
-        "lethe_sglang/cache/layout.py", "return number % num_layers,", "return (number + 1) % num_layers,", UNIT
+    "a cell moves to where another stays": Mutant(ROUNDS, "vacant = (i < room) & ~taken", "vacant = i < room", UNIT),
+    "a cell that has to move stays": Mutant(ROUNDS, "stays = keep & (home < room) &", "stays = keep &", UNIT),
+    "a cell in a hole is taken for one at home": Mutant(
+        ROUNDS, " & ((j < old_packed) | (j >= old_kept))\n", "\n", UNIT
+    ),
+    "moved cells skip a hole": Mutant(ROUNDS, "n.excess.t().unsqueeze(2) + excess, 0)", "excess, 0)", UNIT),
+    "excess is read from the wrong hole": Mutant(
+        COMMON, "number = asked.excess.t()", "number = 0 * asked.excess.t()", UNIT
+    ),
+    "a narrow layer has excess": Mutant(
+        "lethe_sglang/cache/layout.py",
+        "max(ceil_div(sum(kept), len(kept)), largest)",
+        "ceil_div(sum(kept), len(kept))",
+        "tests/unit/test_layout.py",
+    ),
+    "a policy sees candidates as they are stored": Mutant(
+        ROUNDS,
+        "order = in_time(own, position) if policy.uses_position else None",
+        "order = None",
+        f"{REF} -k 'snapkv or lazy'",
+    ),
+    "what was chosen in order of time is taken as stored": Mutant(
+        ROUNDS, "own, as_stored(keep, order), renewed", "own, keep, renewed", f"{REF} -k streaming"
+    ),
+    "memory is stored in order of time": Mutant(ROUNDS, "as_stored(remembered, order)", "remembered", f"{REF} -k gkv"),
+    "a narrow class may come to have excess": Mutant(
+        "lethe_sglang/attention/length_classes.py",
+        "and (narrow[layers[0]] or not shares)",
+        "and True",
+        "tests/unit/test_flashinfer_backend.py -k serve",
+    ),
+    "narrow and wide classes share a buffer": Mutant(
+        "lethe_sglang/attention/length_classes.py",
+        "min(number, sum(self.narrow))",
+        "0",
+        "tests/unit/test_triton_backend.py -k equal",
+    ),
+    "a list of slots is read as one of cells": Mutant(
+        "lethe_sglang/attention/scored.py",
+        "self.pool.cells.of_layer(layer) if narrow else",
+        "",
+        "tests/unit/test_triton_backend.py -k equal",
+    ),
+    "rows may be rewritten before a layer has read them": Mutant(
+        "lethe_sglang/attention/scored.py",
+        "IN_REPLAY if shared else",
+        "IN_REPLAY if True else",
+        "tests/unit/test_triton_backend.py -k graphs_head",
+    ),
+    "layers that keep different numbers share a CPU's list": Mutant(
+        "lethe_sglang/attention/torch_native.py",
+        "groups.setdefault(kept, [])",
+        "groups.setdefault((), [])",
+        "tests/unit/test_flashinfer_backend.py -k equal",
+    ),
+    "a hole is looked up one too far": Mutant(
+        "lethe_sglang/kernels/triton/indices.py",
+        "(number >= tl.load(line + HOLES",
+        "(number > tl.load(line + HOLES",
+        "tests/kernels/test_triton_indices.py",
     ),
     "states stay behind": Mutant(ROUNDS, "if name not in renewed]", "if name not in {*renewed, 'score'}]", UNIT),
     "ties go to the earlier token": Mutant(
@@ -130,7 +188,9 @@ MUTANTS = {
         "from itertools import accumulate\nimport lethe_sglang.engine.compat",
         "tests/unit/test_architecture.py",
     ),
-    "the memory is not renewed": Mutant(ROUNDS, 'renewed["memory"] = remembered', "pass", f"{REF} -k gkv"),
+    "the memory is not renewed": Mutant(
+        ROUNDS, 'renewed["memory"] = as_stored(remembered, order)', "pass", f"{REF} -k gkv"
+    ),
     "windows reach behind a round": Mutant(
         LEDGER, "max(state.due_at - self.window, committed)", "state.due_at - self.window", f"{REF} -k snapkv"
     ),
@@ -173,10 +233,10 @@ MUTANTS = {
         '("value", self.copy[0], self.store.key)',
         "tests/unit/test_shadow.py",
     ),
-    "the shadow does not mind the order": Mutant(
+    "the shadow does not mind a cell that is read twice": Mutant(
         "lethe_bench/observers/shadow.py",
-        "if not bool(ascending.all()) or",
-        "if False or",
+        "good = once &",
+        "good =",
         "tests/unit/test_shadow.py",
     ),
     "hoyer is not normalised": Mutant(
@@ -308,7 +368,7 @@ MUTANTS = {
     ),
     "a CPU's score takes all attention from the first list position on": Mutant(
         "lethe_sglang/attention/torch_native.py",
-        "heads[:, :, lists.first :].mean(1)",
+        "heads[:, :, self.first_scored :].mean(1)",
         "heads[:, :, : lists.scored.shape[-1]].mean(1)",
         "tests/unit/test_triton_backend.py -k every_rule",
     ),
@@ -354,8 +414,8 @@ MUTANTS = {
     ),
     "FlashInfer's log-sum-exp is taken for a natural one": Mutant(
         "lethe_sglang/attention/flashinfer.py",
-        'lists, lse_base="2")',
-        'lists, lse_base="e")',
+        'cells, lse_base="2")',
+        'cells, lse_base="e")',
         "tests/engine/test_cuda_backends.py -k flashinfer",
         True,
     ),

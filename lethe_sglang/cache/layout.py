@@ -12,9 +12,9 @@ flat index ``l * blocks + b``. The row of a request (its line of ``req_to_token`
 P, m and T are multiples of the page size. Before its first round a request has m = 0 and T = P.
 
 A layer's kept cells lie in its own buffer first: cell q of layer l, ``q < min(k_l, m)``, in the block at ``P + q``.
-What a layer keeps above m is its *excess*; it lies in *holes*, the cells at ``[k_l', m)`` of layers that keep less. Both
-are numbered through the layers, ascending, and excess cell g lies in hole g. A layer without excess reads one list of
-blocks, which depends on k_l alone.
+What a layer keeps above m is its *excess*; it lies in *holes*, the cells at ``[k_l', m)`` of layers that keep less.
+Both are numbered through the layers, ascending, and excess cell g lies in hole g. A layer without excess reads one list
+of blocks, which depends on k_l alone.
 """
 
 from __future__ import annotations
