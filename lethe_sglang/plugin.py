@@ -8,10 +8,11 @@ def register() -> None:
     from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
     from sglang.srt.entrypoints.engine import Engine
 
-    from lethe_sglang.engine.entrypoints import ENTRY_HOOKS, check_resolution, choose_backend, engine_server_args
+    from lethe_sglang.engine import entrypoints
     from lethe_sglang.engine.hooking import install
 
-    register_resolution_hook("handle_attention_backend_compatibility")(choose_backend)
-    register_resolution_hook("handle_other_validations")(check_resolution)
-    Engine.server_args_class = staticmethod(engine_server_args(Engine.server_args_class))
-    install(ENTRY_HOOKS)
+    register_resolution_hook("handle_deterministic_inference")(entrypoints.choose_deterministic_backend)
+    register_resolution_hook("handle_attention_backend_compatibility")(entrypoints.choose_backend)
+    register_resolution_hook("handle_other_validations")(entrypoints.check_resolution)
+    Engine.server_args_class = staticmethod(entrypoints.engine_server_args(Engine.server_args_class))
+    install(entrypoints.ENTRY_HOOKS)

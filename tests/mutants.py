@@ -122,6 +122,24 @@ MUTANTS = {
         "groups.setdefault((), [])",
         "tests/unit/test_flashinfer_backend.py -k equal",
     ),
+    "a plan is written over one that is on its way": Mutant(
+        "lethe_sglang/attention/flashinfer.py",
+        "self.copied[self.turn].synchronize()",
+        "pass",
+        "tests/unit/test_flashinfer_backend.py -k overwritten",
+    ),
+    "the single plan's kernel reads indptr early": Mutant(
+        "lethe_sglang/attention/flashinfer.py",
+        "enable_pdl=False",
+        "enable_pdl=None",
+        "tests/unit/test_flashinfer_backend.py -k equal",
+    ),
+    "the first decode step scores the shared prefix": Mutant(
+        LIFE,
+        "ledger.announce(row, prefix if runtime.evicts(req) else NEVER)",
+        "pass",
+        "tests/unit/test_backend_factories.py -k first_decode",
+    ),
     "a hole is looked up one too far": Mutant(
         "lethe_sglang/kernels/triton/indices.py",
         "(number >= tl.load(line + HOLES",

@@ -15,6 +15,7 @@ one plan does not depend on lengths, every layer writes its indptr as well, and 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +34,41 @@ if TYPE_CHECKING:
 INT_WORKSPACE_BYTES = 2**20
 """Integer workspace of a class (FlashInfer's own: 8 MiB a wrapper); a plan that does not fit raises in FlashInfer."""
 
+STAGED = 3
+"""Plans of a class that may be on their way to the device. Under overlap the host is one step ahead of it."""
+
+
+class Staging:
+    """Where the plans of one class are written on the host, before they are copied to its integer workspace.
+
+    FlashInfer only queues that copy, so what a plan was written to may not be written again before the copy is done.
+
+    Parameters
+    ----------
+    device
+        Where the integer workspace lives.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.module = None if device.type == "cpu" else torch.get_device_module(device)
+        pin = device.type == "cuda"
+        self.buffers = [torch.empty(INT_WORKSPACE_BYTES, dtype=torch.uint8, pin_memory=pin) for _ in range(STAGED)]
+        self.copied: list[Any] = [None] * STAGED
+        self.turn = 0
+
+    def take(self) -> torch.Tensor:
+        """Return a buffer for the next plan; waits for the last copy from it, which is long done as a rule."""
+        self.turn = (self.turn + 1) % STAGED
+        if self.copied[self.turn] is not None:
+            self.copied[self.turn].synchronize()
+        return self.buffers[self.turn]
+
+    def queued(self) -> None:
+        """Note that the copy of the plan just written stands in the current stream's queue."""
+        if self.module is not None:
+            self.copied[self.turn] = self.module.Event()
+            self.copied[self.turn].record()
+
 
 class ClassPlanner:
     """Plans a decode step; stands in for SGLang's ``FlashInferIndicesUpdaterDecode``.
@@ -47,6 +83,8 @@ class ClassPlanner:
         Returns the rows of the batch whose forward is being prepared (host numbers, without padding).
     device
         Where the lists live.
+    staging
+        Of each plan.
 
     Attributes
     ----------
@@ -55,12 +93,18 @@ class ClassPlanner:
     """
 
     def __init__(
-        self, stock: Any, classes: LengthClasses | None, rows: Callable[[], Sequence[int]], device: torch.device | str
+        self,
+        stock: Any,
+        classes: LengthClasses | None,
+        rows: Callable[[], Sequence[int]],
+        device: torch.device | str,
+        staging: Sequence[Staging],
     ) -> None:
         self.stock = stock
         self.classes = classes
         self.rows = rows
         self.device = torch.device(device)
+        self.staging = staging
         self.capturing = False
 
     def indptr(self, seq_lens: torch.Tensor) -> torch.Tensor:
@@ -111,7 +155,7 @@ class ClassPlanner:
         eager: dict[int, torch.Tensor] = {}
         ends = indptr[:, -1].tolist()
         buffer_of = (0,) if self.classes is None else self.classes.buffer_of
-        for wrapper, line, number in zip(decode_wrappers, indptr, buffer_of, strict=True):
+        for wrapper, line, number, staging in zip(decode_wrappers, indptr, buffer_of, self.staging, strict=True):
             own = options
             if wrapper.is_cuda_graph_enabled:  # over its own buffers; a replan copies no indptr to the device
                 indices = wrapper._paged_kv_indices_buf[:0]
@@ -123,7 +167,9 @@ class ClassPlanner:
                     size = max(end for end, n in zip(ends, buffer_of, strict=True) if n == number)
                     eager[number] = torch.empty(size, dtype=torch.int32, device=self.device)
                 indices = eager[number]
+            wrapper._pin_memory_int_workspace_buffer = staging.take()
             wrapper.begin_forward(line, indices, last_page_len, *heads, 1, **own)
+            staging.queued()
 
 
 class LetheFlashInferBackend(ScoredBackend, FlashInferAttnBackend):  # type: ignore[misc]
@@ -168,8 +214,11 @@ class LetheFlashInferBackend(ScoredBackend, FlashInferAttnBackend):  # type: ign
             self.decode_use_tensor_cores = True  # the other kernel's plan splits whatever it is told
         count = 1 if self.classes is None else len(self.classes.layers)
         self.class_indptr = torch.zeros((count, max_batch + 1), dtype=torch.int32, device=device)
-        self._int_workspaces = [_int_workspace(device) for _ in range(count)]
-        self.planner = ClassPlanner(self.indices_updater_decode, self.classes, rows, device)
+        self._int_workspaces = [
+            torch.empty(INT_WORKSPACE_BYTES, dtype=torch.uint8, device=device) for _ in range(count)
+        ]
+        staging = [Staging(device) for _ in range(count)]
+        self.planner = ClassPlanner(self.indices_updater_decode, self.classes, rows, device, staging)
         self.indices_updater_decode = self.planner
         self.decode_wrappers = [self._wrapper(number) for number in range(count)]
 
@@ -182,9 +231,9 @@ class LetheFlashInferBackend(ScoredBackend, FlashInferAttnBackend):  # type: ign
             use_tensor_cores=self.decode_use_tensor_cores,
             **buffers,
         )
-        workspace, staging = self._int_workspaces[number]
-        wrapper.reset_workspace_buffer(self.workspace_buffer, workspace)
-        wrapper._pin_memory_int_workspace_buffer = staging
+        wrapper.reset_workspace_buffer(self.workspace_buffer, self._int_workspaces[number])
+        if self.classes is None:  # its kernel reads indptr before it waits for the one in front, which writes it
+            wrapper.run = partial(wrapper.run, enable_pdl=False)
         return wrapper
 
     def init_cuda_graph_state(self, *args: Any, **kwargs: Any) -> None:
@@ -242,10 +291,3 @@ class LetheFlashInferBackend(ScoredBackend, FlashInferAttnBackend):  # type: ign
             output, lse = wrapper.forward_return_lse(query, cache, **options)
             scored.score(layer, forward_batch, query, lse, lists, cells, lse_base="2")
         return output.view(-1, layer.tp_q_head_num * layer.head_dim)
-
-
-def _int_workspace(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return an integer workspace and its staging buffer on the host."""
-    size = (INT_WORKSPACE_BYTES,)
-    staging = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    return torch.empty(size, dtype=torch.uint8, device=device), staging

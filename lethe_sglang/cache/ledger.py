@@ -176,6 +176,7 @@ class Ledger:
         self.table = torch.zeros((num_rows, table.width(num_layers)), dtype=torch.int32, device=device)
         self.requests: dict[int, RequestState] = {}
         self.observed: dict[int, int] = {}
+        self._announced: set[int] = set()
         self._dirty: dict[int, list[int]] = {}
 
     def configure(
@@ -189,6 +190,17 @@ class Ledger:
         self.window = window
 
     # -- life of a row ----------------------------------------------------------------------------------------------
+
+    def announce(self, row: int, score_from: int) -> None:
+        """Say where the first decode step scores a row that is being prefilled; it is followed from the second on.
+
+        Without this the step would score a shared prefix, too, and several requests would write its states at once.
+        """
+        self._announced.add(row)
+        self._dirty[row] = table.line(
+            dict.fromkeys(table.SINGLE, 0) | {"score_from": score_from},
+            dict.fromkeys(table.PER_LAYER, (0,) * self.num_layers),
+        )
 
     def open(
         self,
@@ -242,7 +254,9 @@ class Ledger:
             state = self.requests.pop(row, None)
             if state is not None:
                 closed.append(state)
+            if state is not None or row in self._announced:
                 self._dirty[row] = [0] * self.table.shape[1]
+            self._announced.discard(row)
         return closed
 
     def dead_len(self, row: int | None) -> int:

@@ -170,15 +170,29 @@ def choose_backend(server_args: Any, previous: Callable[[Any], None]) -> None:
 
     SGLang's own pick (fa3 on Hopper) reads a page table common to all layers.
     """
-    if requested(server_args) is not None:
-        from sglang.srt.arg_groups.model_override_base import resolving_view
-        from sglang.srt.arg_groups.overrides import declare_resolution
-
-        view = resolving_view(server_args)
-        if guard.on_cuda(view) and guard.attention_backends(view) == (None, None):
-            logger.info("KV eviction: attention backend not specified; using flashinfer, which decodes packed rows")
-            declare_resolution(server_args, "lethe", attention_backend="flashinfer")
+    _pick(server_args, "flashinfer", lambda view: True)
     previous(server_args)
+
+
+def choose_deterministic_backend(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """Pick Triton where no backend is named and inference is deterministic (``handle_deterministic_inference`` step).
+
+    SGLang picks one in that step, before the one above. Of those that serve both, Triton keeps the radix cache.
+    """
+    _pick(server_args, "triton", lambda view: view.enable_deterministic_inference or view.rl_on_policy_target)
+    previous(server_args)
+
+
+def _pick(server_args: Any, backend: str, when: Callable[[Any], Any]) -> None:
+    if requested(server_args) is None:
+        return
+    from sglang.srt.arg_groups.model_override_base import resolving_view
+    from sglang.srt.arg_groups.overrides import declare_resolution
+
+    view = resolving_view(server_args)
+    if guard.on_cuda(view) and guard.attention_backends(view) == (None, None) and when(view):
+        logger.info("KV eviction: attention backend not specified; using %s, which decodes packed rows", backend)
+        declare_resolution(server_args, "lethe", attention_backend=backend)
 
 
 def check_resolution(server_args: Any, previous: Callable[[Any], None]) -> None:

@@ -137,6 +137,7 @@ ENVIRONMENT = (
     ("SGLANG_RUST_SERVER", "per-request options are checked in the Python front end"),
     ("SGLANG_USE_HND_KVCACHE", "needs the NHD layout"),
     ("SGLANG_ENABLE_POST_CAPTURE_KV_SIZING", "the pool must be backed when it is built"),
+    ("SGLANG_ENABLE_METADATA_GLUE_GRAPH", "it would capture plans that the host makes anew at every step"),
 )
 
 MODELS = (
@@ -160,7 +161,7 @@ _SUPPORTED = (
     (
         "attention backends flashinfer and triton, CUDA graphs",
         "CUDA only",
-        "flashinfer unless you name one; not yet run on a GPU",
+        "flashinfer unless you name one, triton with --enable-deterministic-inference; not yet run on a GPU",
     ),
     ("any other attention backend", "refused", "fa3 and others read one page table for all layers; name one of these"),
     ("different backends for prefill and decode", "refused", "set --attention-backend alone"),

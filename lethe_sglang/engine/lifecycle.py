@@ -14,6 +14,7 @@ from lethe_sglang.cache.pool import PackedKVPool, pool_class
 from lethe_sglang.config import ConfigError
 from lethe_sglang.engine.admission import LethePrefillAdder, is_private
 from lethe_sglang.engine.runtime import Runtime, current
+from lethe_sglang.kernels.table import NEVER
 from lethe_sglang.observers.base import Observer
 
 logger = logging.getLogger("lethe_sglang")
@@ -87,7 +88,7 @@ def check_arrival(scheduler: Any, req: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def observe_prefill(result: Any, batch: Any) -> None:
-    """AFTER ``ScheduleBatch.prepare_for_extend``: name the rows whose prefill initialises scores."""
+    """AFTER ``ScheduleBatch.prepare_for_extend``: say from where on rows are scored, and whose prefill does so."""
     runtime = current()
     for req in batch.reqs:
         row = req.kv.req_pool_idx
@@ -95,8 +96,9 @@ def observe_prefill(result: Any, batch: Any) -> None:
             continue
         for observer in runtime.observers:
             observer.on_prefill(row, req.rid)
-        private = runtime.policy.accumulation is not None and runtime.evicts(req) and is_private(req, batch.tree_cache)
         prefix, rest = runtime.protected(req, int(req.kv.cache_protected_len))
+        runtime.ledger.announce(row, prefix if runtime.evicts(req) else NEVER)
+        private = runtime.policy.accumulation is not None and runtime.evicts(req) and is_private(req, batch.tree_cache)
         if private and len(req.full_untruncated_fill_ids) > prefix + rest:  # a kept prompt alone needs no scores
             runtime.ledger.observed[row] = prefix
         else:

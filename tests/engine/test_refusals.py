@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -183,6 +184,26 @@ def test_flashinfer_is_picked_on_cuda_where_no_backend_is_named(sglang_front, ca
         front.choose_backend(server_args, lambda args: seen.append(resolving_view(args).attention_backend))
     assert seen == [chosen], "SGLang resolves the rest after the pick"
     assert ("using flashinfer" in caplog.text) == (chosen == "flashinfer")
+
+
+@pytest.mark.parametrize("asked", [{"enable_deterministic_inference": True}, {"rl_on_policy_target": "fsdp"}, {}])
+def test_deterministic_inference_takes_triton_before_sglang_picks_a_backend_of_its_own(sglang_front, asked):
+    """SGLang's deterministic step comes before the one that picks backends, and on Hopper it takes fa3."""
+    from sglang.srt.arg_groups import resolution_hooks
+    from sglang.srt.arg_groups.model_override_base import resolving_view
+    from sglang.srt.server_args import ServerArgs
+
+    from lethe_sglang.engine import entrypoints as front
+
+    names = ("handle_deterministic_inference", "handle_attention_backend_compatibility")
+    source = Path(resolution_hooks.__file__).read_text()
+    assert source.index(names[0]) < source.index(names[1])
+    server_args = ServerArgs(model_path=str(MODEL), device="cuda", **asked)
+    server_args._lethe = front.EvictionRequest(front.EvictionConfig(), from_cli=False)
+    seen = []
+    front.choose_deterministic_backend(server_args, lambda args: seen.append(resolving_view(args).attention_backend))
+    front.choose_backend(server_args, lambda args: seen.append(resolving_view(args).attention_backend))
+    assert seen == (["triton", "triton"] if asked else [None, "flashinfer"])
 
 
 def test_every_refusal_of_the_table_fires_and_reaches_the_support_matrix(sglang_front):

@@ -29,11 +29,57 @@ from lethe_sglang.allocation.budgets import scale
 from lethe_sglang.cache.layout import ceil_div, narrow_layers
 from lethe_sglang.cache.ledger import Ledger
 from lethe_sglang.cache.rounds import Cells
+from lethe_sglang.kernels.common import Lists
 from lethe_sglang.policies.base import Accumulation
 from lethe_sglang.policies.lethe import LethePolicy
 
 HEADS, KV_HEADS, DIM, LAYERS, CONTEXT = 6, 2, 8, 5, 200
 GARBAGE = 1e3
+STREAM = []
+"""Copies that the device has yet to make, in order."""
+EARLY = []
+"""The indptr that the kernel launched last has written, and what it held before."""
+
+
+DONE = []
+"""Those it has made."""
+
+
+def drain(until=None):
+    """Let the device make the copies that are queued, or as many as make ``until`` of them."""
+    while STREAM and (until is None or len(DONE) < until):
+        DONE.append(STREAM.pop(0))
+        DONE[-1]()
+
+
+class Event:
+    """A CUDA event on that queue."""
+
+    def record(self):
+        self.until = len(DONE) + len(STREAM)
+
+    def synchronize(self):
+        drain(self.until)
+
+
+class Launched:
+    """The kernels of a device, with what a launch behind them may see too early."""
+
+    def __init__(self, kernels):
+        self.kernels = kernels
+
+    def __getattr__(self, name):
+        kernel = getattr(self.kernels, name)
+
+        def launch(*args):
+            EARLY.clear()
+            lists = next((a for a in args if isinstance(a, Lists)), None) if name == "fill_lists" else None
+            before = None if lists is None else lists.indptr.clone()
+            kernel(*args)
+            if lists is not None:
+                EARLY[:] = lists.indptr, before
+
+        return launch
 
 
 # -- the installed sources --------------------------------------------------------------------------------------------
@@ -88,6 +134,10 @@ class BatchDecodeWithPagedKVCacheWrapper:
     A plan knows lengths by the host's indptr and lives in the integer workspace, at its address; a run reads plan,
     indptr and indices where they lie at that moment. A plan that splits visits the chunks it planned: what lies behind
     them is missed, and a chunk that begins behind a list's end underflows.
+
+    A plan is written on the host, and its copy to the device stands in a queue (``STREAM``) until the device gets to
+    it: at the latest when a kernel behind it runs. A run that is launched programmatically reads indptr before the
+    kernel in front of it has written it (``EARLY``).
     """
 
     CHUNK = 4
@@ -157,17 +207,29 @@ class BatchDecodeWithPagedKVCacheWrapper:
         whole = disable_split_kv and self.use_tensor_cores  # the other kernel's plan ignores the flag
         chunk = 2**30 if whole else fixed_split_size or self.CHUNK
         words = torch.tensor([batch, chunk, whole, *split(indptr_host.diff(), chunk)], dtype=torch.int32)
-        self._int_workspace_buffer.view(torch.int32)[: len(words)] = words
+        staged = self._pin_memory_int_workspace_buffer.view(torch.int32)[: len(words)]
+        staged[:] = words
+        there = self._int_workspace_buffer.view(torch.int32)[: len(words)]
+
+        def copy():
+            assert torch.equal(staged, words), "a plan was overwritten before it was copied"
+            there.copy_(staged)
+
+        STREAM.append(copy)
         self.planned.append(indptr_host.tolist())
 
-    def run(self, q, paged_kv_cache, sm_scale, k_scale, v_scale):
+    def run(self, q, paged_kv_cache, sm_scale, k_scale, v_scale, enable_pdl=None):
+        drain()
         key, value = (cache.float() for cache in paged_kv_cache)
+        ends = self._paged_kv_indptr_buf
+        if enable_pdl is not False and EARLY and EARLY[0].data_ptr() == ends.data_ptr():
+            ends = EARLY[1]
         words = self._int_workspace_buffer.view(torch.int32)
         batch, chunk, whole = words[:3].tolist()
         assert q.shape == (batch, HEADS, DIM), "not the batch that was planned"
         output, lse = torch.empty_like(q), torch.empty(q.shape[:2])
         for b, chunks in enumerate(words[3 : 3 + batch].tolist()):
-            begin, end = self._paged_kv_indptr_buf[b : b + 2].tolist()
+            begin, end = ends[b : b + 2].tolist()
             length = end - begin
             assert whole or (chunks - 1) * chunk < length, "the plan over-estimates a length: a chunk underflows"
             cells = self._paged_kv_indices_buf[begin : begin + min(length, chunks * chunk)].long()
@@ -659,6 +721,8 @@ class Server:
         self.world = World(**options)
         self.rows: list[int] = []
         self.backend = make(self.world.runner(deterministic), self.world, lambda: self.rows)
+        self.backend.scored.kernels = Launched(self.backend.scored.kernels)
+        STREAM.clear()
         self.layers = [make_layer(n) for n in range(LAYERS)]
         self.run = self.eager
 

@@ -7,8 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cache_model import MiniPool
 from flashinfer_double import BUDGETS, SUM, Server, compare, ours, portable
 
+from lethe_sglang.config import from_mapping
+from lethe_sglang.kernels.table import NEVER, read
 from lethe_sglang.policies.base import Accumulation
 
 lifecycle = pytest.importorskip("lethe_sglang.engine.lifecycle")
@@ -72,6 +75,33 @@ def test_a_backend_follows_the_policy(served):
     assert (server.backend.classes is None) == (type(server.backend).__name__ == "LetheTorchNativeBackend")
 
 
+@pytest.mark.parametrize(("tree", "mode", "first"), [(0, "on", 8), (16, "on", 16), (16, "none", NEVER)])
+def test_the_first_decode_step_scores_no_prefix(monkeypatch, tree, mode, first):
+    """The ledger follows a request from its second step on; requests that share a prefix would all write its states."""
+    runtime = runtime_module.Runtime(from_mapping({"budget": {"tokens": 64}}), (48,) * 3, 8, None)
+    pool = MiniPool(page=8)
+    runtime.ledger = pool.ledger
+    monkeypatch.setattr(runtime_module, "_runtime", runtime)
+    params = SimpleNamespace(custom_params={"kv_evict": "none"} if mode == "none" else None)
+    req = SimpleNamespace(
+        rid="r1",
+        kv=SimpleNamespace(req_pool_idx=1, cache_protected_len=tree),
+        origin_input_ids=[0] * 11,
+        full_untruncated_fill_ids=[0] * 11,
+        sampling_params=params,
+        beam_group=None,
+        skip_radix_cache_insert=False,
+    )
+    lifecycle.observe_prefill(None, SimpleNamespace(reqs=[req], tree_cache=SimpleNamespace(disable=False)))
+    pool.ledger.flush()
+    line = read(pool.ledger.table[1])
+    assert int(line.score_from) == first
+    assert int(pool.ledger.table[1].count_nonzero()) == 1, "the row is intact as before"
+    pool.ledger.close([1, 2])
+    pool.ledger.flush()
+    assert not pool.ledger.table.any(), "the row's next request begins with nothing of this one"
+
+
 def test_rows_are_those_of_the_last_decode_batch(monkeypatch):
     runtime = SimpleNamespace(step_rows=[])
     monkeypatch.setattr(runtime_module, "_runtime", runtime)
@@ -83,8 +113,6 @@ def test_rows_are_those_of_the_last_decode_batch(monkeypatch):
 
 def test_the_runtime_binds_to_a_pool_once(monkeypatch):
     """SGLang builds one backend for prefill and one for decode where they differ; both must see one ledger."""
-    from lethe_sglang.config import from_mapping
-
     runtime = runtime_module.Runtime(from_mapping({}), (1024,) * 2, 1, 4096)
     pool, rows = SimpleNamespace(cells=None, device="cpu"), torch.zeros(3, 8, dtype=torch.int32)
     runtime.attach(pool, rows)

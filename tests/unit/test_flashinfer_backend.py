@@ -5,6 +5,8 @@ FlashInfer is a double with its plan/run contract (``flashinfer_double.py``); no
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from flashinfer_double import (
@@ -13,8 +15,10 @@ from flashinfer_double import (
     CONTEXT,
     FLASHINFER,
     LAYERS,
+    STREAM,
     SUM,
     BatchDecodeWithPagedKVCacheWrapper,
+    Event,
     GraphRunner,
     Mode,
     Server,
@@ -22,6 +26,7 @@ from flashinfer_double import (
     attributes,
     compare,
     compare_scaled,
+    drain,
     fast_decode_plan,
     forward_batch,
     launches_of_a_step,
@@ -184,12 +189,27 @@ def test_captured_addresses_stay_and_classes_share_only_what_they_may(single):
 def test_integer_workspaces_are_small_and_staged_apart():
     backend = Server(flashinfer()).backend
     assert all(w._int_workspace_buffer.numel() == 2**20 for w in backend.decode_wrappers)
-    staging = [w._pin_memory_int_workspace_buffer for w in backend.decode_wrappers]
-    assert len({buffer.data_ptr() for buffer in staging}) == 3, "plans of one step must not overwrite each other"
+    staging = [buffer for one in backend.planner.staging for buffer in one.buffers]
+    assert len({buffer.data_ptr() for buffer in staging}) == 9, "plans under way must not overwrite each other"
     assert all(buffer.numel() == 2**20 for buffer in staging)
-    GraphRunner(backend, backend.scored.ledger)
-    for wrappers in backend.decode_cuda_graph_metadata.values():
-        assert all(w._pin_memory_int_workspace_buffer is s for w, s in zip(wrappers, staging, strict=True))
+
+
+@pytest.mark.parametrize("ahead", [2, 3, 7])
+def test_a_plan_is_not_overwritten_before_the_device_has_it(ahead):
+    """Under overlap the host plans on, while copies wait behind what runs on the device."""
+    server = Server(flashinfer())
+    for staging in server.backend.planner.staging:
+        staging.module = SimpleNamespace(Event=Event)
+    server.capture(sizes=(4,))
+    server.admit()
+    for _ in range(9):
+        server.step((1, 2, 3), LethePolicy())
+    drain()
+    for _ in range(ahead):
+        seq_lens = server.world.decode_batch(server.rows).seq_lens.tolist()
+        server.backend.init_forward_metadata_out_graph(forward_batch([*server.rows, 0], [*seq_lens, 1], [0] * 4))
+    assert len(STREAM) >= 2 * len(server.backend.planner.staging), "the device is not behind: the test says nothing"
+    drain()
 
 
 def test_a_capture_plans_its_dummy_batch_whatever_is_running():
