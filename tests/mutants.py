@@ -135,10 +135,7 @@ MUTANTS = {
         "tests/unit/test_flashinfer_backend.py -k equal",
     ),
     "the first decode step scores the shared prefix": Mutant(
-        LIFE,
-        "ledger.announce(row, prefix if runtime.evicts(req) else NEVER)",
-        "pass",
-        "tests/unit/test_backend_factories.py -k first_decode",
+        LIFE, "announce(row, prefix if", "announce(row, 0 if", "tests/unit/test_backend_factories.py -k first_decode"
     ),
     "a hole is looked up one too far": Mutant(
         "lethe_sglang/kernels/triton/indices.py",
