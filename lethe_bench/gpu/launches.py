@@ -102,9 +102,8 @@ def make_select(shape: Shape, point: Point) -> Launch:
     """All layers' choices of a round."""
     size = (shape.layers, point.batch, point.kept + INTERVAL)
     rank, valid = torch.rand(size, device="cuda"), torch.ones(size, dtype=torch.bool, device="cuda")
-    pinned = torch.zeros_like(valid)
-    pinned[..., :4] = True
-    count = torch.full(size[:2], point.kept, dtype=torch.int64, device="cuda")
+    pinned = torch.full(size[:2], 4, dtype=torch.int64, device="cuda")
+    count = torch.full_like(pinned, point.kept)
     return lambda: select(rank, valid, pinned, count)
 
 

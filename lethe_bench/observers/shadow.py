@@ -12,7 +12,7 @@ from lethe_sglang.observers.base import Observer
 
 if TYPE_CHECKING:
     from lethe_sglang.cache.ledger import Ledger
-    from lethe_sglang.cache.rounds import Cells
+    from lethe_sglang.kernels.common import Cells
 
 
 class ShadowMismatch(AssertionError):

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lethe_sglang.attention.length_classes import LengthClasses
     from lethe_sglang.cache.ledger import Ledger
     from lethe_sglang.cache.pool import PackedKVPool
-    from lethe_sglang.cache.rounds import Cells
+    from lethe_sglang.kernels.common import Cells
     from lethe_sglang.policies.base import Accumulation
 
 

@@ -21,7 +21,7 @@ from lethe_sglang.kernels.common import Lists
 if TYPE_CHECKING:
     from lethe_sglang.cache.ledger import Ledger
     from lethe_sglang.cache.pool import PackedKVPool
-    from lethe_sglang.cache.rounds import Cells
+    from lethe_sglang.kernels.common import Cells
     from lethe_sglang.policies.base import Accumulation
 
 

@@ -198,8 +198,8 @@ class Ledger:
         """
         self._announced.add(row)
         self._dirty[row] = table.line(
-            dict.fromkeys(table.SINGLE, 0) | {"score_from": score_from},
-            dict.fromkeys(table.PER_LAYER, (0,) * self.num_layers),
+            dict.fromkeys(table.DECODE.single, 0) | {"score_from": score_from},
+            dict.fromkeys(table.DECODE.per_layer, (0,) * self.num_layers),
         )
 
     def open(
@@ -372,6 +372,6 @@ class Ledger:
         """Write the lines that changed to the device table: one copy, no synchronisation."""
         if not self._dirty:
             return
-        rows, lines = upload([list(self._dirty), list(self._dirty.values())], self.table.device)
-        self.table[rows] = lines.to(torch.int32)
+        lines = upload([[row, *line] for row, line in self._dirty.items()], self.table.device)
+        self.table[lines[:, 0]] = lines[:, 1:]
         self._dirty.clear()

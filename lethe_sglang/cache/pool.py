@@ -8,7 +8,7 @@ import torch
 from sglang.srt.constants import GPU_MEMORY_TYPE_KV_CACHE
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
-from lethe_sglang.cache.rounds import Cells
+from lethe_sglang.kernels.common import Cells
 
 
 class PackedKVPool(MHATokenToKVPool):  # type: ignore[misc]

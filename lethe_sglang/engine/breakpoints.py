@@ -53,7 +53,9 @@ def plan(ledger: Ledger, state: RequestState, committed: int, floor: int) -> Rou
 
 def count(result: RoundResult, plans: Sequence[RoundPlan]) -> list[Pending]:
     """Count what a launch has ranked, a request each; nothing waits for the device."""
-    counts = breakpoint_counts(result.rank, result.pinned, result.candidates)
+    rank = result.rank.nan_to_num().masked_fill(~result.valid, float("-inf"))
+    pinned = torch.arange(rank.shape[2], device=rank.device) < result.pinned.view(1, -1, 1)
+    counts = breakpoint_counts(rank, pinned.expand_as(rank), result.valid.sum(-1))
     event = None
     if counts.device.type != "cpu":
         host = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)

@@ -93,6 +93,111 @@ class Attention(NamedTuple):
     lse_base: Literal["e", "2"] = "e"
 
 
+class Cells(NamedTuple):
+    """The flat pool and the states that travel with a cell.
+
+    Attributes
+    ----------
+    key, value
+        ``[L * blocks, H, D]`` as they are stored and moved: fp8 as bytes.
+    score
+        float32 ``[L * blocks]`` or None.
+    position
+        int32 ``[L * blocks]`` or None: logical position of *packed* cells (a tail cell's follows from its row).
+    memory
+        float32 ``[L * blocks]`` or None: the policy's second state.
+    num_layers, blocks
+        L and the blocks of the pool, padding included.
+    dtype
+        Type of keys and values where they are stored as another (fp8), else None.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    score: torch.Tensor | None
+    position: torch.Tensor | None
+    memory: torch.Tensor | None
+    num_layers: int
+    blocks: int
+    dtype: torch.dtype | None = None
+
+    @property
+    def states(self) -> States:
+        """What decode accumulates."""
+        return States(self.score, self.memory)
+
+    @property
+    def keys(self) -> torch.Tensor:
+        """``key`` as attention reads it."""
+        return self.key if self.dtype is None else self.key.view(self.dtype)
+
+    @property
+    def values(self) -> torch.Tensor:
+        """``value`` as attention reads it."""
+        return self.value if self.dtype is None else self.value.view(self.dtype)
+
+    def of_layer(self, layer: int) -> Cells:
+        """Return views of one layer's cells, in which slot b is cell b."""
+        start, end = layer * self.blocks, (layer + 1) * self.blocks
+        views = {name: buffer[start:end] for name, buffer in self.buffers.items()}
+        return self._replace(**views, num_layers=1)
+
+    @property
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """What a round moves, by name."""
+        names = ("key", "value", "score", "position", "memory")
+        return {name: buffer for name in names if (buffer := getattr(self, name)) is not None}
+
+
+class Candidate(NamedTuple):
+    """The cells that a launch of rounds may evict and what travels with them, in the order of their lists.
+
+    Attributes
+    ----------
+    cells
+        int ``[L, B, n]``: flat cells; 0 beyond a layer's candidates.
+    valid
+        bool ``[L, B, n]``: false there.
+    position
+        int32 ``[L, B, n]``: logical positions, or None if they are not tracked.
+    score, memory
+        float32 ``[L, B, n]``, or None.
+    """
+
+    cells: torch.Tensor
+    valid: torch.Tensor
+    position: torch.Tensor | None
+    score: torch.Tensor | None
+    memory: torch.Tensor | None
+
+
+class Extent(NamedTuple):
+    """How much a launch of rounds has to do, by host numbers.
+
+    Attributes
+    ----------
+    candidates
+        n: most candidates of a layer of a request.
+    kept
+        Kept cells of all layers and requests.
+    freed, packed, dead
+        Slots that go back, and packed and dead positions afterwards, of all requests.
+    most_packed
+        Most packed blocks of a request afterwards; at least 1.
+    old_excess, excess
+        Whether any layer has excess before and after.
+    """
+
+    candidates: int
+    kept: int
+    freed: int
+    packed: int
+    dead: int
+    most_packed: int
+    old_excess: bool
+    excess: bool
+
+
 class TokenLists(NamedTuple):
     """Padded token lists of all layers of a batch.
 

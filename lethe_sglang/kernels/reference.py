@@ -14,12 +14,23 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from lethe_sglang.kernels.common import Attention, Batch, Lists, Schedule, States, slot_lists, token_lists, update
+from lethe_sglang.kernels.reference_round import gather, place, rewrite_rows
 from lethe_sglang.kernels.table import NEVER, read
 
 if TYPE_CHECKING:
     from lethe_sglang.policies.base import Accumulation
 
-__all__ = ["fill_lists", "repack", "schedule", "score", "select", "start_states"]
+__all__ = [
+    "fill_lists",
+    "gather",
+    "place",
+    "repack",
+    "rewrite_rows",
+    "schedule",
+    "score",
+    "select",
+    "start_states",
+]
 
 
 # -- a decode step ----------------------------------------------------------------------------------------------------
@@ -174,7 +185,8 @@ def attend(
 def select(rank: torch.Tensor, valid: torch.Tensor, pinned: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     """Choose the ``count`` best candidates of every segment; ties go to the later one."""
     n = rank.shape[-1]
-    key = rank.masked_fill(pinned, float("inf")).masked_fill(~valid, float("-inf"))
+    first = torch.arange(n, device=rank.device) < pinned.unsqueeze(-1)
+    key = rank.nan_to_num().masked_fill(first, float("inf")).masked_fill(~valid, float("-inf"))
     order = key.flip(-1).argsort(dim=-1, descending=True, stable=True)
     order = (n - 1) - order
     chosen = torch.arange(n, device=rank.device) < count.unsqueeze(-1)

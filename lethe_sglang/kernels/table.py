@@ -1,22 +1,71 @@
-"""The device table: what decode has to know of a row of ``req_to_token``, a line each. Columns are named here only.
+"""Two tables of host numbers on the device, a line a request. Columns are named here only.
 
-The ledger writes the lines, torch reads them with :func:`read`, and a Triton kernel takes :func:`column` as a constant.
-A line of zeros describes an intact row, so rows that nobody has written yet (and padding) need no special case.
+The *device table* says what decode has to know of a row of ``req_to_token``; the ledger writes its lines. The *round
+table* says what a launch of rounds does to each of its requests. Torch reads columns with ``read``, and a Triton kernel
+takes ``column`` as a constant. A line of zeros of the device table describes an intact row, so rows that nobody has
+written yet (and padding) need no special case.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
 NEVER = 2**31 - 1
 """As the first scored list position, or as a length at which something is due: it does not happen."""
 
-SINGLE = ("prefix", "packed", "tail", "score_from", "score_after")
-PER_LAYER = ("kept", "excess", "holes")
-"""The order of the columns: those of a request, then L columns of each of those that a request has in every layer."""
+Named = TypeVar("Named")
+
+
+class Columns(Generic[Named]):
+    """The columns of a table.
+
+    Parameters
+    ----------
+    lines
+        The named tuple of all columns that ``read`` returns.
+    single, per_layer
+        Their order: those of a request, then L columns of each of those that a request has in every layer.
+    """
+
+    def __init__(self, lines: type[Named], single: Sequence[str], per_layer: Sequence[str]) -> None:
+        self.lines, self.single, self.per_layer = lines, tuple(single), tuple(per_layer)
+
+    def width(self, num_layers: int) -> int:
+        """Return the columns of a table of L layers."""
+        return len(self.single) + len(self.per_layer) * num_layers
+
+    def layers_of(self, table: torch.Tensor) -> int:
+        """Return L.
+
+        Raises
+        ------
+        ValueError
+            If no number of layers has as many columns.
+        """
+        columns = int(table.shape[-1])
+        num_layers = (columns - len(self.single)) // len(self.per_layer)
+        if num_layers < 1 or columns != self.width(num_layers):
+            raise ValueError(f"no table has {columns} columns: {len(self.single)} + {len(self.per_layer)} a layer")
+        return num_layers
+
+    def column(self, name: str, num_layers: int) -> int:
+        """Return a column's number; of a column per layer, layer 0's."""
+        if name in self.single:
+            return self.single.index(name)
+        return len(self.single) + self.per_layer.index(name) * num_layers
+
+    def read(self, table: torch.Tensor) -> Named:
+        """Return the columns of the table, or of lines of it, ``[..., columns]``."""
+        single, layers = table.split((len(self.single), table.shape[-1] - len(self.single)), -1)
+        values = dict(zip(self.single, single.unbind(-1), strict=True))
+        return self.lines(**values, **dict(zip(self.per_layer, layers.chunk(len(self.per_layer), -1), strict=True)))
+
+    def line(self, single: Mapping[str, int], per_layer: Mapping[str, Sequence[int]]) -> list[int]:
+        """Return one line as host numbers, from its columns by name."""
+        return [*(single[name] for name in self.single), *(n for name in self.per_layer for n in per_layer[name])]
 
 
 class Spans(NamedTuple):
@@ -31,7 +80,7 @@ class Spans(NamedTuple):
 
 
 class Lines(NamedTuple):
-    """Lines of the table by name: int32 ``[...]``, those of every layer ``[..., L]``. Views, where it was a tensor.
+    """Lines of the device table by name: int32 ``[...]``, those of every layer ``[..., L]``; views of a tensor's.
 
     Attributes
     ----------
@@ -70,40 +119,43 @@ class Lines(NamedTuple):
         return (self.prefix + seq_lens - self.tail).unsqueeze(-1) + self.kept
 
 
-def width(num_layers: int) -> int:
-    """Return the columns of a table of L layers."""
-    return len(SINGLE) + len(PER_LAYER) * num_layers
+class Rounds(NamedTuple):
+    """Lines of the round table by name: int32 ``[B]``, those of every layer ``[B, L]``.
 
+    They are those of :class:`~lethe_sglang.cache.ledger.RoundPlan`, and these.
 
-def layers_of(table: torch.Tensor) -> int:
-    """Return L.
-
-    Raises
-    ------
-    ValueError
-        If no number of layers has as many columns.
+    Attributes
+    ----------
+    free_start
+        Freed slots of the requests before this one.
+    start
+        Kept cells of the requests before this one, and of its layers before this one.
+    old_excess, old_holes, excess, holes
+        E_l and H_l before the round and after it.
     """
-    columns = int(table.shape[-1])
-    num_layers = (columns - len(SINGLE)) // len(PER_LAYER)
-    if num_layers < 1 or columns != width(num_layers):
-        raise ValueError(f"no table has {columns} columns: {len(SINGLE)} + {len(PER_LAYER)} a layer")
-    return num_layers
+
+    row: torch.Tensor
+    committed: torch.Tensor
+    prefix: torch.Tensor
+    pinned: torch.Tensor
+    old_packed: torch.Tensor
+    old_tail: torch.Tensor
+    new_packed: torch.Tensor
+    new_tail: torch.Tensor
+    free_start: torch.Tensor
+    old_kept: torch.Tensor
+    old_excess: torch.Tensor
+    old_holes: torch.Tensor
+    kept: torch.Tensor
+    excess: torch.Tensor
+    holes: torch.Tensor
+    start: torch.Tensor
 
 
-def column(name: str, num_layers: int) -> int:
-    """Return a column's number; of a column per layer, layer 0's."""
-    if name in SINGLE:
-        return SINGLE.index(name)
-    return len(SINGLE) + PER_LAYER.index(name) * num_layers
+DECODE = Columns(Lines, ("prefix", "packed", "tail", "score_from", "score_after"), ("kept", "excess", "holes"))
+"""The device table."""
 
+ROUND = Columns(Rounds, Rounds._fields[:9], Rounds._fields[9:])
+"""The round table."""
 
-def read(table: torch.Tensor) -> Lines:
-    """Return the columns of the table, or of lines of it, ``[..., columns]``."""
-    single, layers = table.split((len(SINGLE), table.shape[-1] - len(SINGLE)), -1)
-    per_layer = layers.chunk(len(PER_LAYER), -1)
-    return Lines(**dict(zip(SINGLE, single.unbind(-1), strict=True)), **dict(zip(PER_LAYER, per_layer, strict=True)))
-
-
-def line(single: Mapping[str, int], per_layer: Mapping[str, Sequence[int]]) -> list[int]:
-    """Return one line as host numbers, from its columns by name."""
-    return [*(single[name] for name in SINGLE), *(number for name in PER_LAYER for number in per_layer[name])]
+width, layers_of, column, read, line = DECODE.width, DECODE.layers_of, DECODE.column, DECODE.read, DECODE.line

@@ -43,6 +43,6 @@ def test_kernels_write_the_same_whatever_the_order_of_the_columns(device, kernel
     where = device if kernels is launchers else torch.device("cpu")
     expected = written(kernels, where)
     assert (expected[-1] == 0).any() and (expected[-2] == table.NEVER).any() and (expected[-2] < table.NEVER).any()
-    monkeypatch.setattr(table, "SINGLE", single)
-    monkeypatch.setattr(table, "PER_LAYER", per_layer)
+    monkeypatch.setattr(table.DECODE, "single", single)
+    monkeypatch.setattr(table.DECODE, "per_layer", per_layer)
     assert all(torch.equal(a, b) for a, b in zip(written(kernels, where), expected, strict=True))

@@ -20,12 +20,12 @@ PROGRAM = textwrap.dedent(
     import triton, triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    from lethe_sglang.kernels.table import NEVER, column
-    from lethe_sglang.kernels.triton import indices, repack, score, select, start_states
+    from lethe_sglang.kernels.table import NEVER, ROUND, column
+    from lethe_sglang.kernels.triton import indices, repack, rounds, score, select, start_states
 
     def build(name, tuned, pointers, constants, floats=()):
         kernel, config = tuned.kernel, tuned.configs[0]
-        constants = {**constants, **config.kwargs}
+        constants = {name: value for name, value in {**constants, **config.kwargs}.items() if name in kernel.arg_names}
         def kind(argument):
             if argument in constants:
                 return "constexpr"
@@ -51,7 +51,16 @@ PROGRAM = textwrap.dedent(
     for recurs in (True, False):
         written = {"score": "fp32", "memory": "fp32", "slots": "i64", "positions": "i64"}
         build(f"start-{recurs}", start_states._KERNEL, written, {} if recurs else {"positions": None})
-    build("select", select._KERNEL, {"rank": "fp32", "valid": "u8", "pinned": "u8", "count": "i64", "chosen": "u8"}, {})
+    chosen = {"rank": "fp32", "valid": "u8", "pinned": "i32", "count": "i32", "chosen": "u8"}
+    build("select", select._KERNEL, chosen, {})
+    tables = {"req_to_token": "i32", "table": "i32", "cells": "i32"}
+    columns = {name.upper(): ROUND.column(name, 28) for name in (*ROUND.single, *ROUND.per_layer)}
+    stores = {"scores": "fp32", "positions": "i32", "memories": "fp32"}
+    states = {"valid": "i8", "score": "fp32", "position": "i32", "memory": "fp32"}
+    build("gather", rounds._GATHER, {**tables, **stores, **states}, {**columns, "LAYERS": 28})
+    build("rewrite", rounds._REWRITE, {**tables, "freed": "i64"}, columns)
+    moved = {name: "i32" for name in ("gaps", "source", "destination", "written")}
+    build("place", rounds._PLACE, {**tables, **stores, **states, **moved, "keep": "i8"}, {**columns, "LAYERS": 28})
     words = {name: ("*i32",) * 5 for name in ("buffers", "scratches")}
     for scatter in (True, False):
         build(f"repack-{scatter}", repack._KERNEL, {**words, "source": "i64", "destination": "i64"},
@@ -84,7 +93,7 @@ def test_every_kernel_compiles(tmp_path, capability):
     )
     assert run.returncode == 0, run.stderr[-4000:]
     built = json.loads(run.stdout.splitlines()[-1])
-    assert len(built) == 14 + (capability >= 89)
+    assert len(built) == 17 + (capability >= 89)
     assert all(kernel["binary"] for kernel in built.values())
     assert {name: kernel["shared"] for name, kernel in built.items() if kernel["shared"] > SHARED_MEMORY} == {}
     loops = {name: kernel["asynchronous"] for name, kernel in built.items() if name.startswith("score")}

@@ -8,8 +8,8 @@ import torch
 
 from lethe_sglang.cache.layout import pinned_cells, protected
 from lethe_sglang.cache.ledger import Ledger, RequestState
-from lethe_sglang.cache.rounds import Cells, run_round
-from lethe_sglang.kernels.common import token_lists
+from lethe_sglang.cache.rounds import run_round
+from lethe_sglang.kernels.common import Cells, token_lists
 from lethe_sglang.kernels.table import read
 
 

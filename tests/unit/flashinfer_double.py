@@ -28,8 +28,7 @@ import lethe_sglang.attention
 from lethe_sglang.allocation.budgets import scale
 from lethe_sglang.cache.layout import ceil_div, narrow_layers
 from lethe_sglang.cache.ledger import Ledger
-from lethe_sglang.cache.rounds import Cells
-from lethe_sglang.kernels.common import Lists
+from lethe_sglang.kernels.common import Cells, Lists
 from lethe_sglang.policies.base import Accumulation
 from lethe_sglang.policies.lethe import LethePolicy
 

@@ -14,9 +14,8 @@ from cache_model import MiniPool
 
 from lethe_sglang.attention.prefill import observation_attention, replay
 from lethe_sglang.cache.ledger import Ledger
-from lethe_sglang.cache.rounds import Cells
 from lethe_sglang.config import from_mapping
-from lethe_sglang.kernels.common import Schedule
+from lethe_sglang.kernels.common import Cells, Schedule
 from lethe_sglang.kernels.reference import Reading, accumulate, attend
 from lethe_sglang.kernels.table import read
 

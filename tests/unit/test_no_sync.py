@@ -1,7 +1,7 @@
 """Nothing on the decode path reads a tensor of the device back: not in a step, not in a round, not in a plan.
 
 On a CPU nothing stops such a read, so a guard watches every torch call that would make the host wait on a GPU. What
-``kernels.reference`` does is a Triton launch there and is not watched; host tensors are read in HOST_ONLY alone.
+the references of kernels do is a Triton launch there and is not watched; host tensors are read in HOST_ONLY alone.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Guard(TorchFunctionMode):
         frame, found = sys._getframe(2), None
         while frame is not None:
             file = frame.f_code.co_filename
-            if file.endswith("lethe_sglang/kernels/reference.py"):
+            if file.endswith(("lethe_sglang/kernels/reference.py", "lethe_sglang/kernels/reference_round.py")):
                 return None
             if found is None and not file.startswith(TORCH):
                 if not file.startswith(HERE):
@@ -126,7 +126,7 @@ def test_no_policy_waits_for_the_device(name):
         world.admit(row, 40, 0, budgets)
     with Guard() as guard:
         world.round(list(world.ledger.requests.values()), policy)
-    assert guard.calls > 20, "the guard saw nothing"
+    assert guard.calls > 10, "the guard saw nothing"
     assert guard.found == []
 
 

@@ -78,7 +78,6 @@ def test_repack_moves_all_cells_at_once():
 def test_select_takes_exactly_the_count_pins_first_and_never_an_invalid_candidate():
     rank = torch.tensor([[5.0, 1.0, 9.0, 1.0, 7.0]])
     valid = torch.tensor([[True, True, True, True, False]])
-    pinned = torch.tensor([[False, True, False, False, False]])
-    keep = select(rank, valid, pinned, torch.tensor([3]))
+    keep = select(rank, valid, torch.tensor([2]), torch.tensor([3]))
     assert keep.tolist() == [[True, True, True, False, False]]
-    assert select(rank, valid, pinned, torch.tensor([0])).sum() == 0
+    assert select(rank, valid, torch.tensor([2]), torch.tensor([0])).sum() == 0

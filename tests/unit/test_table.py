@@ -18,8 +18,10 @@ PERMUTED = (("score_after", "packed", "prefix", "tail", "score_from"), ("holes",
 @pytest.fixture
 def permuted(monkeypatch):
     def permute():
-        monkeypatch.setattr(table, "SINGLE", PERMUTED[0])
-        monkeypatch.setattr(table, "PER_LAYER", PERMUTED[1])
+        monkeypatch.setattr(table.DECODE, "single", PERMUTED[0])
+        monkeypatch.setattr(table.DECODE, "per_layer", PERMUTED[1])
+        monkeypatch.setattr(table.ROUND, "single", table.ROUND.single[::-1])
+        monkeypatch.setattr(table.ROUND, "per_layer", table.ROUND.per_layer[::-1])
 
     return permute
 
@@ -51,16 +53,18 @@ def drive(make, graph=False):
 
 
 def test_every_column_has_one_place():
-    assert sorted(PERMUTED[0]) == sorted(table.SINGLE) and sorted(PERMUTED[1]) == sorted(table.PER_LAYER)
-    assert {*table.SINGLE, *table.PER_LAYER} == {*table.Lines._fields}
-    single = {name: n for n, name in enumerate(table.SINGLE, 10)}
+    single, per_layer = table.DECODE.single, table.DECODE.per_layer
+    assert sorted(PERMUTED[0]) == sorted(single) and sorted(PERMUTED[1]) == sorted(per_layer)
+    for columns in (table.DECODE, table.ROUND):
+        assert {*columns.single, *columns.per_layer} == {*columns.lines._fields}
+    single = {name: n for n, name in enumerate(single, 10)}
     per_layer = {"kept": (1, 2, 3), "excess": (4, 5, 6), "holes": (7, 8, 9)}
     line = torch.tensor(table.line(single, per_layer), dtype=torch.int32)
     assert len(line) == table.width(3) and table.layers_of(line) == 3
     read = table.read(line)
     assert {name: int(getattr(read, name)) for name in single} == single
     assert {name: tuple(getattr(read, name).tolist()) for name in per_layer} == per_layer
-    for name in (*table.SINGLE, *table.PER_LAYER):
+    for name in (*single, *per_layer):
         assert int(line[table.column(name, 3)]) == int(getattr(read, name).flatten()[0])
 
 

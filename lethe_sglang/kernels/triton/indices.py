@@ -18,6 +18,17 @@ _PROGRAMS = 1024
 
 
 @triton.jit
+def hole_of(line, number, wanted, HOLES: tl.constexpr, KEPT: tl.constexpr, LAYERS: tl.constexpr):
+    """Layer and place of excess cells: the last layer whose first hole is not behind the cell's number."""
+    owner = number * 0 - 1
+    for other in range(LAYERS):
+        owner += (number >= tl.load(line + HOLES + other)).to(tl.int32)
+    owner = tl.where(wanted, owner, 0)
+    place = tl.load(line + KEPT + owner, mask=wanted, other=0) + number
+    return owner, place - tl.load(line + HOLES + owner, mask=wanted, other=0)
+
+
+@triton.jit
 def _length(
     table, rows, seq_lens, b, mask, table_stride, layer, PREFIX: tl.constexpr, TAIL: tl.constexpr, KEPT: tl.constexpr
 ):
@@ -86,13 +97,7 @@ def _fill(
             base = tl.zeros([BLOCK], tl.int32) + layer * blocks
             away = (j >= first) & (j < prefix + kept)
             if first < prefix + kept:
-                number = excess + j - first
-                owner = tl.zeros([BLOCK], tl.int32) - 1  # the last layer whose first hole is not behind the cell's
-                for other in range(LAYERS):
-                    owner += (number >= tl.load(line + HOLES + other)).to(tl.int32)
-                owner = tl.where(away, owner, 0)
-                place = tl.load(line + KEPT + owner, mask=away, other=0) + number
-                place -= tl.load(line + HOLES + owner, mask=away, other=0)
+                owner, place = hole_of(line, excess + j - first, away, HOLES, KEPT, LAYERS)
                 position = tl.where(away, prefix + place, position)
                 base = tl.where(away, owner * blocks, base)
         tl.store(indices + begin + j, base + tl.load(entries + position, mask=mask, other=0), mask=mask)

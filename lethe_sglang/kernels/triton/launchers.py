@@ -2,8 +2,19 @@
 
 from lethe_sglang.kernels.triton.indices import fill_lists
 from lethe_sglang.kernels.triton.repack import repack
+from lethe_sglang.kernels.triton.rounds import gather, place, rewrite_rows
 from lethe_sglang.kernels.triton.score import schedule, score
 from lethe_sglang.kernels.triton.select import select
 from lethe_sglang.kernels.triton.start_states import start_states
 
-__all__ = ["fill_lists", "repack", "schedule", "score", "select", "start_states"]
+__all__ = [
+    "fill_lists",
+    "gather",
+    "place",
+    "repack",
+    "rewrite_rows",
+    "schedule",
+    "score",
+    "select",
+    "start_states",
+]

@@ -11,12 +11,12 @@ from lethe_sglang.kernels.triton import INTEGER, Tuned, bucket, config, expect
 
 @triton.jit
 def _keys(rank, valid, pinned, j, mask):
-    """Ranks as uint32 of the same order: 0 and -0 are equal, NaN is above all, as ``torch.argsort`` has it."""
+    """Ranks as uint32 of the same order: 0, -0 and NaN are equal, and infinities are the largest finite numbers."""
     x = tl.load(rank + j, mask=mask, other=0.0)
-    x = tl.where(tl.load(pinned + j, mask=mask, other=0) != 0, float("inf"), x)
+    x = tl.where(x != x, 0.0, tl.minimum(tl.maximum(x, -3.4028234663852886e38), 3.4028234663852886e38))
+    x = tl.where(j < pinned, float("inf"), x)
     x = tl.where(tl.load(valid + j, mask=mask, other=0) != 0, x, float("-inf"))
     bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
-    bits = tl.where(x != x, 0x7FC00000, bits)
     return tl.where(bits < 0, ~bits, bits ^ -0x80000000).to(tl.uint32, bitcast=True)
 
 
@@ -25,7 +25,7 @@ def _select(rank, valid, pinned, count, chosen, n, BLOCK: tl.constexpr):
     segment = tl.program_id(0).to(tl.int64)
     rank += segment * n
     valid += segment * n
-    pinned += segment * n
+    pinned = tl.load(pinned + segment).to(tl.int32)
     chosen += segment * n
     left = tl.minimum(tl.maximum(tl.load(count + segment).to(tl.int32), 0), n)
     digits = tl.arange(0, 256)
@@ -65,16 +65,18 @@ _KERNEL = Tuned(_select, [config(BLOCK=1024), config(BLOCK=2048, num_warps=8), c
 def select(rank: torch.Tensor, valid: torch.Tensor, pinned: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     """Choose the ``count`` best candidates of every segment; ties go to the later one.
 
-    Equal to the twin bit for bit: a pinned entry ranks as inf, one that is not valid as -inf, whatever its rank.
+    Equal to the twin bit for bit: a pinned entry ranks as inf, one that is not valid as -inf, whatever its rank. Of the
+    others NaN ranks as 0 and an infinity as the largest finite number of its sign.
 
     Parameters
     ----------
     rank
         float32 ``[..., n]``: larger is better.
-    valid, pinned
-        bool ``[..., n]``: candidates; those kept whatever their rank (sinks).
-    count
-        int32 or int64 ``[...]``: survivors per segment, at most its candidates.
+    valid
+        bool ``[..., n]``: candidates.
+    pinned, count
+        int32 or int64 ``[...]``: first entries that are kept whatever their rank (sinks); survivors per segment, at
+        most its candidates.
 
     Returns
     -------
@@ -85,7 +87,7 @@ def select(rank: torch.Tensor, valid: torch.Tensor, pinned: torch.Tensor, count:
         raise ValueError("rank must have at least one axis, that of the candidates")
     expect("rank", rank.contiguous(), torch.float32, rank.shape)
     expect("valid", valid.contiguous(), torch.bool, rank.shape)
-    expect("pinned", pinned.contiguous(), torch.bool, rank.shape)
+    expect("pinned", pinned.contiguous(), INTEGER, rank.shape[:-1])
     expect("count", count.contiguous(), INTEGER, rank.shape[:-1])
     n = rank.shape[-1]
     chosen = torch.empty(rank.shape, dtype=torch.bool, device=rank.device)
@@ -96,7 +98,7 @@ def select(rank: torch.Tensor, valid: torch.Tensor, pinned: torch.Tensor, count:
             (bucket(n), bucket(segments)),
             rank.contiguous(),
             valid.contiguous().view(torch.uint8),
-            pinned.contiguous().view(torch.uint8),
+            pinned.contiguous(),
             count.contiguous(),
             chosen.view(torch.uint8),
             n,
