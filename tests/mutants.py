@@ -39,6 +39,7 @@ ROUNDS, LEDGER, LIFE = (
     "lethe_sglang/engine/lifecycle.py",
 )
 COMMON, REFERENCE = "lethe_sglang/kernels/common.py", "lethe_sglang/kernels/reference.py"
+PLACES = "lethe_sglang/kernels/reference_round.py"
 UNIT, SERVE = "tests/unit/test_rounds.py", "tests/engine/test_serving.py"
 ARTIFACT, MEASURE, CACHE = (
     "tests/unit/test_profile_artifact.py",
@@ -52,27 +53,25 @@ RECONF = "tests/engine/test_reconfigure.py"
 PAGE8 = f"{SERVE} -k page8"
 STORM = "tests/engine/test_pressure.py -k storm"
 MUTANTS = {
-    "sinks are not pinned": Mutant(
-        ROUNDS, "candidates.valid, pinned, numbers", "candidates.valid, ~candidates.valid, numbers", UNIT
-    ),
+    "sinks are not pinned": Mutant(ROUNDS, "n.pinned.expand(rank", "(0 * n.pinned).expand(rank", UNIT),
     "blocks that moved are freed": Mutant(
-        ROUNDS,
+        PLACES,
         "slots_of(request, n.new_packed[request] + block)",
         "slots_of(request, n.old_packed[request] + block)",
         UNIT,
     ),
     "a shrunk request keeps its blocks": Mutant(
-        ROUNDS,
+        PLACES,
         "block - n.old_packed[request]",
         "block - n.old_packed.minimum(n.new_packed)[request]",
         f"{UNIT} -k shrink",
     ),
-    "a cell moves to where another stays": Mutant(ROUNDS, "vacant = (i < room) & ~taken", "vacant = i < room", UNIT),
-    "a cell that has to move stays": Mutant(ROUNDS, "stays = keep & (home < room) &", "stays = keep &", UNIT),
+    "a cell moves to where another stays": Mutant(PLACES, "vacant = (i < room) & ~taken", "vacant = i < room", UNIT),
+    "a cell that has to move stays": Mutant(PLACES, "stays = keep & (home < room) &", "stays = keep &", UNIT),
     "a cell in a hole is taken for one at home": Mutant(
-        ROUNDS, " & ((j < old_packed) | (j >= old_kept))\n", "\n", UNIT
+        PLACES, " & ((j < old_packed) | (j >= old_kept))\n", "\n", UNIT
     ),
-    "moved cells skip a hole": Mutant(ROUNDS, "n.excess.t().unsqueeze(2) + excess, 0)", "excess, 0)", UNIT),
+    "moved cells skip a hole": Mutant(PLACES, "n.excess.t().unsqueeze(2) + excess, 0)", "excess, 0)", UNIT),
     "excess is read from the wrong hole": Mutant(
         COMMON, "number = asked.excess.t()", "number = 0 * asked.excess.t()", UNIT
     ),
@@ -84,12 +83,12 @@ MUTANTS = {
     ),
     "a policy sees candidates as they are stored": Mutant(
         ROUNDS,
-        "order = in_time(own, position) if policy.uses_position else None",
+        "order = in_time(candidate) if policy.uses_position else None",
         "order = None",
         f"{REF} -k 'snapkv or lazy'",
     ),
     "what was chosen in order of time is taken as stored": Mutant(
-        ROUNDS, "own, as_stored(keep, order), renewed", "own, keep, renewed", f"{REF} -k streaming"
+        ROUNDS, "n.kept.t()), order)", "n.kept.t()), None)", f"{REF} -k streaming"
     ),
     "memory is stored in order of time": Mutant(ROUNDS, "as_stored(remembered, order)", "remembered", f"{REF} -k gkv"),
     "a narrow class may come to have excess": Mutant(
@@ -137,13 +136,49 @@ MUTANTS = {
     "the first decode step scores the shared prefix": Mutant(
         LIFE, "announce(row, prefix if", "announce(row, 0 if", "tests/unit/test_backend_factories.py -k first_decode"
     ),
+    "parts that are not in use count": Mutant(
+        "lethe_sglang/kernels/triton/score.py",
+        "(heads >= GROUP)[:, None] | (p < used)[None, :], some,",
+        "(heads >= GROUP)[:, None] | (p < 99)[None, :], some,",
+        "tests/kernels/test_triton_score.py -k parts",
+    ),
+    "a launch counts kept cells alone": Mutant(
+        ROUNDS, "kept * a_cell + (sizes[-1] + 1)", "kept * a_cell + 0 * (sizes[-1] + 1)", f"{UNIT} -k memory"
+    ),
+    "every chunk of a prefill is observed": Mutant(
+        LIFE, "req.extend_end == length > prefix", "length > prefix", "tests/unit/test_backend_factories.py -k chunk"
+    ),
+    "a chunk of keys is normalised by itself": Mutant(
+        "lethe_sglang/attention/prefill.py",
+        "- total).exp_()",
+        "- logits(start).logsumexp(-1, True)).exp_()",
+        "tests/unit/test_score.py -k chunks",
+    ),
+    "a GPU's kernel places cells in stored order": Mutant(
+        "lethe_sglang/kernels/triton/rounds.py",
+        "vacant = ((i < room) & ~taken)",
+        "vacant = (i < room)",
+        "tests/kernels/test_triton_rounds.py",
+    ),
+    "a GPU's rows lose a slot": Mutant(
+        "lethe_sglang/kernels/triton/rounds.py",
+        "tl.load(line + FREE_START) - packed",
+        "tl.load(line + FREE_START)",
+        "tests/kernels/test_triton_rounds.py",
+    ),
+    "a GPU's candidates in holes are looked up at home": Mutant(
+        "lethe_sglang/kernels/triton/rounds.py",
+        "base = tl.where(away, owner * blocks, base)\n    cell",
+        "cell",
+        "tests/kernels/test_triton_rounds.py",
+    ),
     "a hole is looked up one too far": Mutant(
         "lethe_sglang/kernels/triton/indices.py",
         "(number >= tl.load(line + HOLES",
         "(number > tl.load(line + HOLES",
         "tests/kernels/test_triton_indices.py",
     ),
-    "states stay behind": Mutant(ROUNDS, "if name not in renewed]", "if name not in {*renewed, 'score'}]", UNIT),
+    "states stay behind": Mutant(ROUNDS, "if name not in made]", "if name not in {*made, 'score'}]", UNIT),
     "ties go to the earlier token": Mutant(
         REFERENCE,
         "order = (n - 1) - order",
@@ -192,7 +227,7 @@ MUTANTS = {
         LEDGER, "committed - self.recent, self.page_size", "committed, self.page_size", UNIT
     ),
     "rounds ignore their interval": Mutant(LEDGER, "max(self.interval, room + 1)", "room + 1", UNIT),
-    "the device table is not written": Mutant(LEDGER, "= lines.to(torch.int32)", "= self.table[rows]", UNIT),
+    "the device table is not written": Mutant(LEDGER, "= lines[:, 1:]", "= 0 * lines[:, 1:]", UNIT),
     "scores do not decay": Mutant(COMMON, ".mul_(decay).add_", ".add_", "tests/unit/test_score.py"),
     "the breakpoint ignores the mean": Mutant(
         "lethe_sglang/allocation/breakpoint.py", "if total > limit:", "if False:", "tests/unit/test_breakpoint.py"
@@ -203,9 +238,7 @@ MUTANTS = {
         "from itertools import accumulate\nimport lethe_sglang.engine.compat",
         "tests/unit/test_architecture.py",
     ),
-    "the memory is not renewed": Mutant(
-        ROUNDS, 'renewed["memory"] = as_stored(remembered, order)', "pass", f"{REF} -k gkv"
-    ),
+    "the memory is not renewed": Mutant(ROUNDS, "candidate._replace(memory=remembered)", "candidate", f"{REF} -k gkv"),
     "windows reach behind a round": Mutant(
         LEDGER, "max(state.due_at - self.window, committed)", "state.due_at - self.window", f"{REF} -k snapkv"
     ),
@@ -371,14 +404,14 @@ MUTANTS = {
     ),
     "a round has a second upload": Mutant(
         ROUNDS,
-        "numbers.pinned.view(1, -1, 1)",
-        "torch.tensor([p.pinned for p in plans], device=j.device).view(1, -1, 1)",
+        "n.pinned.expand(rank",
+        "torch.tensor([p.pinned for p in plans], device=rank.device).expand(rank",
         "tests/unit/test_uploads.py",
     ),
     "the table is two uploads": Mutant(
         LEDGER,
-        "= lines.to(torch.int32)",
-        "= lines.to(torch.int32) * torch.ones(1, dtype=torch.int32).to(lines.device)",
+        "= lines[:, 1:]",
+        "= lines[:, 1:] * torch.ones(1, dtype=torch.int32).to(lines.device)",
         "tests/unit/test_uploads.py",
     ),
     "a CPU's score takes all attention from the first list position on": Mutant(
@@ -441,13 +474,13 @@ MUTANTS = {
         LIFE, "result - current().ledger.dead_len(kv.req_pool_idx)", "result", PAGE8, True
     ),
     "dead row entries stay": Mutant(
-        ROUNDS, "n.new_packed[request] + place] = 0", "n.new_packed[request] + place] *= 1", PAGE8, True
+        PLACES, "n.new_packed[request] + place] = 0", "n.new_packed[request] + place] *= 1", PAGE8, True
     ),
     "pruned requests enter the tree": Mutant(
         LIFE, "req.skip_radix_cache_insert = True  # nothing", "pass  # nothing", PAGE8, True
     ),
     "keys move, values do not": Mutant(
-        ROUNDS, '("key", "value", "score", "position", "memory")', '("key", "score", "position", "memory")', PAGE8, True
+        COMMON, '("key", "value", "score", "position", "memory")', '("key", "score", "position", "memory")', PAGE8, True
     ),
     "re-prefills after retraction are shared": Mutant(
         LIFE,

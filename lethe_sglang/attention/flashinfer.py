@@ -24,6 +24,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from lethe_sglang.attention.length_classes import LengthClasses
 from lethe_sglang.attention.scored import ScoredBackend, ScoredDecode
+from lethe_sglang.cache.layout import ceil_div
 from lethe_sglang.kernels.common import Lists
 
 if TYPE_CHECKING:
@@ -213,7 +214,8 @@ class LetheFlashInferBackend(ScoredBackend, FlashInferAttnBackend):  # type: ign
         if single_plan:
             self.decode_use_tensor_cores = True  # the other kernel's plan splits whatever it is told
         count = 1 if self.classes is None else len(self.classes.layers)
-        self.class_indptr = torch.zeros((count, max_batch + 1), dtype=torch.int32, device=device)
+        width = 4 * ceil_div(max_batch + 1, 4)  # rows begin at 16 bytes, or every kernel is compiled twice
+        self.class_indptr = torch.zeros((count, width), dtype=torch.int32, device=device)
         self._int_workspaces = [
             torch.empty(INT_WORKSPACE_BYTES, dtype=torch.uint8, device=device) for _ in range(count)
         ]

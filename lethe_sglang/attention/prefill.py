@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
 
 OBSERVATION_WINDOW = 32
 """Queries of an observed prefill that initialise its scores."""
+
+
+CHUNK = 4096
+"""Tokens whose keys are looked at together; a longer sequence would need its keys and logits in float32 all at once."""
 
 
 def observation_attention(
@@ -39,10 +44,20 @@ def observation_attention(
     w, n = min(window, query.shape[0]), cells.shape[0]
     kv_heads, heads, dim = keys.shape[1], query.shape[1], query.shape[2]
     q = query[-w:].float().mul(scaling).view(w, kv_heads, heads // kv_heads, dim)
-    logits = torch.einsum("wkgd,nkd->kgwn", q, keys[cells].float())
-    step = torch.arange(w, device=cells.device)
-    future = torch.arange(n, device=cells.device).unsqueeze(0) > (n - w + step).unsqueeze(1)
-    return logits.masked_fill(future, float("-inf")).softmax(-1).reshape(heads, w, n).mean(0)
+    last = torch.arange(n - w, n, device=cells.device).unsqueeze(1)
+
+    def logits(start: int) -> torch.Tensor:
+        """Return those of a chunk of tokens, ``[Hkv, group, w, tokens]``."""
+        part = cells[start : start + CHUNK]
+        position = torch.arange(start, start + len(part), device=cells.device)
+        products = torch.einsum("wkgd,nkd->kgwn", q, keys[part].float())
+        return products.masked_fill_(position.unsqueeze(0) > last, float("-inf"))
+
+    if n <= CHUNK:
+        return logits(0).softmax(-1).reshape(heads, w, n).mean(0)
+    starts = range(0, n, CHUNK)
+    total = torch.stack([logits(start).logsumexp(-1) for start in starts]).logsumexp(0).unsqueeze(-1)
+    return torch.cat([(logits(start) - total).exp_().reshape(heads, w, -1).mean(0) for start in starts], -1)
 
 
 def replay(rule: Accumulation, attention: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -61,11 +76,32 @@ def replay(rule: Accumulation, attention: torch.Tensor) -> tuple[torch.Tensor, t
         Score and memory, float32 ``[n]`` each (memory None unless the rule is recurrence).
     """
     w, n = attention.shape
-    score, memory = attention.new_zeros(n), None
-    if rule.rule == "recurrence":  # what happened before the observed queries is not known
-        score = torch.arange(n, dtype=torch.float32, device=attention.device).clamp(min=n - w)
-        memory = attention.new_zeros(n)
-    for i, length in enumerate(range(n - w + 1, n + 1)):
-        if length % rule.every == 0:
-            score, memory = update(rule, score, memory, attention[i], rule.step_decay, length)
-    return score, memory
+    steps = [i for i in range(w) if (n - w + 1 + i) % rule.every == 0]  # by lengths
+    if rule.rule == "recurrence":
+        return _recurred(rule, attention, steps)
+    if not steps:
+        return attention.new_zeros(n), None
+    factors = [rule.step_decay**later for later in reversed(range(len(steps)))]
+    if rule.rule == "max":
+        return torch.stack([attention[i] * factor for i, factor in zip(steps, factors, strict=True)]).amax(0), None
+    return _weights(tuple(factors), tuple(steps), w, attention.device) @ attention, None
+
+
+@lru_cache(maxsize=64)
+def _weights(factors: tuple[float, ...], steps: tuple[int, ...], w: int, device: torch.device) -> torch.Tensor:
+    """Return float32 ``[w]``: the factor of each query, 0 of one that is not scored; uploaded once."""
+    weights = [0.0] * w
+    for i, factor in zip(steps, factors, strict=True):
+        weights[i] = factor
+    return torch.tensor(weights, device=device)
+
+
+def _recurred(rule: Accumulation, attention: torch.Tensor, steps: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rule recurrence. What happened before the observed queries is not known, so gaps begin with them."""
+    w, n = attention.shape
+    stamp: torch.Tensor | None = torch.arange(n, dtype=torch.float32, device=attention.device).clamp(min=n - w)
+    memory: torch.Tensor | None = attention.new_zeros(n)
+    for i in steps:
+        stamp, memory = update(rule, stamp, memory, attention[i], rule.step_decay, n - w + 1 + i)
+    assert stamp is not None and memory is not None
+    return stamp, memory

@@ -21,7 +21,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, Shar
 
 from lethe_sglang.attention.prefill import OBSERVATION_WINDOW, observation_attention, replay
 from lethe_sglang.kernels import reference
-from lethe_sglang.kernels.common import Attention, Batch, Lists, Schedule, States
+from lethe_sglang.kernels.common import Attention, Batch, Lists, Parts, Schedule, States
 from lethe_sglang.kernels.dispatch import kernels_for
 from lethe_sglang.kernels.table import NEVER, read
 
@@ -118,11 +118,12 @@ class ScoredDecode:
         lists: Lists,
         cells: Cells,
         lse_base: Literal["e", "2"],
+        parts: Parts | None = None,
     ) -> None:
         """Add a layer's attention of this step to the states of own cells.
 
-        ``query``, ``lse`` and ``lse_base`` are those of :class:`~lethe_sglang.kernels.common.Attention`, ``lists`` what
-        it has read, ``cells`` what these count.
+        ``query``, ``lse``, ``lse_base`` and ``parts`` are those of :class:`~lethe_sglang.kernels.common.Attention`,
+        ``lists`` what it has read, ``cells`` what these count.
 
         Raises
         ------
@@ -132,7 +133,7 @@ class ScoredDecode:
         if self.accumulation is None:
             return
         check_layer(layer)
-        attention = Attention(query, cells.keys, lse, layer.scaling * key_scale(layer), lse_base)
+        attention = Attention(query, cells.keys, lse, layer.scaling * key_scale(layer), lse_base, parts)
         states = States(cells.score, cells.memory if self.accumulation.rule == "recurrence" else None)
         self.kernels.score(self.accumulation, attention, lists, self.schedule_of(forward_batch.seq_lens), states)
 
@@ -141,37 +142,31 @@ class ScoredDecode:
         assert self.accumulation is not None
         reference.accumulate(self.accumulation, states, cells, attention, self.schedule_of(step))
 
-    def observe(self, layer: Any, forward_batch: Any, query: torch.Tensor, scaling: float) -> None:
+    def observe(self, layer: Any, query: torch.Tensor, scaling: float) -> None:
         """Score a layer's own tokens of observed prefills as if the last queries had been decode steps.
 
         Parameters
         ----------
-        layer, forward_batch
-            SGLang's; the keys of the batch are stored. ``Ledger.observed`` names its rows that are observed.
+        layer
+            SGLang's; the keys of the batch are stored. ``Ledger.observed`` names what is observed of the batch.
         query
             ``[tokens, Hq, D]``: of all requests of the batch.
         scaling
             Softmax scale, times the factor of a stored key.
         """
-        rule, cells, observed = self.accumulation, self.pool.cells, self.ledger.observed
+        rule, observed = self.accumulation, self.ledger.observed
         if rule is None or not observed:
             return
+        cells = self.pool.cells.of_layer(self.index_of(layer))
         assert cells.score is not None
-        rows = forward_batch.req_pool_indices_cpu
-        rows = (forward_batch.req_pool_indices if rows is None else rows).tolist()
-        window, start = min(rule.window or OBSERVATION_WINDOW, OBSERVATION_WINDOW), 0
-        extents = zip(rows, forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu, strict=True)
-        for row, prefix_len, extend_len in extents:
-            first = observed.get(row)
-            if first is not None and extend_len > 0:
-                slots = self.req_to_token[row, : prefix_len + extend_len].to(torch.int64)
-                sequence = self.index_of(layer) * cells.blocks + slots
-                seen = observation_attention(query[start : start + extend_len], cells.keys, sequence, scaling, window)
-                score, memory = replay(rule, seen)
-                cells.score[sequence[first:]] = score[first:]
-                if memory is not None and cells.memory is not None:
-                    cells.memory[sequence[first:]] = memory[first:]
-            start += extend_len
+        window = min(rule.window or OBSERVATION_WINDOW, OBSERVATION_WINDOW)
+        for row, first, length, start, end in observed:
+            slots = self.req_to_token[row, :length].to(torch.int64)
+            seen = observation_attention(query[start:end], cells.keys, slots, scaling, window)
+            score, memory = replay(rule, seen)
+            cells.score[slots[first:]] = score[first:]
+            if memory is not None and cells.memory is not None:
+                cells.memory[slots[first:]] = memory[first:]
 
 
 def key_scale(layer: Any) -> float:
@@ -269,5 +264,5 @@ class ScoredBackend(AttentionBackend):  # type: ignore[misc]
         """Stock extend; own tokens of an observed prefill are scored from its last queries."""
         output = super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
         query = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        self.scored.observe(layer, forward_batch, query, layer.scaling * self.key_scale(layer))
+        self.scored.observe(layer, query, layer.scaling * self.key_scale(layer))
         return output

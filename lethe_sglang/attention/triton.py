@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sglang.kernels.ops.attention.decode_attention import _MIN_BLOCK_KV
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from lethe_sglang.attention.length_classes import LengthClasses
 from lethe_sglang.attention.scored import ScoredBackend, ScoredDecode, check_layer
-from lethe_sglang.kernels.common import Lists
+from lethe_sglang.kernels.common import Lists, Parts
 
 if TYPE_CHECKING:
     from lethe_sglang.cache.ledger import Ledger
@@ -101,16 +102,15 @@ class LetheTritonBackend(ScoredBackend, TritonAttnBackend):  # type: ignore[misc
         query = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         output = self._attend(query, layer, metadata, lists, cells)
         if scored.accumulation is not None:
-            lse = merge_splits(metadata.attn_lse[: query.shape[0], : query.shape[1]])
-            scored.score(layer, forward_batch, query, lse, lists, cells, lse_base="e")
+            lse = metadata.attn_lse[: query.shape[0], : query.shape[1]]
+            parts = Parts(metadata.num_kv_splits[: query.shape[0]], _MIN_BLOCK_KV)
+            scored.score(layer, forward_batch, query, lse, lists, cells, lse_base="e", parts=parts)
         return output.view(-1, layer.tp_q_head_num * layer.v_head_dim)
 
     def _attend(self, query: torch.Tensor, layer: Any, metadata: Any, lists: Lists, cells: Cells) -> torch.Tensor:
         check_layer(layer)
         output = torch.empty_like(query)
         scaled = layer.k_scale is not None and layer.v_scale is not None
-        if self.scored.accumulation is not None:
-            metadata.attn_lse[: query.shape[0]].fill_(float("-inf"))  # the kernel writes the splits it uses
         self.decode_attention_fwd(
             query,
             cells.keys,
@@ -129,19 +129,3 @@ class LetheTritonBackend(ScoredBackend, TritonAttnBackend):  # type: ignore[misc
             enable_lean=False,
         )
         return output
-
-
-def merge_splits(lse: torch.Tensor) -> torch.Tensor:
-    """Merge log-sum-exps over parts of a list into the list's.
-
-    Parameters
-    ----------
-    lse
-        float32 ``[B, Hq, splits]``, natural; ``-inf`` for a split that is not in use.
-
-    Returns
-    -------
-    torch.Tensor
-        float32 ``[B, Hq]``, contiguous.
-    """
-    return torch.logsumexp(lse, dim=-1)

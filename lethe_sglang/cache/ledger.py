@@ -104,6 +104,28 @@ class RequestState:
         self.held_sum += own - self.layout.dead_len
 
 
+class Observed(NamedTuple):
+    """A request whose prefill ends in the batch that is being run and initialises its scores.
+
+    Attributes
+    ----------
+    row
+        Of ``req_to_token``.
+    first
+        First position that is scored.
+    length
+        Tokens of the sequence.
+    start, end
+        Its queries among the batch's tokens.
+    """
+
+    row: int
+    first: int
+    length: int
+    start: int
+    end: int
+
+
 class RoundPlan(NamedTuple):
     """What one round will do to one request. Host numbers only.
 
@@ -153,7 +175,7 @@ class Ledger:
     requests
         Row -> state of every request that is followed.
     observed
-        Row -> first private position, for rows whose prefill initialises scores (private prompts and re-prefills).
+        What the prefill batch that is being run initialises scores of (private prompts and re-prefills).
     table
         int32 ``[num_rows, columns]``: the device table (``kernels/table.py``).
     """
@@ -175,7 +197,7 @@ class Ledger:
         self.configure(recent, interval, pack_always, window, narrow)
         self.table = torch.zeros((num_rows, table.width(num_layers)), dtype=torch.int32, device=device)
         self.requests: dict[int, RequestState] = {}
-        self.observed: dict[int, int] = {}
+        self.observed: list[Observed] = []
         self._announced: set[int] = set()
         self._dirty: dict[int, list[int]] = {}
 
@@ -250,7 +272,6 @@ class Ledger:
         """Forget rows that SGLang frees; returns what was known of them."""
         closed = []
         for row in rows:
-            self.observed.pop(row, None)
             state = self.requests.pop(row, None)
             if state is not None:
                 closed.append(state)

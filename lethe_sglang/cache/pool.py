@@ -10,6 +10,12 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from lethe_sglang.kernels.common import Cells
 
+SCRATCH_FRACTION = 0.01
+"""Part of the pool's bytes that a launch of rounds may take for what it moves; more due requests are split up."""
+
+HOST_SCRATCH_BYTES = 2**26
+"""What a launch may take at least where memory is not the pool's to share out: on a CPU."""
+
 
 class PackedKVPool(MHATokenToKVPool):  # type: ignore[misc]
     """``MHATokenToKVPool`` whose layers are views of one flat buffer.
@@ -21,6 +27,10 @@ class PackedKVPool(MHATokenToKVPool):  # type: ignore[misc]
     ----------
     cells
         The flat buffers and the states the policy declares: 4 bytes a cell each.
+    scratch_bytes
+        What a launch of rounds may take.
+    scratch
+        uint8 ``[scratch_bytes]`` on a CUDA device, where it has to be there when it is needed; else None.
     """
 
     track_score: bool = True
@@ -60,12 +70,17 @@ class PackedKVPool(MHATokenToKVPool):  # type: ignore[misc]
                 blocks=blocks,
                 dtype=None if self.store_dtype == self.dtype else self.dtype,
             )
+            self.scratch_bytes, self.scratch = int(SCRATCH_FRACTION * self.cells.bytes), None
+            if torch.device(self.device).type == "cuda":
+                self.scratch = zeros((self.scratch_bytes,), torch.uint8)
+            else:
+                self.scratch_bytes = max(self.scratch_bytes, HOST_SCRATCH_BYTES)
         self.k_buffer = list(self.cells.key.split(blocks))
         self.v_buffer = list(self.cells.value.split(blocks))
 
     def _clear_buffers(self) -> None:
         super()._clear_buffers()
-        del self.cells
+        del self.cells, self.scratch
 
 
 def pool_class(track_score: bool, track_position: bool, track_memory: bool) -> type[PackedKVPool]:

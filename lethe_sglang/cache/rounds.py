@@ -90,6 +90,7 @@ def run_round(
     req_to_token: torch.Tensor,
     policy: Policy,
     reduce_scores: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    scratch: torch.Tensor | None = None,
 ) -> RoundResult:
     """Carry out the planned rounds.
 
@@ -105,6 +106,8 @@ def run_round(
         Ranks the candidates.
     reduce_scores
         Averages scores over tensor-parallel ranks in a fixed order.
+    scratch
+        uint8: for what moves; None, or too little for it, allocates.
 
     Returns
     -------
@@ -126,8 +129,35 @@ def run_round(
     renewed = candidate._replace(memory=remembered)  # written anew instead of moved, like positions
     source, destination, kept_position = kernels.place(req_to_token, table, renewed, keep, cells, extent)
     made = {"position"} if remembered is None else {"position", "memory"}
-    kernels.repack([buffer for name, buffer in cells.buffers.items() if name not in made], source, destination)
+    moved = [buffer for name, buffer in cells.buffers.items() if name not in made]
+    kernels.repack(moved, source, destination, scratch)
     return RoundResult(freed, rank, candidates.valid, n.pinned, kept_position)
+
+
+TEMPORARY_BYTES = 40
+"""A candidate's share of what a launch computes, at most: its cell, states, rank, order and whether it is kept."""
+
+
+def groups(plans: Sequence[RoundPlan], cells: Cells, limit: int) -> list[int]:
+    """Divide due rounds into launches that take at most ``limit`` bytes each, but for a request that alone takes more.
+
+    A launch holds a copy of the cells that it moves, and numbers of all its candidates, padded to the most of any layer
+    and request.
+
+    Returns
+    -------
+    list[int]
+        How many plans each launch takes, in their order.
+    """
+    a_cell, sizes, kept, most = cells.bytes // (cells.num_layers * cells.blocks), [0], 0, 0
+    for plan in plans:
+        kept, most = kept + sum(plan.kept), max(most, *plan.candidates)
+        taken = kept * a_cell + (sizes[-1] + 1) * cells.num_layers * most * TEMPORARY_BYTES
+        if sizes[-1] and taken > limit:
+            sizes.append(0)
+            kept, most = sum(plan.kept), max(plan.candidates)
+        sizes[-1] += 1
+    return sizes
 
 
 def in_time(candidate: Candidate) -> torch.Tensor:

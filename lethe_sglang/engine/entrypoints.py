@@ -326,6 +326,8 @@ def report_rank(result: dict[str, Any], scheduler: Any) -> dict[str, Any]:
     if runtime.pool is not scheduler.token_to_kv_pool_allocator.get_kvcache():
         raise RuntimeError("--kv-evict: the scheduler's pool is not the packed pool")
     announce(runtime)
+    if str(runtime.pool.device).startswith("cuda") and not runtime.measures:
+        runtime.warm_up()
     return {**result, "lethe": scheduler._lethe_request.request_id}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from sglang.srt.distributed import get_tp_group
 from sglang.srt.runtime_context import get_parallel
 
-from lethe_sglang.cache.pool import PackedKVPool, pool_class
+from lethe_sglang.cache.ledger import Observed
+from lethe_sglang.cache.pool import SCRATCH_FRACTION, PackedKVPool, pool_class
 from lethe_sglang.config import ConfigError
 from lethe_sglang.engine.admission import LethePrefillAdder, is_private
 from lethe_sglang.engine.runtime import Runtime, current
@@ -36,9 +38,9 @@ def build_pool(original: Callable[..., Any], configurator: Any, **kwargs: Any) -
 
 
 def add_state_bytes(size: int, configurator: Any, kvc: Any, num_layers: int) -> int:
-    """AFTER ``DefaultPoolConfigurator._compute_cell_size``: the states take 4 bytes a cell each."""
+    """AFTER ``DefaultPoolConfigurator._compute_cell_size``: states take 4 bytes a cell each, rounds a scratch."""
     runtime = current()
-    return size + 4 * num_layers * sum(runtime.tracked())
+    return math.ceil((size + 4 * num_layers * sum(runtime.tracked())) * (1 + SCRATCH_FRACTION))
 
 
 def on_decode_step(scheduler: Any, batch: Any) -> None:
@@ -88,21 +90,25 @@ def check_arrival(scheduler: Any, req: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def observe_prefill(result: Any, batch: Any) -> None:
-    """AFTER ``ScheduleBatch.prepare_for_extend``: say from where on rows are scored, and whose prefill does so."""
+    """AFTER ``ScheduleBatch.prepare_for_extend``: say from where on rows are scored, and whose prefill does so.
+
+    The last chunk of a prefill does, by its own queries; rows and lengths are host numbers here and nowhere later.
+    """
     runtime = current()
+    runtime.ledger.observed, start = [], 0
     for req in batch.reqs:
+        end = start + req.extend_len
         row = req.kv.req_pool_idx
-        if row is None:
-            continue
-        for observer in runtime.observers:
-            observer.on_prefill(row, req.rid)
-        prefix, rest = runtime.protected(req, int(req.kv.cache_protected_len))
-        runtime.ledger.announce(row, prefix if runtime.evicts(req) else NEVER)
-        private = runtime.policy.accumulation is not None and runtime.evicts(req) and is_private(req, batch.tree_cache)
-        if private and len(req.full_untruncated_fill_ids) > prefix + rest:  # a kept prompt alone needs no scores
-            runtime.ledger.observed[row] = prefix
-        else:
-            runtime.ledger.observed.pop(row, None)
+        if row is not None:
+            for observer in runtime.observers:
+                observer.on_prefill(row, req.rid)
+            evicts, length = runtime.evicts(req), len(req.full_untruncated_fill_ids)
+            prefix, rest = runtime.protected(req, int(req.kv.cache_protected_len))
+            runtime.ledger.announce(row, prefix if evicts else NEVER)
+            scored = runtime.policy.accumulation is not None and evicts and is_private(req, batch.tree_cache)
+            if scored and start < end and req.extend_end == length > prefix + rest:  # a kept prompt alone needs none
+                runtime.ledger.observed.append(Observed(row, prefix, length, start, end))
+        start = end
 
 
 def name_rows(result: Any, cls: type, batch: Any, *args: Any, **kwargs: Any) -> Any:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lethe_sglang.allocation.budgets import scale
-from lethe_sglang.cache.layout import narrow_layers, page_ceil, pinned_cells, protected, request_bound
+from lethe_sglang.cache.layout import RowLayout, narrow_layers, page_ceil, pinned_cells, protected, request_bound
 from lethe_sglang.cache.ledger import Ledger, RequestState, RoundPlan
 from lethe_sglang.cache.pool import PackedKVPool
-from lethe_sglang.cache.rounds import run_round
+from lethe_sglang.cache.rounds import RoundResult, groups, run_round
 from lethe_sglang.config import ConfigError, EvictionConfig, RequestOverride, parse_request
 from lethe_sglang.config.changes import changes
 from lethe_sglang.engine import breakpoints
@@ -25,9 +25,6 @@ from lethe_sglang.observers.measure import Measurer
 
 if TYPE_CHECKING:
     from lethe_sglang.attention.length_classes import LengthClasses
-
-SCRATCH_FRACTION = 0.01
-"""Part of the pool that one launch of a round may move at a time; more due requests are split into several."""
 
 
 class Runtime:
@@ -296,16 +293,27 @@ class Runtime:
             SGLang's slot allocator; freed blocks go back to it.
         """
         started = time.perf_counter()
-        plans = [(state, self._plan(state, committed)) for state, committed in due]
-        budget_cells = max(int(SCRATCH_FRACTION * self.num_layers * self.pool.cells.blocks), 1)
-        while plans:
-            group = [plans.pop(0)]
-            moved = sum(group[0][1].kept)
-            while plans and moved + sum(plans[0][1].kept) <= budget_cells:
-                moved += sum(plans[0][1].kept)
-                group.append(plans.pop(0))
-            self._launch([plan for _, plan in group], [state for state, _ in group], allocator)
+        states = [state for state, _ in due]
+        plans = [self._plan(state, committed) for state, committed in due]
+        start = 0
+        for size in groups(plans, self.pool.cells, self.pool.scratch_bytes):
+            group = slice(start, start + size)
+            self._launch(plans[group], states[group], allocator)
+            start += size
         self.counters.round_seconds += time.perf_counter() - started
+
+    def warm_up(self) -> None:
+        """Run one round over row 0 and the padding block, which nobody reads: kernels compile now, not in service."""
+        page = self.page_size
+        nothing = (0,) * self.num_layers
+        state = RequestState(rid="", row=0, layout=RowLayout(prefix=0, packed=0, tail=0), kept=nothing, budgets=nothing)
+        if self.config.recent + 2 * page <= self.req_to_token.shape[1]:
+            plan = self.ledger.plan(state, self.config.recent + 2 * page, (page,) * self.num_layers)
+            self._carry_out([plan])
+
+    def _carry_out(self, plans: list[RoundPlan]) -> RoundResult:
+        mean = self.ranks.mean if self.ranks.size > 1 else None
+        return run_round(plans, self.pool.cells, self.req_to_token, self.policy, mean, self.pool.scratch)
 
     def _plan(self, state: RequestState, committed: int) -> RoundPlan:
         if self.config.budget.allocation == "breakpoint":
@@ -313,8 +321,7 @@ class Runtime:
         return self.ledger.plan(state, committed, state.budgets)
 
     def _launch(self, plans: list[RoundPlan], states: list[RequestState], allocator: Any) -> None:
-        mean = self.ranks.mean if self.ranks.size > 1 else None
-        result = run_round(plans, self.pool.cells, self.req_to_token, self.policy, mean)
+        result = self._carry_out(plans)
         allocator.free_segment(result.freed, start_pos=0)
         self.counters.count_launch(states, plans, result.freed.numel())
         for state, plan in zip(states, plans, strict=True):

@@ -68,6 +68,21 @@ class States(NamedTuple):
     memory: torch.Tensor | None
 
 
+class Parts(NamedTuple):
+    """How SGLang's Triton decode divides lists.
+
+    Attributes
+    ----------
+    count
+        int32 or int64 ``[B]``: parts that each list is to have; as it cannot always, the last ones may stay unused.
+    multiple
+        Tokens that the length of a part is a multiple of.
+    """
+
+    count: torch.Tensor
+    multiple: int
+
+
 class Attention(NamedTuple):
     """What one layer's attention read and the normaliser it found.
 
@@ -79,11 +94,14 @@ class Attention(NamedTuple):
         ``[cells, Hkv, D]``: the flat pool; float32, float16, bfloat16, float8_e4m3fn or float8_e5m2, contiguous.
         Query head h reads KV head ``h // (Hq / Hkv)``.
     lse
-        float32 ``[B, Hq]``: log-sum-exp of the scaled logits.
+        float32 ``[B, Hq]``: log-sum-exp of the scaled logits; with ``parts`` ``[B, Hq, most parts]``, those of a list's
+        parts, of which the first are in use.
     scaling
         Softmax scale, times the factor of a stored key (fp8).
     lse_base
         Base of the logarithm in ``lse``: FlashInfer's is 2.
+    parts
+        How lists are divided, with base e; None if they are whole.
     """
 
     query: torch.Tensor
@@ -91,6 +109,7 @@ class Attention(NamedTuple):
     lse: torch.Tensor
     scaling: float
     lse_base: Literal["e", "2"] = "e"
+    parts: Parts | None = None
 
 
 class Cells(NamedTuple):
@@ -141,6 +160,11 @@ class Cells(NamedTuple):
         start, end = layer * self.blocks, (layer + 1) * self.blocks
         views = {name: buffer[start:end] for name, buffer in self.buffers.items()}
         return self._replace(**views, num_layers=1)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers.values())
 
     @property
     def buffers(self) -> dict[str, torch.Tensor]:

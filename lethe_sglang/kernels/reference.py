@@ -78,6 +78,11 @@ def fill_lists(batch: Batch, layer: int, blocks: int | None, lists: Lists, fill_
     indices[(begin + j)[fits]] = cells[fits].to(indices.dtype)
 
 
+def ceil_div(value: torch.Tensor, divisor: torch.Tensor | int) -> torch.Tensor:
+    """``value / divisor`` rounded up."""
+    return -torch.div(-value, divisor, rounding_mode="floor")
+
+
 def _ends(indptr: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return where lists begin and end, int64 ``[B, 1]``."""
     ends = indptr[: batch + 1].to(torch.int64).unsqueeze(1)
@@ -86,7 +91,7 @@ def _ends(indptr: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]
 
 def score(rule: Accumulation, attention: Attention, lists: Lists, schedule: Schedule, states: States) -> None:
     """Apply a step's attention to the states of own cells, from its log-sum-exp."""
-    query, keys, lse, scaling, lse_base = attention
+    query, keys, lse, scaling, lse_base, parts = attention
     batch, heads, dim = query.shape
     begin, end = _ends(lists.indptr, batch)
     length = end - begin
@@ -96,6 +101,10 @@ def score(rule: Accumulation, attention: Attention, lists: Lists, schedule: Sche
     q = query.float().view(batch, keys.shape[1], -1, dim)
     logits = torch.einsum("bkgd,bnkd->bkgn", q, keys[cells].float()).reshape(batch, heads, -1) * scaling
     natural = lse * (math.log(2) if lse_base == "2" else 1.0)
+    if parts is not None:
+        part = ceil_div(ceil_div(length, parts.count.clamp(min=1).unsqueeze(1)), parts.multiple) * parts.multiple
+        used = torch.arange(lse.shape[2], device=lse.device) < ceil_div(length, part.clamp(min=1))
+        natural = natural.masked_fill(~used.unsqueeze(1), float("-inf")).logsumexp(2)
     weights = torch.exp(logits - natural.unsqueeze(2)).mean(1).masked_fill(~own, 0.0)
     accumulate(rule, states, cells, weights, schedule)
 
@@ -193,8 +202,13 @@ def select(rank: torch.Tensor, valid: torch.Tensor, pinned: torch.Tensor, count:
     return torch.zeros_like(valid).scatter_(-1, order, chosen.expand_as(valid))
 
 
-def repack(buffers: Iterable[torch.Tensor], source: torch.Tensor, destination: torch.Tensor) -> None:
-    """``buffer[destination] = buffer[source]`` for each buffer, as if all cells moved at once."""
+def repack(
+    buffers: Iterable[torch.Tensor],
+    source: torch.Tensor,
+    destination: torch.Tensor,
+    scratch: torch.Tensor | None = None,
+) -> None:
+    """``buffer[destination] = buffer[source]`` for each buffer, as if all cells moved at once; needs no scratch."""
     if source.device.type == "cpu":  # a mask has to be counted, which would make the host wait for a GPU
         moves = source != destination
         source, destination = source[moves], destination[moves]

@@ -69,13 +69,14 @@ PROGRAM = textwrap.dedent(
     build("schedule", score._SCHEDULE, {"table": "i32", **rows, "first": "i32", "decay": "fp32"},
           {**columns, "NEVER": NEVER, "WINDOW": True}, ["step_decay"])
     states = {"lse": "fp32", "indptr": "i32", "indices": "i32", "first": "i32", "decay": "fp32", "step": "i64",
-              "scores": "fp32", "memories": "fp32"}
+              "scores": "fp32", "memories": "fp32", "parts": "i32"}
     cases = [("bf16", "bf16", tl.bfloat16, 128, 7, 0), ("fp16", "fp16", tl.float16, 96, 1, 1),
              ("bf16", "fp8e5", tl.bfloat16, 64, 16, 2), ("fp32", "fp32", tl.float32, 256, 2, 0)]
     if int(sys.argv[1]) >= 89:
         cases.append(("bf16", "fp8e4nv", tl.bfloat16, 128, 4, 0))
     for query, keys, compute, dim, group, rule in cases:
-        constants = {"RULE": rule, "KV_HEADS": 4, "GROUP": group, "HEAD_DIM": dim, "GROUP_PAD": 16,
+        constants = {"RULE": rule, "KV_HEADS": 4, "MULTIPLE": 32, "PARTS_PAD": 8,
+                     **({} if rule else {"parts": None}), "GROUP": group, "HEAD_DIM": dim, "GROUP_PAD": 16,
                      "DIM_PAD": triton.next_power_of_2(dim), "COMPUTE": compute}
         build(f"score-{query}-{keys}-{dim}-{group}-{rule}", score._SCORE, {"query": query, "keys": keys, **states},
               constants, ["logit_scale", "lse_scale", "threshold"])

@@ -10,7 +10,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from lethe_sglang.kernels import reference
-from lethe_sglang.kernels.common import Attention, Batch, Lists, Schedule, States
+from lethe_sglang.kernels.common import Attention, Batch, Lists, Parts, Schedule, States
 from lethe_sglang.kernels.reference import Reading, accumulate, attend
 from lethe_sglang.kernels.table import NEVER, read, width
 from lethe_sglang.kernels.triton import config, score
@@ -93,7 +93,8 @@ class Case:
         listed = clean[self.cells].repeat_interleave(group, 2)
         logits = torch.einsum("bhd,bnhd->bhn", self.query.float(), listed) * self.scaling
         beyond = torch.arange(max(lengths)) >= self.length.unsqueeze(1)
-        self.lse = logits.masked_fill(beyond.unsqueeze(1), float("-inf")).logsumexp(-1)
+        self.logits, self.parts = logits.masked_fill(beyond.unsqueeze(1), float("-inf")), None
+        self.lse = self.logits.logsumexp(-1)
         if lse_base == "2":
             self.lse /= math.log(2)
 
@@ -111,8 +112,9 @@ class Case:
         """Scores and memories by ``function``."""
         device = device or self.device
         there = {n: None if getattr(self, n) is None else getattr(self, n).clone().to(device) for n in NAMES}
-        scaling = self.scaling * self.k_scale
-        function(**arguments(self.rule, **there, scaling=scaling, lse_base=self.lse_base), **kwargs)
+        parts = self.parts and self.parts._replace(count=self.parts.count.to(device))
+        base = {"scaling": self.scaling * self.k_scale, "lse_base": self.lse_base, "parts": parts}
+        function(**arguments(self.rule, **there, **base), **kwargs)
         return there["scores"].cpu(), None if self.memories is None else there["memories"].cpu()
 
     def check(self, **kwargs):
@@ -120,6 +122,24 @@ class Case:
         for name, got, want in zip(("score", "memory"), self.run(**kwargs), self.expected(), strict=True):
             if want is not None:
                 torch.testing.assert_close(got[1:], want[1:], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("function", [score.score, reference.score])
+@pytest.mark.parametrize("integer", [torch.int32, torch.int64])
+def test_log_sum_exps_of_a_lists_parts_are_merged_and_unused_ones_are_not_read(device, function, integer):
+    lengths, counts, multiple = (40, 17, 1, 9, 33), (3, 8, 5, 2, 1), 4
+    case = Case(device, lengths=lengths, own_from=(5, 0, 0, 2, 1))
+    case.parts = Parts(torch.tensor(counts, dtype=integer), multiple)
+    case.lse = torch.full((*case.lse.shape, 8), 1e3)
+    unused = 0
+    for b, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+        part = math.ceil(math.ceil(length / count) / multiple) * multiple
+        starts = range(0, length, part)
+        unused += count - len(starts)
+        for number, start in enumerate(starts):
+            case.lse[b, :, number] = case.logits[b, :, start : start + part].logsumexp(-1)
+    assert unused >= 3, "every part is used: the test says nothing"
+    case.check(function=function, **({} if function is score.score else {"device": torch.device("cpu")}))
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -40,6 +40,8 @@ EARLY = []
 """The indptr that the kernel launched last has written, and what it held before."""
 
 
+MIN_BLOCK_KV = 4
+"""Of the Triton decode's double, so that short lists have several parts."""
 DONE = []
 """Those it has made."""
 
@@ -374,7 +376,6 @@ def decode_attention_fwd(
     lean_Op=None,
     lean_locks=None,
     uneven_batch=None,
-    MIN_BLOCK_KV=4,
 ):
     """SGLang's Triton decode: a list is cut into ``num_kv_splits`` parts, whose log-sum-exps are natural.
 
@@ -473,6 +474,7 @@ def modules() -> dict[str, ModuleType]:
         f"{attention}.triton_backend": {"TritonAttnBackend": stock_triton(dict(where))},
         f"{attention}.torch_native_backend": {"TorchNativeAttnBackend": stock_torch_native(where)},
         "sglang.srt.mem_cache.memory_pool": {"KVWriteLoc": KVWriteLoc},
+        "sglang.kernels.ops.attention.decode_attention": {"_MIN_BLOCK_KV": MIN_BLOCK_KV},
     }
     out = {}
     for name, values in contents.items():

@@ -28,6 +28,7 @@ EXCEPTIONS = {("cli/show.py", "lethe_sglang.engine.guard")}
 LEAVES = {"errors", "files", "processes"}
 """Modules that every room may import, and that import none."""
 OF_THE_PRODUCT = {
+    "cache",
     "config",
     "policies",
     "allocation",

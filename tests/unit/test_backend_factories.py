@@ -88,6 +88,8 @@ def test_the_first_decode_step_scores_no_prefix(monkeypatch, tree, mode, first):
         kv=SimpleNamespace(req_pool_idx=1, cache_protected_len=tree),
         origin_input_ids=[0] * 11,
         full_untruncated_fill_ids=[0] * 11,
+        extend_len=11,
+        extend_end=11,
         sampling_params=params,
         beam_group=None,
         skip_radix_cache_insert=False,
@@ -100,6 +102,52 @@ def test_the_first_decode_step_scores_no_prefix(monkeypatch, tree, mode, first):
     pool.ledger.close([1, 2])
     pool.ledger.flush()
     assert not pool.ledger.table.any(), "the row's next request begins with nothing of this one"
+
+
+@pytest.mark.parametrize("page", [1, 8])
+@pytest.mark.parametrize("policy", ["lethe", "gkv"])
+def test_a_round_that_compiles_kernels_touches_nothing_that_anybody_reads(page, policy):
+    config = from_mapping({"budget": {"tokens": 24}, "policy": policy})
+    runtime, pool = runtime_module.Runtime(config, (16,) * 3, page, None), MiniPool(page=page)
+    pool.admit(1, 50, 0, (9, 9, 9))
+    runtime.ledger, runtime.req_to_token = pool.ledger, pool.req_to_token
+    runtime.pool = SimpleNamespace(cells=pool.cells, scratch=None)
+    rows = pool.req_to_token.clone()
+    before = {name: buffer.clone() for name, buffer in pool.cells.buffers.items()}
+    runtime.warm_up()
+    assert torch.equal(pool.req_to_token, rows)
+    for name, buffer in pool.cells.buffers.items():
+        assert torch.equal(*(x.view(3, pool.cells.blocks, -1)[:, page:] for x in (buffer, before[name])))
+    assert set(pool.ledger.requests) == {1} and runtime.counters.launches == 0
+    assert not torch.equal(pool.cells.position, before["position"]), "nothing was run"
+
+
+def test_prefills_are_observed_at_their_last_chunk_alone(monkeypatch):
+    """Named on the host when the batch is prepared: a replayed prefill names its rows on the device only."""
+    config = from_mapping({"budget": {"tokens": 64}, "retain": {"prompt": "evict"}})
+    runtime = runtime_module.Runtime(config, (48,) * 3, 8, None)
+    pool = MiniPool(page=8)
+    runtime.ledger = pool.ledger
+    monkeypatch.setattr(runtime_module, "_runtime", runtime)
+
+    def request(row, prompt, done, now, private=True):
+        return SimpleNamespace(
+            rid=f"r{row}",
+            kv=SimpleNamespace(req_pool_idx=row, cache_protected_len=8),
+            origin_input_ids=[0] * prompt,
+            full_untruncated_fill_ids=[0] * prompt,
+            extend_len=now,
+            extend_end=done + now,
+            sampling_params=SimpleNamespace(custom_params=None),
+            beam_group=None,
+            skip_radix_cache_insert=private,
+        )
+
+    requests = [request(1, 60, 8, 20), request(2, 60, 40, 20), request(3, 30, 8, 22, False), request(4, 17, 8, 9)]
+    lifecycle.observe_prefill(None, SimpleNamespace(reqs=requests, tree_cache=SimpleNamespace(disable=False)))
+    assert pool.ledger.observed == [(2, 8, 60, 20, 40), (4, 8, 17, 62, 71)]
+    lifecycle.observe_prefill(None, SimpleNamespace(reqs=requests[:1], tree_cache=SimpleNamespace(disable=False)))
+    assert pool.ledger.observed == [], "one batch's prefills cost the next one nothing"
 
 
 def test_rows_are_those_of_the_last_decode_batch(monkeypatch):

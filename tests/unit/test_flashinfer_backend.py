@@ -41,6 +41,7 @@ from flashinfer_double import (
 
 from lethe_sglang.allocation.budgets import scale
 from lethe_sglang.attention.length_classes import LengthClasses
+from lethe_sglang.cache.ledger import Observed
 from lethe_sglang.config import from_mapping
 from lethe_sglang.policies.base import Accumulation
 from lethe_sglang.policies.lethe import LethePolicy
@@ -186,6 +187,11 @@ def test_captured_addresses_stay_and_classes_share_only_what_they_may(single):
     assert all(len({addresses[3] for addresses in sizes}) == 1 for sizes in by_class), "sizes share a class's workspace"
 
 
+def test_rows_of_indptr_are_aligned_alike():
+    backend = Server(flashinfer()).backend
+    assert {row.data_ptr() % 16 for row in backend.class_indptr} == {0} and backend.class_indptr.shape[1] >= 17
+
+
 def test_integer_workspaces_are_small_and_staged_apart():
     backend = Server(flashinfer()).backend
     assert all(w._int_workspace_buffer.numel() == 2**20 for w in backend.decode_wrappers)
@@ -318,7 +324,7 @@ def test_prefill_starts_states_and_observed_prompts_are_scored():
         for row in (6, 7):
             for position in range(20):
                 world.write(row, position)
-        world.ledger.observed[7] = 4
+        world.ledger.observed = [Observed(row=7, first=4, length=20, start=15, end=27)]
         slots = torch.cat([world.req_to_token[6, 5:20], world.req_to_token[7, 8:20]]).long()
         batch = forward_batch(
             [6, 7],
@@ -327,9 +333,6 @@ def test_prefill_starts_states_and_observed_prompts_are_scored():
             forward_mode=Mode.EXTEND,
             out_cache_loc=slots,
             positions=torch.arange(27),
-            extend_prefix_lens_cpu=[5, 8],
-            extend_seq_lens_cpu=[15, 12],
-            req_pool_indices_cpu=torch.tensor([6, 7]),
         )
         begin = server.backend.scored.begin if server is servers[0] else server.backend.init_forward_metadata
         begin(batch)

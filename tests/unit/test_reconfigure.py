@@ -40,7 +40,7 @@ def served(page=1, captured=False, **sections):
     runtime = runtime_module.Runtime(config, layers_of(config), page, None, captured=captured)
     pool = MiniPool(num_layers=LAYERS, page=page, recent=config.recent, interval=config.rounds.interval, context=900)
     runtime.pool, runtime.ledger, runtime.req_to_token = (
-        SimpleNamespace(cells=pool.cells),
+        SimpleNamespace(cells=pool.cells, scratch_bytes=0, scratch=None),
         pool.ledger,
         pool.req_to_token,
     )

@@ -9,6 +9,7 @@ import torch
 from cache_model import MiniPool
 
 from lethe_sglang.cache.ledger import NEVER
+from lethe_sglang.cache.rounds import TEMPORARY_BYTES, groups
 from lethe_sglang.config import from_mapping
 from lethe_sglang.engine.runtime import Runtime
 from lethe_sglang.policies.lethe import LethePolicy
@@ -213,6 +214,24 @@ def test_two_due_requests_cost_one_launch_and_keep_what_each_would_alone():
     for state in list(alone.ledger.requests.values()):
         alone.round([state], LethePolicy())
     assert [own_positions(together, r) for r in (1, 2)] == [own_positions(alone, r) for r in (1, 2)]
+
+
+def test_a_launch_takes_no_more_memory_than_it_may_but_for_one_request():
+    pool = MiniPool()
+    for row, length in ((1, 50), (2, 57), (3, 200), (4, 45)):
+        pool.admit(row, length, 0, (9, 4, 6))
+    plans = [pool.ledger.plan(s, pool.seq[s.row], s.budgets) for s in pool.ledger.requests.values()]
+    a_cell = pool.cells.bytes // (3 * pool.cells.blocks)
+    assert a_cell == 2 * 4 * 4 + 3 * 4
+
+    def taken(*launch):
+        most = max(max(plan.candidates) for plan in launch)
+        return sum(sum(plan.kept) for plan in launch) * a_cell + 3 * len(launch) * most * TEMPORARY_BYTES
+
+    assert groups(plans, pool.cells, taken(*plans)) == [4]
+    assert groups(plans, pool.cells, taken(*plans) - 1) == [3, 1], "candidates are padded to the longest of a launch"
+    assert groups(plans, pool.cells, taken(*plans[:2])) == [2, 1, 1]
+    assert groups(plans, pool.cells, 0) == [1, 1, 1, 1]
 
 
 def test_budgets_may_change_between_rounds_and_blocks_shrink_with_them():

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lethe_sglang.attention import prefill
 from lethe_sglang.attention.prefill import observation_attention, replay
-from lethe_sglang.kernels.common import Schedule, States
+from lethe_sglang.kernels.common import Schedule, States, update
 from lethe_sglang.kernels.reference import Reading, accumulate, attend, repack, select
 from lethe_sglang.policies import Accumulation
 
@@ -61,6 +62,33 @@ def test_observation_scores_equal_the_same_queries_as_decode_steps():
         expected *= gamma
         expected[: t + 1] += a
     torch.testing.assert_close(got, expected)
+
+
+def test_a_long_sequence_is_observed_in_chunks(monkeypatch):
+    torch.manual_seed(0)
+    keys, cells, queries = torch.randn(90, 2, 8), torch.randperm(89)[:70] + 1, torch.randn(9, 4, 8)
+    whole = observation_attention(queries, keys, cells, 0.5, 6)
+    for chunk in (7, 32, 69):
+        monkeypatch.setattr(prefill, "CHUNK", chunk)
+        torch.testing.assert_close(observation_attention(queries, keys, cells, 0.5, 6), whole)
+
+
+@pytest.mark.parametrize("every", [1, 3, 50])
+@pytest.mark.parametrize("rule", ["sum", "max", "recurrence"])
+def test_replayed_queries_are_decode_steps(rule, every):
+    torch.manual_seed(0)
+    attention, n, w = torch.rand(6, 20), 20, 6
+    policy = Accumulation(decay=0.8, every=every, rule=rule, threshold=0.5)
+    score = torch.arange(n).float().clamp(min=n - w) if rule == "recurrence" else torch.zeros(n)
+    memory = torch.zeros(n) if rule == "recurrence" else None
+    for i, length in enumerate(range(n - w + 1, n + 1)):
+        if length % every == 0:
+            score, memory = update(policy, score, memory, attention[i], policy.step_decay, length)
+    found = replay(policy, attention)
+    torch.testing.assert_close(found[0], score)
+    assert (found[1] is None) == (memory is None)
+    if memory is not None:
+        torch.testing.assert_close(found[1], memory)
 
 
 def test_observation_of_a_chunk_shorter_than_the_window_uses_its_queries():

@@ -107,7 +107,7 @@ def repack(
     source, destination
         int32 or int64 ``[n]``: flat cell indices; destinations are distinct.
     scratch
-        uint8, at least ``scratch_bytes(buffers, n)``, 16-byte aligned; None allocates it.
+        uint8, 16-byte aligned, ``scratch_bytes(buffers, n)`` or more; None or less allocates it.
     """
     buffers = list(buffers)
     if not 1 <= len(buffers) <= _BUFFERS:
@@ -123,11 +123,11 @@ def repack(
     if n == 0:
         return
     needed = scratch_bytes(buffers, n)
-    if scratch is None:
+    if scratch is None or scratch.shape[0] < needed:
         scratch = torch.empty(needed, dtype=torch.uint8, device=source.device)
     expect("scratch", scratch, torch.uint8, [None])
-    if scratch.shape[0] < needed or scratch.data_ptr() % _ALIGNMENT:
-        raise ValueError(f"scratch must be {needed} bytes, {_ALIGNMENT}-byte aligned, not {scratch.shape[0]}")
+    if scratch.data_ptr() % _ALIGNMENT:
+        raise ValueError(f"scratch must be {_ALIGNMENT}-byte aligned")
 
     words, temporary, start = tuple(_words(buffer) for buffer in buffers), [], 0
     for view, buffer in zip(words, buffers, strict=True):

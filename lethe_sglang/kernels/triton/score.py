@@ -84,9 +84,11 @@ def _score(
     step,
     scores,
     memories,
+    parts,
     query_stride_b,
     query_stride_h,
     lse_stride,
+    lse_stride_h,
     logit_scale,
     lse_scale,
     threshold,
@@ -97,6 +99,8 @@ def _score(
     GROUP_PAD: tl.constexpr,
     DIM_PAD: tl.constexpr,
     COMPUTE: tl.constexpr,
+    MULTIPLE: tl.constexpr,
+    PARTS_PAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     b = tl.program_id(1)
@@ -107,6 +111,10 @@ def _score(
     heads = tl.arange(0, GROUP_PAD)
     dims = tl.arange(0, DIM_PAD)
     own = tl.minimum(tl.load(first + b), length)  # NEVER plus a program's offset would wrap around
+    used = 1
+    if parts is not None:  # as SGLang's kernel divides a list; it writes the parts that it uses
+        part = tl.cdiv(tl.cdiv(length, tl.maximum(tl.load(parts + b).to(tl.int32), 1)), MULTIPLE) * MULTIPLE
+        used = tl.cdiv(length, tl.maximum(part, 1))
     for start in range(own + tl.program_id(0) * BLOCK_N, length, tl.num_programs(0) * BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         mask = j < length
@@ -125,7 +133,18 @@ def _score(
                 mask=(heads < GROUP)[None, :] & (dims < HEAD_DIM)[:, None],
                 other=0.0,
             )
-            normaliser = tl.load(lse + b * lse_stride + head, mask=heads < GROUP, other=float("inf")) * lse_scale
+            at = lse + b * lse_stride + head * lse_stride_h
+            if parts is None:
+                normaliser = tl.load(at, mask=heads < GROUP, other=float("inf"))
+            else:  # a tile and not a loop, which would keep the keys of the next head from being loaded ahead
+                p = tl.arange(0, PARTS_PAD)
+                tile = (heads < GROUP)[:, None] & (p < used)[None, :]
+                some = tl.load(at[:, None] + p[None, :], mask=tile, other=0.0)
+                some = tl.where((heads >= GROUP)[:, None] | (p < used)[None, :], some, float("-inf"))
+                most = tl.max(some, axis=1)
+                merged = most + tl.log(tl.sum(tl.exp(some - most[:, None]), axis=1))
+                normaliser = tl.where(heads < GROUP, merged, float("inf"))
+            normaliser *= lse_scale
             logits = tl.dot(k.to(COMPUTE), q.to(COMPUTE), input_precision="ieee") * logit_scale
             total += tl.sum(tl.exp2(logits - normaliser[None, :]), axis=1)
         a = total / (KV_HEADS * GROUP)
@@ -212,7 +231,7 @@ def score(
     splits
         Programs along the sequence, a power of two or not; None fills the device.
     """
-    query, keys, lse, scaling, lse_base = attention
+    query, keys, lse, scaling, lse_base, parts = attention
     scores, memories = states
     expect("query", query, _FLOAT, [None, None, None])
     batch, heads, head_dim = query.shape
@@ -220,7 +239,13 @@ def score(
     cells, kv_heads = keys.shape[:2]
     if kv_heads == 0 or heads % kv_heads or not 0 < head_dim <= 256:
         raise ValueError(f"{heads} query heads do not share {kv_heads} KV heads, or head_dim {head_dim} exceeds 256")
-    expect("lse", lse, torch.float32, [batch, heads])
+    if parts is None:
+        expect("lse", lse, torch.float32, [batch, heads])
+    else:
+        expect("lse", lse, torch.float32, [batch, heads, None])
+        expect("parts.count", parts.count, INTEGER, [batch])
+        if lse_base != "e" or parts.multiple < 1:
+            raise ValueError(f"parts have base e and a positive multiple, not {lse_base!r} and {parts.multiple}")
     expect_lists(lists, batch)
     _expect_schedule(schedule, batch)
     assert scores is not None
@@ -245,9 +270,11 @@ def score(
         *schedule,
         scores,
         scores if memories is None else memories,
+        None if parts is None else parts.count,
         query.stride(0),
         query.stride(1),
         lse.stride(0),
+        lse.stride(1),
         scaling * _LOG2_E,
         _LOG2_E if lse_base == "e" else 1.0,
         rule.threshold,
@@ -258,6 +285,8 @@ def score(
         max(16, bucket(group)),
         max(16, bucket(head_dim)),
         _compute_dtype(query.dtype, keys.dtype),
+        1 if parts is None else parts.multiple,
+        1 if parts is None else bucket(lse.shape[2]),
     )
 
 

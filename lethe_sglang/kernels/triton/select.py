@@ -85,10 +85,11 @@ def select(rank: torch.Tensor, valid: torch.Tensor, pinned: torch.Tensor, count:
     """
     if rank.dim() == 0:
         raise ValueError("rank must have at least one axis, that of the candidates")
-    expect("rank", rank.contiguous(), torch.float32, rank.shape)
-    expect("valid", valid.contiguous(), torch.bool, rank.shape)
-    expect("pinned", pinned.contiguous(), INTEGER, rank.shape[:-1])
-    expect("count", count.contiguous(), INTEGER, rank.shape[:-1])
+    rank, valid, pinned, count = (tensor.contiguous() for tensor in (rank, valid, pinned, count))
+    expect("rank", rank, torch.float32, rank.shape)
+    expect("valid", valid, torch.bool, rank.shape)
+    expect("pinned", pinned, INTEGER, rank.shape[:-1])
+    expect("count", count, INTEGER, rank.shape[:-1])
     n = rank.shape[-1]
     chosen = torch.empty(rank.shape, dtype=torch.bool, device=rank.device)
     segments = count.numel()
@@ -96,10 +97,10 @@ def select(rank: torch.Tensor, valid: torch.Tensor, pinned: torch.Tensor, count:
         _KERNEL.launch(
             lambda meta: (segments,),
             (bucket(n), bucket(segments)),
-            rank.contiguous(),
-            valid.contiguous().view(torch.uint8),
-            pinned.contiguous(),
-            count.contiguous(),
+            rank,
+            valid.view(torch.uint8),
+            pinned,
+            count,
             chosen.view(torch.uint8),
             n,
         )
