@@ -2,7 +2,8 @@
 
 Scheduler, overlap, radix tree, rounds, SGLang's backends and ours, and their plans are the real ones; all Triton
 kernels, SGLang's and ours, run under Triton's interpreter, and FlashInfer's wrappers are those of
-``flashinfer_on_cpu``. What a GPU adds is the compiler, FlashInfer's kernels, CUDA graphs and streams.
+``flashinfer_on_cpu``. The Triton server replays its steps of one request (``graphs_on_cpu``; FlashInfer's are in
+``test_cuda_graphs.py``). What a GPU adds is the compiler, FlashInfer's kernels and streams.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ SETTINGS = config(
     debug={"record_kept": True},
 )
 PROMPTS = [WALKS[0], CHAINS[1]]
-TOKENS = 38
+TOKENS = (26, 46)
+"""So that the last steps are of one request, which is replayed where there are graphs."""
+HERE = Path(__file__).parent
 ENVIRONMENT = {
     "torch_native": {},
-    "triton": {"TRITON_INTERPRET": "1"},
-    "flashinfer": {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).with_name("flashinfer_on_cpu"))},
+    "triton": {"TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE / "graphs_on_cpu")},
+    "flashinfer": {"TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE / "flashinfer_on_cpu")},
 }
 
 
@@ -47,11 +50,12 @@ def serve(start, backend):
         "lethe",
         "--kv-evict-config",
         SETTINGS,
+        *(("--cuda-graph-bs-decode", "1") if backend == "triton" else ()),
         env=ENVIRONMENT[backend],
     ).wait()
 
     def ask(number):
-        sampling = {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True}
+        sampling = {"temperature": 0, "max_new_tokens": TOKENS[number], "ignore_eos": True}
         body = {"text": PROMPTS[number], "rid": f"r{number}", "sampling_params": sampling}
         return server.post("/generate", body)["text"]
 

@@ -15,9 +15,13 @@ import torch
 
 
 class _Wrapper:
-    def __init__(self, workspace, kv_layout="NHD", use_cuda_graph=False, use_tensor_cores=False, backend="auto"):
-        assert kv_layout == "NHD" and not use_cuda_graph
-        self.is_cuda_graph_enabled = False
+    def __init__(
+        self, workspace, kv_layout="NHD", use_cuda_graph=False, use_tensor_cores=False, backend="auto", **buffers
+    ):
+        assert kv_layout == "NHD" and use_cuda_graph == bool(buffers)
+        self.is_cuda_graph_enabled = use_cuda_graph
+        for name, buffer in buffers.items():  # graphs hold their addresses
+            setattr(self, f"_{name}".removesuffix("fer"), buffer)
         self._float_workspace_buffer = workspace
         self._custom_mask_buf = None
         self.plan = None
@@ -51,7 +55,13 @@ class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
         assert indptr.dtype == indices.dtype == last_page_len.dtype == torch.int32 and page_size == 1
         assert indptr.device.type == "cpu" and bool((last_page_len == 1).all())
         self.plan = indptr.clone(), (num_qo_heads, num_kv_heads, head_dim), (q_data_type, data_type)
-        self._paged_kv_indptr_buf, self._paged_kv_indices_buf = indptr.clone(), indices
+        if self.is_cuda_graph_enabled:
+            self._paged_kv_indptr_buf.copy_(indptr)
+        else:
+            self._paged_kv_indptr_buf, self._paged_kv_indices_buf = indptr.clone(), indices
+
+    def run(self, *args, **kwargs):
+        raise NotImplementedError("forward and forward_return_lse are what the backends call")
 
     def forward_return_lse(self, q, paged_kv_cache, *, sm_scale, logits_soft_cap=0.0, k_scale=None, v_scale=None):
         indptr, heads, types = self.plan
@@ -65,6 +75,23 @@ class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
             for query, cells in zip(q, lists, strict=True)
         ]
         return torch.cat([output for output, _ in parts]), torch.cat([lse for _, lse in parts])
+
+
+def fast_decode_plan(wrapper, indptr, *args, global_override_indptr_cpu, **options):
+    """Plan a captured wrapper again, from host numbers alone; its indptr has been written."""
+    assert torch.equal(wrapper._paged_kv_indptr_buf, global_override_indptr_cpu)
+    BatchDecodeWithPagedKVCacheWrapper.begin_forward(wrapper, global_override_indptr_cpu, *args, **options)
+
+
+class OnCpu:
+    """Torch, to a module that asks for tensors of a CUDA device by name."""
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    @staticmethod
+    def zeros(*args, **kwargs):
+        return torch.zeros(*args, **{**kwargs, "device": "cpu"})
 
 
 class BatchPrefillWithRaggedKVCacheWrapper(_Wrapper):
@@ -143,4 +170,6 @@ def register():
     for wrapper in _Wrapper.__subclasses__():
         setattr(flashinfer_backend, wrapper.__name__, wrapper)
     flashinfer_backend._safe_merge_state = merge_state
+    flashinfer_backend.fast_decode_plan = fast_decode_plan
+    flashinfer_backend.torch = OnCpu()
     guard.legal_backends = lambda resolved: guard.BACKENDS

@@ -1,0 +1,97 @@
+"""Whole servers whose decode steps are replayed, against eager servers of the portable backend.
+
+SGLang's decode graph runner captures and replays (batch buckets, padding, metadata), on a CPU: a graph is what
+``graphs_on_cpu`` records. FlashInfer's wrappers are ``flashinfer_on_cpu``, Triton kernels run under the interpreter.
+"""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from conftest import config
+from problems import CHAINS, WALKS
+
+HERE = Path(__file__).parent
+DOUBLES = {
+    "TRITON_INTERPRET": "1",
+    "PYTHONPATH": ":".join(str(HERE / name) for name in ("graphs_on_cpu", "flashinfer_on_cpu")),
+}
+PER_LAYER = {"allocation": "list", "layers": [10, 16, 12, 19]}
+SETTINGS = {
+    "lethe-uniform": ({"policy": "lethe", "budget": {"tokens": 19}, "lethe": {"half_life": 7}}, "1"),
+    "snapkv-layers": ({"policy": "snapkv", "budget": PER_LAYER, "snapkv": {"window": 5}}, "1"),
+    "lazy-pages": ({"policy": "lazy", "budget": PER_LAYER, "lazy": {"threshold": 0.02}}, "16"),
+}
+JOBS = [(WALKS[0], 24), (CHAINS[1], 44), (WALKS[1], 34)]
+
+
+def serve(start, name, graphs, env=None):
+    settings, page = SETTINGS[name]
+    rest = {"rounds": {"interval": 8}, "retain": {"recent_ratio": 0.3}, "debug": {"record_kept": True}}
+    backend = ("--attention-backend", "flashinfer" if graphs else "torch_native")
+    return start(
+        *("--max-total-tokens", "2048", "--max-running-requests", "4", "--context-length", "600"),
+        *("--page-size", page, "--kv-evict", settings["policy"], "--kv-evict-config", config(**settings, **rest)),
+        *backend,
+        *(("--cuda-graph-bs-decode", "1", "2") if graphs else ()),
+        env={**DOUBLES, **(env or {})} if graphs else {},
+    ).wait()
+
+
+def ask(server, rid, prompt, tokens):
+    sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
+    return server.post("/generate", {"text": prompt, "rid": rid, "sampling_params": sampling})["text"]
+
+
+def replies(server, jobs=JOBS):
+    """Run three at once, one after the other ends: from an eager batch to buckets of two and one."""
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        texts = list(pool.map(lambda n: ask(server, f"r{n}", *jobs[n]), range(len(jobs))))
+    kept = {(entry["rid"], entry["round"]): entry["kept"] for entry in server.lethe()["kept"]}
+    return texts, {key: value for key, value in kept.items() if key[0].startswith("r")}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_replayed_steps_answer_and_keep_what_eager_ones_do(start, name):
+    portable = serve(start, name, graphs=False)
+    expected = replies(portable)
+    portable.stop()
+    server = serve(start, name, graphs=True)
+    assert server.log.read_text().count("graphs_on_cpu: captured") == 2
+    found = replies(server)
+    assert found[0] == expected[0]
+    assert len(found[1]) >= (6 if SETTINGS[name][1] == "1" else 3) and found[1] == expected[1]
+    if name == "lethe-uniform":
+        survive(server, expected[0][0])
+    server.check_healthy()
+    server.stop()
+
+
+def survive(server, first):
+    """A batch that is retracted, and one that is aborted, leave the graphs as they were."""
+    with ThreadPoolExecutor(3) as pool:
+        running = [pool.submit(ask, server, f"x{n}", WALKS[n + 2], 60) for n in range(2)]
+        time.sleep(2)
+        server.post("/pause_generation", {"mode": "retract"})
+        server.post("/continue_generation")
+        gone = pool.submit(ask, server, "gone", CHAINS[0], 300)
+        time.sleep(2)
+        server.post("/abort_request", {"rid": "gone"})
+        assert all(reply.result() for reply in running)
+        gone.result()
+    assert server.lethe()["requests_retracted"] >= 1
+    assert ask(server, "again", *JOBS[0]) == first
+
+
+@pytest.mark.parametrize("plant", ["integer", "tensor"])
+def test_a_stale_value_in_a_graph_shows(start, plant):
+    """A number read on the host at capture, and a tensor that is not at the captured address."""
+    eager = serve(start, "lethe-uniform", graphs=False)
+    expected = replies(eager, JOBS[:1])
+    eager.stop()
+    server = serve(start, "lethe-uniform", graphs=True, env={"GRAPHS_ON_CPU_PLANT": plant})
+    assert replies(server, JOBS[:1]) != expected
+    server.stop()
