@@ -85,7 +85,7 @@ MUTANTS = {
         ROUNDS,
         "order = in_time(candidate) if policy.uses_position else None",
         "order = None",
-        f"{REF} -k 'snapkv or lazy'",
+        f"{REF} -k lazy",
     ),
     "what was chosen in order of time is taken as stored": Mutant(
         ROUNDS, "n.kept.t()), order)", "n.kept.t()), None)", f"{REF} -k streaming"
