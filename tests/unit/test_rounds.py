@@ -42,7 +42,7 @@ def dense_reference(pool, row, budgets, recent_from, sinks):
 
 @pytest.mark.parametrize("page", [1, 8, 16])
 @pytest.mark.parametrize("prefix", [0, 16])
-@pytest.mark.parametrize("budgets", [(12, 12, 12), (5, 20, 11), (30, 3, 3)])
+@pytest.mark.parametrize("budgets", [(12, 12, 12), (5, 20, 11), (30, 3, 3), (2, 23, 24)])
 def test_many_rounds_keep_what_a_dense_reference_keeps(page, prefix, budgets):
     pool = MiniPool(page=page)
     states = {row: pool.admit(row, 37 + row, prefix, budgets) for row in (1, 2, 3)}
