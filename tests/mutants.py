@@ -172,6 +172,18 @@ MUTANTS = {
         "cell",
         "tests/kernels/test_triton_rounds.py",
     ),
+    "a layer that comes to be narrow is packed so at once": Mutant(
+        LEDGER, "[own and k <= layout.packed for", "[own for", f"{UNIT} -k comes_to_be"
+    ),
+    "the bound is the mean's": Mutant(
+        "lethe_sglang/engine/runtime.py", "self.config.recent + most) + rest", "0) + rest", f"{UNIT} -k rounding"
+    ),
+    "eager splits follow the sequence": Mutant(
+        "lethe_sglang/attention/triton.py",
+        "self.get_num_kv_splits(self.forward_metadata.num_kv_splits, longest)",
+        "pass",
+        "tests/unit/test_triton_backend.py -k longest",
+    ),
     "a hole is looked up one too far": Mutant(
         "lethe_sglang/kernels/triton/indices.py",
         "(number >= tl.load(line + HOLES",

@@ -18,7 +18,11 @@ from lethe_sglang.cache.layout import narrow_layers
 
 if TYPE_CHECKING:
     from lethe_sglang.cache.layout import RowLayout
-    from lethe_sglang.cache.ledger import Ledger, RequestState
+    from lethe_sglang.cache.ledger import Ledger, RequestState, RoundPlan
+
+
+SHARED_LISTS = 3
+"""Most lists that layers share: each takes a buffer for the longest sequences of the largest batch."""
 
 
 class LengthClasses:
@@ -38,7 +42,7 @@ class LengthClasses:
     layers
         Layers of each class, ascending.
     narrow
-        Which classes are narrow; they are the first ones.
+        Which classes share lists: the narrow ones, but for the smallest if they are more than ``SHARED_LISTS``.
     buffer_of
         Per class, the number of the buffer its lists lie in. A narrow class has one of its own, filled when a step
         begins; all others share the last, which every layer fills for itself.
@@ -52,8 +56,10 @@ class LengthClasses:
             for number in range(len(distinct))
         )
         narrow = narrow_layers(budgets)
-        self.narrow = tuple(narrow[layers[0]] for layers in self.layers)
-        self.buffer_of = tuple(min(number, sum(self.narrow)) for number in range(len(distinct)))
+        largest = sorted((layers for layers in self.layers if narrow[layers[0]]), key=len, reverse=True)[:SHARED_LISTS]
+        self.narrow = tuple(layers in largest for layers in self.layers)
+        shared = [number for number, shares in enumerate(self.narrow) if shares]
+        self.buffer_of = tuple(shared.index(n) if n in shared else len(shared) for n in range(len(distinct)))
         self.ledger = ledger
         self._intact = (0,) * len(distinct)
         self._known: dict[int, tuple[RowLayout, tuple[int, ...]]] = {}
@@ -67,8 +73,21 @@ class LengthClasses:
         )
 
     def narrow_layers(self) -> tuple[bool, ...]:
-        """Return whether each layer's class is narrow."""
+        """Return whether each layer shares its list."""
         return tuple(self.narrow[number] for number in self.of_layer)
+
+    def check(self, plan: RoundPlan) -> None:
+        """Check that a round leaves lists that the layers of a class can share.
+
+        Raises
+        ------
+        RuntimeError
+            With the layers: decoding would read cells of others.
+        """
+        for layers, shares in zip(self.layers, self.narrow, strict=True):
+            kept = {plan.kept[layer] for layer in layers}
+            if shares and (len(kept) > 1 or max(kept) > plan.new_packed):
+                raise RuntimeError(f"layers {layers} share a list and keep {sorted(kept)} cells in {plan.new_packed}")
 
     def lengths(self, rows: Sequence[int], seq_lens: torch.Tensor) -> torch.Tensor:
         """Resolve the lengths of a decode batch's lists: ``P + k_l + seq - T``.

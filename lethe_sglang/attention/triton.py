@@ -61,6 +61,9 @@ class LetheTritonBackend(ScoredBackend, TritonAttnBackend):  # type: ignore[misc
         """Eager steps: stock's buffers for one list are made anew, and so are the others."""
         self._eager_indices.clear()
         super().init_forward_metadata(forward_batch)
+        if forward_batch.forward_mode.is_decode():  # splits follow lists, as those of replayed steps do
+            longest = self.scored.longest(forward_batch.req_pool_indices, forward_batch.seq_lens)
+            self.get_num_kv_splits(self.forward_metadata.num_kv_splits, longest)
 
     def _lists(self, number: int) -> tuple[Lists, bool]:
         metadata, buffer = self.forward_metadata, 0 if self.classes is None else self.classes.buffer_of[number]

@@ -52,8 +52,8 @@ def packed_blocks(kept: Sequence[int], page_size: int, narrow: Sequence[bool]) -
 
 
 def narrow_layers(budgets: Sequence[int]) -> tuple[bool, ...]:
-    """Say which layers have at most the mean budget, so that room for the mean holds all that they keep."""
-    return tuple(len(budgets) * budget <= sum(budgets) for budget in budgets)
+    """Say which layers have at most the mean budget, rounded up: room for the mean holds all that they keep."""
+    return tuple(budget <= ceil_div(sum(budgets), len(budgets)) for budget in budgets)
 
 
 def excess_offsets(kept: Sequence[int], packed: int) -> tuple[int, ...]:

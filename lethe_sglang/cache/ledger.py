@@ -306,6 +306,8 @@ class Ledger:
         """
         layout = state.layout
         new_tail = page_floor(committed - self.recent, self.page_size)
+        # A layer that has excess from a configuration before may come to be narrow: there may be no room for it.
+        narrow = [own and k <= layout.packed for own, k in zip(self.narrow, state.kept, strict=True)]
         candidates = tuple(k + new_tail - layout.tail for k in state.kept)
         kept = tuple(min(b, n) for b, n in zip(budgets, candidates, strict=True))
         return RoundPlan(
@@ -314,7 +316,7 @@ class Ledger:
             prefix=layout.prefix,
             old_packed=layout.packed,
             old_tail=layout.tail,
-            new_packed=packed_blocks(kept, self.page_size, self.narrow),
+            new_packed=packed_blocks(kept, self.page_size, narrow),
             new_tail=new_tail,
             old_kept=state.kept,
             candidates=candidates,

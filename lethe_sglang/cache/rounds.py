@@ -134,8 +134,9 @@ def run_round(
     return RoundResult(freed, rank, candidates.valid, n.pinned, kept_position)
 
 
-TEMPORARY_BYTES = 40
-"""A candidate's share of what a launch computes, at most: its cell, states, rank, order and whether it is kept."""
+TEMPORARY_BYTES = 72
+"""A candidate's share of what a launch computes: its cell, states, rank, order and what sorting it takes. A policy that
+compares keys takes far more, a layer at a time."""
 
 
 def groups(plans: Sequence[RoundPlan], cells: Cells, limit: int) -> list[int]:

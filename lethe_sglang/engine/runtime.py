@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -138,12 +139,16 @@ class Runtime:
             everything or policy.uses_memory,
         )
 
-    def _rounds(self) -> tuple[int, int, bool, int | None, Sequence[bool] | None]:
+    def _rounds(self) -> tuple[int, int, bool, int | None, tuple[bool, ...]]:
         window = None if self.policy.accumulation is None else self.policy.accumulation.window
-        narrow = None if self.config.budget.allocation == "breakpoint" else narrow_layers(self.budgets)
-        for classes in self.length_classes:  # what a backend has settled stays
-            narrow = classes.narrow_layers()
-        return self.config.recent, self.config.rounds.interval, self.config.debug.pack_always, window, narrow
+        return self.config.recent, self.config.rounds.interval, self.config.debug.pack_always, window, self._narrow()
+
+    def _narrow(self) -> tuple[bool, ...]:
+        if self.length_classes:  # what a backend has settled stays
+            return self.length_classes[0].narrow_layers()
+        if self.config.budget.allocation == "breakpoint":
+            return (False,) * self.num_layers
+        return narrow_layers(self.budgets)
 
     def attach(self, pool: PackedKVPool, req_to_token: torch.Tensor) -> None:
         """Bind to the pool and the rows SGLang has built; once, whatever number of backends asks."""
@@ -236,7 +241,9 @@ class Runtime:
             until its next round.
         """
         prefix, rest = self.protected(req, tree)
-        budget = self.override_of(req).budget + rest
+        own = zip(self.budgets_of(req) or (), self._narrow(), strict=False)
+        most = max((k for k, narrow in own if narrow), default=0)  # at most a few more than the mean
+        budget = max(self.override_of(req).budget, self.config.recent + most) + rest
         bound = prefix - tree + request_bound(budget, self.config.rounds.interval, self.page_size)
         if state is None:
             return bound
@@ -249,7 +256,7 @@ class Runtime:
             return None
         if override.budget == self.config.budget.tokens:
             return self.budgets
-        return scale(self.budgets, override.budget - self.config.recent, self.config.floor)
+        return _scaled(self.budgets, override.budget - self.config.recent, self.config.floor)
 
     def own_blocks(self, req: Any) -> int:
         """Blocks that a running request holds now and the radix tree does not own."""
@@ -295,6 +302,9 @@ class Runtime:
         started = time.perf_counter()
         states = [state for state, _ in due]
         plans = [self._plan(state, committed) for state, committed in due]
+        for classes in self.length_classes:
+            for plan in plans:
+                classes.check(plan)
         start = 0
         for size in groups(plans, self.pool.cells, self.pool.scratch_bytes):
             group = slice(start, start + size)
@@ -347,6 +357,9 @@ class Runtime:
         for state in self.ledger.close(rows):
             self.counters.record(state)
 
+
+_scaled = lru_cache(maxsize=1024)(scale)
+"""Admission asks for budgets at every step; requests ask for few different ones."""
 
 _runtime: Runtime | None = None
 

@@ -52,11 +52,13 @@ def snapshot(runtime: Runtime) -> dict[str, Any]:
 
 
 def auxiliary_bytes(runtime: Runtime) -> dict[str, int]:
-    """Bytes that the plugin adds to the pool: states (per cell) and the ledger's table."""
+    """Bytes that the plugin adds to the pool: states (per cell), the ledger's table, the scratch of rounds."""
     table = runtime.ledger.table
     cells = runtime.pool.cells
     pool = 2 * cells.key.numel() * cells.key.element_size()
-    return {"pool": pool, "states": state_bytes(runtime.pool), "table": table.numel() * table.element_size()}
+    scratch = 0 if runtime.pool.scratch is None else runtime.pool.scratch.numel()
+    sizes = {"states": state_bytes(runtime.pool), "table": table.numel() * table.element_size(), "scratch": scratch}
+    return {"pool": pool, **sizes}
 
 
 def announce(runtime: Runtime) -> None:
@@ -64,7 +66,8 @@ def announce(runtime: Runtime) -> None:
     size, config = auxiliary_bytes(runtime), runtime.config
     logger.info(
         "KV eviction: policy %s, %d tokens a layer on average (recent %d, sinks %d), per-layer budgets %s, "
-        "a round every %d tokens, prompt %s. Auxiliary memory: states %.2f MiB, table %.2f MiB of a pool of %.1f MiB.",
+        "a round every %d tokens, prompt %s. Auxiliary memory: states %.2f MiB, table %.2f MiB, "
+        "scratch %.2f MiB of a pool of %.1f MiB.",
         config.policy,
         config.budget.tokens,
         config.recent,
@@ -74,6 +77,7 @@ def announce(runtime: Runtime) -> None:
         config.retain.prompt,
         size["states"] / 2**20,
         size["table"] / 2**20,
+        size["scratch"] / 2**20,
         size["pool"] / 2**20,
     )
     logger.info("KV eviction: resolved configuration %s", config.model_dump_json())

@@ -234,12 +234,26 @@ def test_classes_are_the_same_for_every_request_and_say_what_they_can_serve():
     assert classes.narrow == (True, False, False) and classes.buffer_of == (0, 1, 1)
     assert LengthClasses((3, 4, 5, 20), world.ledger).buffer_of == (0, 1, 2, 3)
     assert LengthClasses((5, 5, 5, 5), world.ledger).buffer_of == (0,)
+    assert LengthClasses((100, 100, 50, 150), world.ledger).serve((101, 101, 50, 151)), "rounding is no change"
+    many = LengthClasses((1, 2, 2, 3, 4, 4, 5, 60, 60), world.ledger)
+    assert many.narrow == (True, True, False, True, False, False), "buffers are few, for the classes of most layers"
+    assert many.buffer_of == (0, 1, 3, 2, 3, 3)
     assert classes.serve((7, 7, 7, 7)) and classes.serve((3, 3, 9, 1)) and not classes.serve((4, 5, 8, 9))
     assert not classes.serve((9, 9, 3, 1)), "a narrow class above the mean would have excess, and its list cannot"
     for mean in range(4, 40):
         other = scale(BUDGETS, mean, 3)
         owned = [{other[layer] for layer in layers} for layers in LengthClasses(BUDGETS, world.ledger).layers]
         assert all(len(kept) == 1 for kept in owned)
+
+
+def test_a_round_that_layers_could_not_share_a_list_after_is_refused():
+    world = World()
+    classes, state = LengthClasses((4, 4, 8, 9), world.ledger), world.admit(1, 40, 0, (4, 4, 8, 9, 9))
+    plan = world.ledger.plan(state, 40, state.budgets)
+    classes.check(plan._replace(kept=(4, 4, 8, 9)))
+    for kept, packed in (((4, 5, 8, 9), 20), ((7, 7, 8, 9), 6)):
+        with pytest.raises(RuntimeError, match=r"layers \(0, 1\) share a list and keep"):
+            classes.check(plan._replace(kept=kept, new_packed=packed))
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------

@@ -42,19 +42,20 @@ BUDGET = st.lists(st.integers(3, 90), min_size=1, max_size=12)
 
 
 @given(BUDGET, st.integers(3, 120), st.integers(0, 300), st.sampled_from([1, 8, 16]))
-def test_a_narrow_layer_has_no_excess_and_costs_no_block_beyond_the_budget(budgets, mean, candidates, page):
+def test_a_narrow_layer_has_no_excess_and_costs_no_block_beyond_its_budget(budgets, mean, candidates, page):
     """Whatever a request asks for, and however many candidates there are when its first round comes."""
     narrow, asked = narrow_layers(budgets), scale(budgets, mean, 3)
     kept = [min(budget, candidates) for budget in asked]
     blocks = packed_blocks(kept, page, narrow)
     assert all(k <= blocks for k, own in zip(kept, narrow, strict=True) if own)
-    assert blocks <= page_ceil(mean, page)
+    assert blocks <= page_ceil(max(mean, *(k for k, own in zip(asked, narrow, strict=True) if own)), page)
 
 
 def test_packed_memory_follows_the_mean_not_the_largest_layer():
     assert packed_blocks([10, 0, 0, 2], 1, (False,) * 4) == 3
     assert packed_blocks([10, 4, 0, 2], 1, (False, True, True, True)) == 4
     assert narrow_layers((10, 4, 0, 2)) == (False, True, True, True) and all(narrow_layers((7, 7, 7)))
+    assert narrow_layers((101, 101, 101, 50, 151)) == (True, True, True, True, False), "rounding tells nobody apart"
 
 
 def test_excess_lies_in_holes_layer_by_layer():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from cache_model import MiniPool
 
+from lethe_sglang.cache.layout import narrow_layers
 from lethe_sglang.cache.ledger import NEVER
 from lethe_sglang.cache.rounds import TEMPORARY_BYTES, groups
 from lethe_sglang.config import from_mapping
@@ -85,7 +86,8 @@ def test_a_request_never_holds_more_than_its_bound():
 def test_a_kept_prompt_that_the_tree_does_not_own_is_part_of_the_bound(page, tree, prompt):
     config = from_mapping({"budget": {"tokens": 18}, "rounds": {"interval": 8}, "retain": {"sinks": 2}})
     runtime = Runtime(config, (12, 12, 12), page_size=page, context_length=None)
-    request = SimpleNamespace(origin_input_ids=[0] * prompt, sampling_params=SimpleNamespace(custom_params=None))
+    params = SimpleNamespace(custom_params=None)
+    request = SimpleNamespace(origin_input_ids=[0] * prompt, sampling_params=params, beam_group=None)
     pool = MiniPool(page=page, num_layers=3, recent=6, interval=8)
     state = pool.admit(1, prompt, tree, (4, 20, 12), prompt=prompt)
     assert runtime.protected(request, tree) == (state.layout.prefix, state.rest)
@@ -98,6 +100,24 @@ def test_a_kept_prompt_that_the_tree_does_not_own_is_part_of_the_bound(page, tre
         most = max(most, held)
         pool.append(1)
     assert most >= runtime.bound(request, tree) - 2 * page - 3, "the bound is not tight, so admission wastes memory"
+
+
+def test_a_bound_has_room_for_a_narrow_layer_that_rounding_puts_above_the_mean():
+    config = from_mapping({"budget": {"tokens": 107}, "rounds": {"interval": 8}, "retain": {"recent_ratio": 0.05}})
+    runtime = Runtime(config, (101, 100, 100, 100, 100), page_size=1, context_length=None)
+    params = SimpleNamespace(custom_params={"kv_evict": {"budget": 406}})
+    request = SimpleNamespace(origin_input_ids=[0] * 9, sampling_params=params, beam_group=None)
+    pool = MiniPool(num_layers=5, pages=2500, context=2500, interval=8, narrow=runtime._narrow())
+    asked = runtime.budgets_of(request)
+    assert asked[0] == 403 and config.recent == 6
+    state = pool.admit(1, 9, 0, asked, prompt=9)
+    most = 0
+    for _ in range(1500):
+        if pool.seq[1] >= state.due_at:
+            pool.round([state], StreamingPolicy())
+        most = max(most, pool.seq[1] - state.layout.dead_len)
+        pool.append(1)
+    assert runtime.bound(request, 0) - 3 <= most <= runtime.bound(request, 0)
 
 
 def test_nothing_is_due_while_all_layers_are_within_budget():
@@ -232,6 +252,29 @@ def test_a_launch_takes_no_more_memory_than_it_may_but_for_one_request():
     assert groups(plans, pool.cells, taken(*plans) - 1) == [3, 1], "candidates are padded to the longest of a launch"
     assert groups(plans, pool.cells, taken(*plans[:2])) == [2, 1, 1]
     assert groups(plans, pool.cells, 0) == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("page", [1, 8])
+def test_a_layer_that_comes_to_be_narrow_may_have_excess_for_which_there_is_no_room(page):
+    """A live server takes another budget: layers a little above the mean are at or below it, and stay packed so."""
+    before, after = (103, 103, 103, 50, 151), (100, 100, 100, 50, 150)
+    assert narrow_layers(before) != narrow_layers(after)
+    pool = MiniPool(num_layers=5, page=page, pages=600, context=600, interval=16, narrow=narrow_layers(before))
+    state = pool.admit(1, 30, 0, before)
+    for _ in range(3):
+        while pool.seq[1] < state.due_at:
+            pool.append(1)
+        (plan,) = pool.round([state], LethePolicy())
+    assert page > 1 or max(plan.kept) > plan.new_packed, "no layer has excess: the test says nothing"
+    pool.ledger.configure(6, 16, False, None, narrow_layers(after))
+    pool.ledger.renew(state, after, pool.seq[1])
+    for _ in range(20):
+        while pool.seq[1] < state.due_at:
+            pool.append(1)
+        (plan,) = pool.round([state], LethePolicy())
+        assert plan.new_packed <= plan.old_packed + plan.new_tail - plan.old_tail
+        own_positions(pool, 1)
+        pool.check_conservation()
 
 
 def test_budgets_may_change_between_rounds_and_blocks_shrink_with_them():
