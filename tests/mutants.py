@@ -99,7 +99,7 @@ MUTANTS = {
     ),
     "narrow and wide classes share a buffer": Mutant(
         "lethe_sglang/attention/length_classes.py",
-        "min(number, sum(self.narrow))",
+        "shared.index(n) if n in shared else len(shared)",
         "0",
         "tests/unit/test_triton_backend.py -k equal",
     ),
