@@ -21,7 +21,7 @@ BUDGETS = [(12, 12, 12), (5, 20, 11), (30, 3, 3), (2, 25, 26)]
 def small_blocks():
     with pytest.MonkeyPatch.context() as patch:
         for kernel in (kernels._GATHER, kernels._REWRITE, kernels._PLACE):
-            patch.setattr(kernel, "configs", [config(BLOCK=16)])
+            patch.setattr(kernel, "configs", [config(BLOCK=32)])
         yield
 
 
