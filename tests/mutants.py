@@ -184,6 +184,30 @@ MUTANTS = {
         "pass",
         "tests/unit/test_triton_backend.py -k longest",
     ),
+    "rows of indptr begin anywhere": Mutant(
+        "lethe_sglang/attention/flashinfer.py",
+        "width = 4 * ceil_div(max_batch + 1, 4)",
+        "width = max_batch + 1",
+        "tests/unit/test_flashinfer_backend.py -k aligned",
+    ),
+    "SGLang picks the deterministic backend": Mutant(
+        "lethe_sglang/engine/entrypoints.py",
+        "view.enable_deterministic_inference or view.rl_on_policy_target",
+        "False",
+        "tests/engine/test_refusals.py -k deterministic",
+    ),
+    "kernels compile on a request's row": Mutant(
+        "lethe_sglang/engine/runtime.py",
+        'rid="", row=0,',
+        'rid="", row=1,',
+        "tests/unit/test_backend_factories.py -k compiles",
+    ),
+    "graphs of metadata are let through": Mutant(
+        "lethe_sglang/engine/guard.py",
+        '("SGLANG_ENABLE_METADATA_GLUE_GRAPH", "it',
+        '("SGLANG_ENABLE_METADATA_GLUE_GRAPHS", "it',
+        "tests/unit/test_docs.py -k support",
+    ),
     "a hole is looked up one too far": Mutant(
         "lethe_sglang/kernels/triton/indices.py",
         "(number >= tl.load(line + HOLES",
