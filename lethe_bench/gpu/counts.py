@@ -39,13 +39,14 @@ NOTHING = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strid
 
 
 class Setting(NamedTuple):
-    """One launch: requests, layers, cells kept per layer by each, and tokens between two rounds."""
+    """One launch: requests, layers, cells kept per layer by each, tokens between two rounds; and rounds besides."""
 
     requests: int
     layers: int
     kept: int
     interval: int
     per_layer: bool = False
+    repeats: int = 0
 
     @property
     def budgets(self) -> tuple[int, ...]:
@@ -58,9 +59,16 @@ class Setting(NamedTuple):
 class Server:
     """Rows and cells of requests that decode in step, on a device."""
 
-    def __init__(self, setting: Setting, policy: Any, device: str) -> None:
+    def __init__(
+        self,
+        setting: Setting,
+        policy: Any,
+        device: str,
+        cell: tuple[int, int] = (1, 4),
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.setting, self.policy, self.device = setting, policy, device
-        self.context = setting.kept + (SETTLED + 3) * setting.interval + 8
+        self.context = setting.kept + (SETTLED + 3 + setting.repeats) * setting.interval + 8
         blocks = setting.requests * self.context + 1
         states = {
             "score": policy.accumulation is not None,
@@ -72,7 +80,7 @@ class Server:
         for name, wanted in states.items():
             kind = torch.int32 if name == "position" else torch.float32
             made[name] = torch.rand(cells, generator=generator).to(kind).to(device) if wanted else None
-        keys = torch.zeros(cells, 1, 4, device=device)
+        keys = torch.zeros(cells, *cell, device=device, dtype=dtype)
         self.cells = Cells(keys, keys.clone(), **made, num_layers=setting.layers, blocks=blocks)
         slots = torch.arange(1, blocks, dtype=torch.int32).view(setting.requests, self.context)
         self.req_to_token = torch.cat([torch.zeros_like(slots[:1]), slots]).to(device)

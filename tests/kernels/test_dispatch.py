@@ -13,6 +13,7 @@ from lethe_sglang.kernels.triton import launchers
 
 
 def test_cuda_takes_triton_and_a_cpu_the_reference(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert kernels_for("cpu") is launchers, "under the interpreter"
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert kernels_for("cpu") is reference

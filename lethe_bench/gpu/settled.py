@@ -1,0 +1,67 @@
+"""A settled launch of rounds, timed on a GPU: ``python -m lethe_bench.gpu.settled``.
+
+Unlike the point ``round`` of ``lethe gpu kernels``, in which every packed cell moves, this is ``run_round`` whole: upload,
+the host's part, all kernels, and only those cells that are not at home. Keys and values have the size of Llama-3.1-8B's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Sequence
+
+import torch
+
+from lethe_bench.gpu.counts import SETTLED, Server, Setting
+from lethe_bench.machine import versions
+from lethe_sglang.config import from_mapping
+
+KV_HEADS, HEAD_DIM = 8, 128
+
+
+def measure(setting: Setting, repeats: int) -> dict[str, float]:
+    """Time launches of rounds of all requests.
+
+    Returns
+    -------
+    dict
+        Medians over ``repeats`` in microseconds: ``device_us`` between events on the stream, ``host_us`` until the host
+        is free again.
+    """
+    policy = from_mapping({}).built_policy
+    server = Server(setting._replace(repeats=repeats), policy, "cuda", (KV_HEADS, HEAD_DIM), torch.bfloat16)
+    for _ in range(SETTLED):
+        server.round(server.plans())
+    device, host = [], []
+    for _ in range(repeats):
+        plans = server.plans()
+        torch.cuda.synchronize()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began = time.perf_counter()
+        start.record()
+        server.round(plans)
+        end.record()
+        host.append(time.perf_counter() - began)
+        torch.cuda.synchronize()
+        device.append(start.elapsed_time(end))
+    return {
+        "device_us": round(1e3 * statistics.median(device[1:]), 1),
+        "host_us": round(1e6 * statistics.median(host[1:]), 1),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print a JSON line a batch."""
+    parser = argparse.ArgumentParser(prog="python -m lethe_bench.gpu.settled", description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=12)
+    args = parser.parse_args(argv)
+    for requests in (1, 16, 64):
+        setting = Setting(requests, layers=32, kept=716, interval=128)
+        line = {"setting": setting._asdict(), "gpu": torch.cuda.get_device_name(), "versions": versions()}
+        print(json.dumps({**line, **measure(setting, args.repeats)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
