@@ -22,7 +22,7 @@ The table is generated from the checks that the server makes at its start; `leth
 
 - *refused*: the server does not start, and says which option to change.
 - *expected*: nothing in the plugin looks at it, but no test covers it.
-- *CUDA only*: offered on a GPU, and checked without one only. No server has run on a GPU yet; [kernels have](results/gpu/README.md).
+- *CUDA only*: offered on a GPU; no server has run on one yet, [kernels have](results/gpu/README.md).
 
 """
 

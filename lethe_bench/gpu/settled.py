@@ -1,7 +1,7 @@
 """A settled launch of rounds, timed on a GPU: ``python -m lethe_bench.gpu.settled``.
 
-Unlike the point ``round`` of ``lethe gpu kernels``, in which every packed cell moves, this is ``run_round`` whole: upload,
-the host's part, all kernels, and only those cells that are not at home. Keys and values have the size of Llama-3.1-8B's.
+Unlike the point ``round`` of ``lethe gpu kernels``, in which every packed cell moves, this is ``run_round`` whole: the
+host's part, upload, all kernels, and only those cells move that are not at home. Cells are those of Llama-3.1-8B.
 """
 
 from __future__ import annotations
