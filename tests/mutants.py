@@ -39,6 +39,7 @@ ROUNDS, LEDGER, LIFE = (
     "lethe_sglang/engine/lifecycle.py",
 )
 COMMON, REFERENCE = "lethe_sglang/kernels/common.py", "lethe_sglang/kernels/reference.py"
+SCORED, PHASE = "lethe_sglang/attention/scored.py", "tests/unit/test_phase.py"
 PLACES = "lethe_sglang/kernels/reference_round.py"
 UNIT, SERVE = "tests/unit/test_rounds.py", "tests/engine/test_serving.py"
 ARTIFACT, MEASURE, CACHE = (
@@ -173,7 +174,7 @@ MUTANTS = {
         "tests/kernels/test_triton_rounds.py",
     ),
     "a layer that comes to be narrow is packed so at once": Mutant(
-        LEDGER, "[own and k <= layout.packed for", "[own for", f"{UNIT} -k comes_to_be"
+        "lethe_sglang/cache/layout.py", "[is_narrow and k <= packed for", "[is_narrow for", f"{UNIT} -k comes_to_be"
     ),
     "the bound is the mean's": Mutant(
         "lethe_sglang/engine/runtime.py", "self.config.recent + most) + rest", "0) + rest", f"{UNIT} -k rounding"
@@ -263,15 +264,15 @@ MUTANTS = {
         LEDGER, "committed - self.recent, self.page_size", "committed, self.page_size", UNIT
     ),
     "rounds ignore their interval": Mutant(LEDGER, "max(self.interval, room + 1)", "room + 1", UNIT),
-    "the device table is not written": Mutant(LEDGER, "= lines[:, 1:]", "= 0 * lines[:, 1:]", UNIT),
+    "the device table is not written": Mutant(LEDGER, "= new[:, 1:]", "= 0 * new[:, 1:]", UNIT),
     "scores do not decay": Mutant(COMMON, ".mul_(decay).add_", ".add_", "tests/unit/test_score.py"),
     "the breakpoint ignores the mean": Mutant(
         "lethe_sglang/allocation/breakpoint.py", "if total > limit:", "if False:", "tests/unit/test_breakpoint.py"
     ),
     "an upward import": Mutant(
         "lethe_sglang/cache/layout.py",
-        "from itertools import accumulate",
-        "from itertools import accumulate\nimport lethe_sglang.engine.compat",
+        "from functools import lru_cache",
+        "from functools import lru_cache\nimport lethe_sglang.engine.compat",
         "tests/unit/test_architecture.py",
     ),
     "the memory is not renewed": Mutant(ROUNDS, "candidate._replace(memory=remembered)", "candidate", f"{REF} -k gkv"),
@@ -446,8 +447,8 @@ MUTANTS = {
     ),
     "the table is two uploads": Mutant(
         LEDGER,
-        "= lines[:, 1:]",
-        "= lines[:, 1:] * torch.ones(1, dtype=torch.int32).to(lines.device)",
+        "= new[:, 1:]",
+        "= new[:, 1:] * torch.ones(1, dtype=torch.int32).to(new.device)",
         "tests/unit/test_uploads.py",
     ),
     "a CPU's score takes all attention from the first list position on": Mutant(
@@ -581,6 +582,48 @@ MUTANTS = {
         "scores are averaged over ranks in rounds",
         "scores are summed over ranks in rounds",
         "tests/unit/test_docs.py -k generated",
+    ),
+    "all that n steps back reach is started anew": Mutant(
+        SCORED, "(at >= self._started[rows].unsqueeze(1)) & (at >= 0)", "at >= 0", f"{PHASE} -k decay"
+    ),
+    "only the newest token is started": Mutant(
+        SCORED, "torch.arange(self.ledger.phase.every, device", "torch.arange(1, device", f"{PHASE} -k decay"
+    ),
+    "a scored step decays by one step": Mutant(
+        SCORED, "decay=rule.step_decay, every=1", "every=1", f"{PHASE} -k decay"
+    ),
+    "a step that is not scored prepares a score": Mutant(
+        SCORED, "if not self.scores:\n                return", "if False:\n                return", f"{PHASE} -k alone"
+    ),
+    "what a step has started is forgotten": Mutant(
+        SCORED, "] = seq_lens.to(torch.int64)", "] *= 1", f"{PHASE} -k decay"
+    ),
+    "a new batch takes over a phase": Mutant(
+        "lethe_sglang/cache/phase.py", "0 if new or self.scores", "0 if self.scores", f"{PHASE} -k since_it_was_new"
+    ),
+    "a deterministic step is scored if all requests are": Mutant(
+        "lethe_sglang/cache/phase.py", "= any(length", "= all(length", f"{PHASE} -k phase_is_that"
+    ),
+    "a variant has a plan of its own": Mutant(
+        "lethe_sglang/attention/flashinfer.py",
+        "if bs in self.decode_cuda_graph_metadata:",
+        "if False:",
+        f"{PHASE} -k batch_size",
+    ),
+    "tokens may leave the window unscored": Mutant(
+        "lethe_sglang/config/schema.py", "rule.in_phase <= self.recent", "rule.in_phase", f"{PHASE} -k unscored"
+    ),
+    "first rounds come together": Mutant(
+        LEDGER, "leaving += state.stagger %", "leaving += 0 * state.stagger %", f"{UNIT} -k staggered"
+    ),
+    "first rounds come too late": Mutant(
+        LEDGER, "room + self.interval - leaving + 1, 1)", "3 * self.interval, 1)", f"{UNIT} -k staggered"
+    ),
+    "a first round depends on the row": Mutant(
+        "lethe_sglang/engine/runtime.py",
+        "repr(req.origin_input_ids[-STAGGER_BY:])",
+        "repr(kv.req_pool_idx)",
+        f"{UNIT} -k prompt_alone",
     ),
 }
 

@@ -20,7 +20,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lethe_sglang.cache import rounds
-from lethe_sglang.cache.ledger import Ledger, RoundPlan
+from lethe_sglang.cache.layout import RoundPlan
+from lethe_sglang.cache.ledger import Ledger
 from lethe_sglang.cache.rounds import run_round
 from lethe_sglang.config import from_mapping
 from lethe_sglang.kernels import reference

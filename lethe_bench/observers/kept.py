@@ -13,7 +13,8 @@ import torch
 from lethe_sglang.observers.base import Observer
 
 if TYPE_CHECKING:
-    from lethe_sglang.cache.ledger import RequestState, RoundPlan
+    from lethe_sglang.cache.layout import RoundPlan
+    from lethe_sglang.cache.ledger import RequestState
     from lethe_sglang.cache.rounds import RoundResult
 
 logger = logging.getLogger("lethe_sglang")

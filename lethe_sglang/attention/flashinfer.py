@@ -246,7 +246,12 @@ class LetheFlashInferBackend(ScoredBackend, FlashInferAttnBackend):  # type: ign
         self.graph_indices = [first, *(torch.zeros_like(first) for _ in range(count - 1))]
 
     def _create_decode_wrappers(self, bs: int, num_tokens: int) -> list[Any]:
-        """Make the wrappers of one captured batch size, over buffers whose addresses the graphs hold."""
+        """Make the wrappers of one captured batch size, over buffers whose addresses the graphs hold.
+
+        Its variants have the same: the one plan of a step serves whichever is replayed.
+        """
+        if bs in self.decode_cuda_graph_metadata:
+            return list(self.decode_cuda_graph_metadata[bs])
         buffer_of = (0,) if self.classes is None else self.classes.buffer_of
         return [
             self._wrapper(
@@ -287,7 +292,7 @@ class LetheFlashInferBackend(ScoredBackend, FlashInferAttnBackend):  # type: ign
             "v_scale": layer.v_scale_float,
         }
         cache = cells.keys, cells.values
-        if scored.accumulation is None:
+        if not scored.scores:
             output = wrapper.forward(query, cache, **options)
         else:
             output, lse = wrapper.forward_return_lse(query, cache, **options)

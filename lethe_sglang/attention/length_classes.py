@@ -17,8 +17,8 @@ import torch
 from lethe_sglang.cache.layout import narrow_layers
 
 if TYPE_CHECKING:
-    from lethe_sglang.cache.layout import RowLayout
-    from lethe_sglang.cache.ledger import Ledger, RequestState, RoundPlan
+    from lethe_sglang.cache.layout import RoundPlan, RowLayout
+    from lethe_sglang.cache.ledger import Ledger, RequestState
 
 
 SHARED_LISTS = 3

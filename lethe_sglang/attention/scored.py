@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, SharedReadEnds
+from sglang.srt.model_executor.runner_utils.capture_mode import get_capture_attention_variant
 
 from lethe_sglang.attention.prefill import OBSERVATION_WINDOW, observation_attention, replay
 from lethe_sglang.kernels import reference
@@ -28,9 +29,26 @@ from lethe_sglang.kernels.table import NEVER, read
 if TYPE_CHECKING:
     from lethe_sglang.attention.length_classes import LengthClasses
     from lethe_sglang.cache.ledger import Ledger
+    from lethe_sglang.cache.phase import Phase
     from lethe_sglang.cache.pool import PackedKVPool
     from lethe_sglang.kernels.common import Cells
     from lethe_sglang.policies.base import Accumulation
+
+PLAIN, SCORED = "plain", "scored"
+"""The variants of a captured decode step of a policy that scores every n-th; in the order of what they need."""
+
+
+class ScoreVariants:
+    """Which of its captured variants a decode step is replayed from: SGLang's ``AttentionGraphVariants``."""
+
+    capture_labels = (PLAIN, SCORED)
+
+    def __init__(self, phase: Phase) -> None:
+        self.phase = phase
+
+    def select(self, forward_batch: Any) -> str:
+        """Return the variant of the step whose forward is being prepared."""
+        return SCORED if self.phase.scores else PLAIN
 
 
 class ScoredDecode:
@@ -70,20 +88,53 @@ class ScoredDecode:
         self.kernels = kernels_for(req_to_token.device)
         self.first = torch.full((max_batch,), NEVER, dtype=torch.int32, device=req_to_token.device)
         self.decay = torch.ones((max_batch,), dtype=torch.float32, device=req_to_token.device)
+        self._started = torch.zeros(req_to_token.shape[0], dtype=torch.int64, device=req_to_token.device)
+
+    @property
+    def scores(self) -> bool:
+        """Whether the decode step that is run or captured is scored."""
+        variant = get_capture_attention_variant()
+        return self.accumulation is not None and (self.ledger.phase.scores if variant is None else variant == SCORED)
 
     def index_of(self, layer: Any) -> int:
         """Return a layer's number in the pool."""
         return int(layer.layer_id - self.pool.start_layer)
 
     def begin(self, forward_batch: Any) -> None:
-        """Start the states of the cells this forward writes; resolve a decode step's schedule."""
-        cells, rule = self.pool.cells, self.accumulation
-        if forward_batch.out_cache_loc is not None:
-            positions = forward_batch.positions if rule is not None and rule.rule == "recurrence" else None
-            self.kernels.start_states(cells.states, forward_batch.out_cache_loc, positions, cells.num_layers)
-        if rule is not None and forward_batch.forward_mode.is_decode():
-            first, decay, _ = self.schedule_of(forward_batch.seq_lens)
+        """Start the states of the cells this forward writes; resolve a scored decode step's schedule."""
+        cells, rule, phase = self.pool.cells, self.accumulation, self.ledger.phase
+        decodes, slots, positions = forward_batch.forward_mode.is_decode(), forward_batch.out_cache_loc, None
+        if phase.every > 1 and decodes:
+            if not self.scores:
+                return
+            slots, at = self._unstarted(forward_batch)
+        elif slots is not None:
+            at = forward_batch.positions
+        if slots is not None:
+            positions = at if rule is not None and rule.rule == "recurrence" else None
+            self.kernels.start_states(cells.states, slots, positions, cells.num_layers)
+        if rule is None:
+            return
+        rows, seq_lens = forward_batch.req_pool_indices, forward_batch.seq_lens
+        if decodes:
+            first, decay, _ = self.schedule_of(seq_lens)
+            if phase.every > 1 and not phase.by_length:
+                rule = rule._replace(decay=rule.step_decay, every=1)
             self.kernels.schedule(self.batch_of(forward_batch), rule, first, decay)
+        if phase.every > 1 and rows is not None:
+            self._started[rows.to(torch.int64)] = seq_lens.to(torch.int64)
+
+    def _unstarted(self, forward_batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return slots and positions written since their request was scored last, int64 ``[B * n]``; others are 0.
+
+        No more than n of a request: it is scored in one of n steps. What its prefill has written has started.
+        """
+        rows, lengths = (x.to(torch.int64) for x in (forward_batch.req_pool_indices, forward_batch.seq_lens))
+        at = lengths.unsqueeze(1) - 1 - torch.arange(self.ledger.phase.every, device=lengths.device)
+        fresh = (at >= self._started[rows].unsqueeze(1)) & (at >= 0)
+        at = at.masked_fill(~fresh, 0)
+        slots = self.req_to_token[rows.unsqueeze(1), at].masked_fill(~fresh, 0)
+        return slots.flatten().to(torch.int64), at.flatten()
 
     def batch_of(self, forward_batch: Any) -> Batch:
         """Return SGLang's decode batch as the kernels take it."""
@@ -130,8 +181,9 @@ class ScoredDecode:
         ValueError
             For a layer whose logits are more than scaled products.
         """
-        if self.accumulation is None:
+        if not self.scores:
             return
+        assert self.accumulation is not None
         check_layer(layer)
         attention = Attention(query, cells.keys, lse, layer.scaling * key_scale(layer), lse_base, parts)
         states = States(cells.score, cells.memory if self.accumulation.rule == "recurrence" else None)

@@ -103,7 +103,7 @@ class LetheTorchNativeBackend(ScoredBackend, TorchNativeAttnBackend):  # type: i
         at = read(scored.ledger.table[rows])
         width = int(at.length(seq_lens).max())
         first = scored.first[: rows.shape[0]]
-        self.first_scored = width if scored.accumulation is None else min(int(first.min()), width)
+        self.first_scored = min(int(first.min()), width) if scored.scores else width
         own = torch.arange(self.first_scored, width, device=first.device) >= first.unsqueeze(1)
 
         def made(narrow: bool, tokens: TokenLists, index: int) -> LayerLists:

@@ -104,7 +104,7 @@ class LetheTritonBackend(ScoredBackend, TritonAttnBackend):  # type: ignore[misc
         lists, cells = self._lists_of(scored.index_of(layer), forward_batch)
         query = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         output = self._attend(query, layer, metadata, lists, cells)
-        if scored.accumulation is not None:
+        if scored.scores:
             lse = metadata.attn_lse[: query.shape[0], : query.shape[1]]
             parts = Parts(metadata.num_kv_splits[: query.shape[0]], _MIN_BLOCK_KV)
             scored.score(layer, forward_batch, query, lse, lists, cells, lse_base="e", parts=parts)

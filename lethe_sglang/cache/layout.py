@@ -1,4 +1,4 @@
-"""Packed blocks: pure index arithmetic, no tensors.
+"""Packed blocks: pure index arithmetic on the host, no tensors.
 
 Vocabulary (docs/vocabulary.md): SGLang's slot ``b`` is a *block* of L cells, one a layer; *cell* ``(l, b)`` has the
 flat index ``l * blocks + b``. The row of a request (its line of ``req_to_token``) is divided into
@@ -22,7 +22,13 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
 
 Range = tuple[int, int]
 
@@ -56,14 +62,27 @@ def narrow_layers(budgets: Sequence[int]) -> tuple[bool, ...]:
     return tuple(budget <= ceil_div(sum(budgets), len(budgets)) for budget in budgets)
 
 
-def excess_offsets(kept: Sequence[int], packed: int) -> tuple[int, ...]:
-    """``E_l``: excess cells of the layers below l. Kept cell ``m + x`` of layer l is excess cell number ``E_l + x``."""
-    return (0, *accumulate(max(k - packed, 0) for k in kept))[: len(kept)]
+def offsets(kept: ArrayLike, packed: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return ``E_l`` and ``H_l``: excess cells, and holes, of the layers below l.
 
+    Kept cell ``m + x`` of layer l is excess cell number ``E_l + x``; place ``k_l + y`` of its packed blocks is hole
+    number ``H_l + y``.
 
-def hole_offsets(kept: Sequence[int], packed: int) -> tuple[int, ...]:
-    """``H_l``: holes of the layers below l. Place ``k_l + y`` of layer l's packed blocks is hole number ``H_l + y``."""
-    return (0, *accumulate(max(packed - k, 0) for k in kept))[: len(kept)]
+    Parameters
+    ----------
+    kept
+        k_l, int ``[..., L]``: of one request, or of several.
+    packed
+        m, int ``[...]``.
+
+    Returns
+    -------
+    tuple
+        Both int64 ``[..., L]``.
+    """
+    above = np.asarray(kept) - np.asarray(packed)[..., None]
+    excess, holes = np.maximum(above, 0), np.maximum(-above, 0)
+    return excess.cumsum(-1) - excess, holes.cumsum(-1) - holes
 
 
 def packed_cell(kept: Sequence[int], packed: int, layer: int, cell: int) -> tuple[int, int]:
@@ -73,9 +92,46 @@ def packed_cell(kept: Sequence[int], packed: int, layer: int, cell: int) -> tupl
     """
     if cell < packed:
         return layer, cell
-    number, holes = excess_offsets(kept, packed)[layer] + cell - packed, hole_offsets(kept, packed)
+    excess, holes = (numbers.tolist() for numbers in offsets(kept, packed))
+    number = excess[layer] + cell - packed
     owner = bisect_right(holes, number) - 1
     return owner, kept[owner] + number - holes[owner]
+
+
+@lru_cache(maxsize=1024)
+def survivors(
+    kept: tuple[int, ...],
+    leaving: int,
+    budgets: tuple[int, ...],
+    packed: int,
+    narrow: tuple[bool, ...],
+    page_size: int,
+) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """Count what a round does to one request; requests in step ask for the same.
+
+    Parameters
+    ----------
+    kept, packed
+        k_l and m before it.
+    leaving
+        Tokens that leave the recent window.
+    budgets
+        Most cells each layer keeps.
+    narrow
+        Layers that never have excess.
+    page_size
+        Tokens.
+
+    Returns
+    -------
+    tuple
+        The candidates of each layer; k_l and m after it.
+    """
+    candidates = tuple(k + leaving for k in kept)
+    remain = tuple(map(min, budgets, candidates))
+    # A layer that has excess from a configuration before may come to be narrow: there may be no room for it.
+    own = [is_narrow and k <= packed for is_narrow, k in zip(narrow, kept, strict=True)]
+    return candidates, remain, packed_blocks(remain, page_size, own)
 
 
 def protected(tree: int, prompt: int, page_size: int) -> tuple[int, int]:
@@ -156,3 +212,23 @@ class RowLayout:
         assert all(x % page_size == 0 for x in (self.prefix, self.packed, self.tail)), f"not page multiples: {where}"
         assert self.prefix >= 0 and self.packed >= 0 and self.prefix + self.packed <= self.tail <= committed, where
         assert sum(kept) <= num_layers * self.packed, f"packed cells do not fit their blocks: {where}"
+
+
+class RoundPlan(NamedTuple):
+    """What one round will do to one request. Host numbers only.
+
+    ``candidates[l]`` of layer l's own cells are ranked and ``kept[l]`` (k_l) survive, the first ``pinned`` among them;
+    ``packed`` and ``tail`` are m and T before the round (old) and after it (new).
+    """
+
+    committed: int
+    row: int
+    prefix: int
+    old_packed: int
+    old_tail: int
+    new_packed: int
+    new_tail: int
+    old_kept: tuple[int, ...]
+    candidates: tuple[int, ...]
+    kept: tuple[int, ...]
+    pinned: int

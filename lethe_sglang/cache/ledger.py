@@ -10,19 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import sub
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from lethe_sglang.cache.layout import (
-    RowLayout,
-    excess_offsets,
-    hole_offsets,
-    packed_blocks,
-    page_ceil,
-    page_floor,
-)
-from lethe_sglang.cache.upload import upload
+from lethe_sglang.cache.layout import RoundPlan, RowLayout, offsets, page_ceil, page_floor, survivors
+from lethe_sglang.cache.phase import Phase
+from lethe_sglang.cache.upload import columns_of, upload
 from lethe_sglang.kernels import table
 from lethe_sglang.kernels.table import NEVER
 
@@ -47,6 +43,9 @@ class RequestState:
         Tokens of the kept prompt behind the prefix, which ends at a page: own cells that are always kept.
     pinned
         First own cells that are always kept: ``rest``, the sinks that lie behind the prefix, and the own sinks.
+    stagger
+        Tokens by which its first round, and so all others, come later than they might: requests that start together
+        would stall one step with all their rounds. Any number; it counts modulo what there is room for.
     due_at
         Committed length (tokens) at which the next round is due; ``NEVER`` for a request that is not evicted from.
     rounds
@@ -78,6 +77,7 @@ class RequestState:
     budgets: tuple[int, ...]
     rest: int = 0
     pinned: int = 0
+    stagger: int = 0
     due_at: int = NEVER
     rounds: int = 0
     evicted: list[int] = field(default_factory=list)
@@ -126,24 +126,15 @@ class Observed(NamedTuple):
     end: int
 
 
-class RoundPlan(NamedTuple):
-    """What one round will do to one request. Host numbers only.
+class Mark(NamedTuple):
+    """What a line of the device table follows from; see ``kernels/table.py``. That of an intact row has zeros only."""
 
-    ``candidates[l]`` of layer l's own cells are ranked and ``kept[l]`` (k_l) survive, the first ``pinned`` among them;
-    ``packed`` and ``tail`` are m and T before the round (old) and after it (new).
-    """
-
-    committed: int
-    row: int
-    prefix: int
-    old_packed: int
-    old_tail: int
-    new_packed: int
-    new_tail: int
-    old_kept: tuple[int, ...]
-    candidates: tuple[int, ...]
     kept: tuple[int, ...]
-    pinned: int
+    prefix: int = 0
+    packed: int = 0
+    tail: int = 0
+    score_from: int = 0
+    score_after: int = 0
 
 
 class Ledger:
@@ -176,6 +167,8 @@ class Ledger:
         Row -> state of every request that is followed.
     observed
         What the prefill batch that is being run initialises scores of (private prompts and re-prefills).
+    phase
+        Which decode steps are scored.
     table
         int32 ``[num_rows, columns]``: the device table (``kernels/table.py``).
     """
@@ -195,11 +188,12 @@ class Ledger:
         self.num_layers = num_layers
         self.page_size = page_size
         self.configure(recent, interval, pack_always, window, narrow)
+        self.phase = Phase()
         self.table = torch.zeros((num_rows, table.width(num_layers)), dtype=torch.int32, device=device)
         self.requests: dict[int, RequestState] = {}
         self.observed: list[Observed] = []
         self._announced: set[int] = set()
-        self._dirty: dict[int, list[int]] = {}
+        self._dirty: dict[int, Mark] = {}
 
     def configure(
         self, recent: int, interval: int, pack_always: bool, window: int | None, narrow: Sequence[bool] | None
@@ -219,10 +213,7 @@ class Ledger:
         Without this the step would score a shared prefix, too, and several requests would write its states at once.
         """
         self._announced.add(row)
-        self._dirty[row] = table.line(
-            dict.fromkeys(table.DECODE.single, 0) | {"score_from": score_from},
-            dict.fromkeys(table.DECODE.per_layer, (0,) * self.num_layers),
-        )
+        self._dirty[row] = Mark((0,) * self.num_layers, score_from=score_from)
 
     def open(
         self,
@@ -233,6 +224,7 @@ class Ledger:
         committed: int = 0,
         rest: int = 0,
         pinned: int = 0,
+        stagger: int = 0,
     ) -> RequestState:
         """Start following a request whose prefill is done.
 
@@ -246,7 +238,7 @@ class Ledger:
             Most k_l a round may leave, ``rest`` not counted; None means that the request is never evicted from.
         committed
             Tokens whose KV is written or in flight.
-        rest, pinned
+        rest, pinned, stagger
             See :class:`RequestState`.
         """
         if budgets is not None:
@@ -259,6 +251,7 @@ class Ledger:
             budgets=budgets or (),
             rest=rest,
             pinned=pinned,
+            stagger=stagger,
             evicted=[0] * self.num_layers,
             thresholds=list(budgets or ()),
         )
@@ -276,7 +269,7 @@ class Ledger:
             if state is not None:
                 closed.append(state)
             if state is not None or row in self._announced:
-                self._dirty[row] = [0] * self.table.shape[1]
+                self._dirty[row] = Mark((0,) * self.num_layers)
             self._announced.discard(row)
         return closed
 
@@ -306,17 +299,16 @@ class Ledger:
         """
         layout = state.layout
         new_tail = page_floor(committed - self.recent, self.page_size)
-        # A layer that has excess from a configuration before may come to be narrow: there may be no room for it.
-        narrow = [own and k <= layout.packed for own, k in zip(self.narrow, state.kept, strict=True)]
-        candidates = tuple(k + new_tail - layout.tail for k in state.kept)
-        kept = tuple(min(b, n) for b, n in zip(budgets, candidates, strict=True))
+        candidates, kept, packed = survivors(
+            state.kept, new_tail - layout.tail, tuple(budgets), layout.packed, self.narrow, self.page_size
+        )
         return RoundPlan(
             committed=committed,
             row=state.row,
             prefix=layout.prefix,
             old_packed=layout.packed,
             old_tail=layout.tail,
-            new_packed=packed_blocks(kept, self.page_size, narrow),
+            new_packed=packed,
             new_tail=new_tail,
             old_kept=state.kept,
             candidates=candidates,
@@ -329,8 +321,7 @@ class Ledger:
         state.layout = RowLayout(prefix=plan.prefix, packed=plan.new_packed, tail=plan.new_tail)
         state.kept = plan.kept
         state.rounds += 1
-        for layer, (n, k) in enumerate(zip(plan.candidates, plan.kept, strict=True)):
-            state.evicted[layer] += n - k
+        state.evicted = [e + n - k for e, n, k in zip(state.evicted, plan.candidates, plan.kept, strict=True)]
         state.due_at = self._due_at(state)
         self._mark(state, plan.committed)
 
@@ -339,10 +330,13 @@ class Ledger:
 
         That is: some layer over its threshold, or all layers together over the sum of their budgets.
         """
-        layer_room = min(t - k for t, k in zip(state.thresholds, state.kept, strict=True))
+        layer_room = min(map(sub, state.thresholds, state.kept))
         mean_room = (sum(state.budgets) - sum(state.kept)) // self.num_layers
         room = 0 if self.pack_always else min(layer_room, mean_room)
-        leaving = page_ceil(max(self.interval, room + 1), self.page_size)
+        leaving = max(self.interval, room + 1)
+        if state.rounds == 0:  # no later than a settled request, which holds an interval more than its budget at most
+            leaving += state.stagger % max(room + self.interval - leaving + 1, 1)
+        leaving = page_ceil(leaving, self.page_size)
         return state.layout.tail + leaving + self.recent
 
     def renew(self, state: RequestState, budgets: tuple[int, ...], committed: int) -> None:
@@ -371,20 +365,8 @@ class Ledger:
         listens_from = 0 if self.window is None else max(state.due_at - self.window, committed)
         if not (goes_on and state.listens_from < committed == listens_from):
             state.listens_from = listens_from
-        self._dirty[state.row] = table.line(
-            {
-                "prefix": layout.prefix,
-                "packed": layout.packed,
-                "tail": layout.tail,
-                "score_from": score_from,
-                "score_after": state.listens_from,
-            },
-            {
-                "kept": state.kept,
-                "excess": excess_offsets(state.kept, layout.packed),
-                "holes": hole_offsets(state.kept, layout.packed),
-            },
-        )
+        place = layout.prefix, layout.packed, layout.tail
+        self._dirty[state.row] = Mark(state.kept, *place, score_from, state.listens_from)
 
     @property
     def dirty(self) -> bool:
@@ -395,6 +377,9 @@ class Ledger:
         """Write the lines that changed to the device table: one copy, no synchronisation."""
         if not self._dirty:
             return
-        lines = upload([[row, *line] for row, line in self._dirty.items()], self.table.device)
-        self.table[lines[:, 0]] = lines[:, 1:]
+        marks = columns_of(list(self._dirty.values()))
+        excess, holes = offsets(marks["kept"], marks["packed"])
+        lines = table.numbers(marks | {"excess": excess, "holes": holes})
+        new = upload(np.column_stack((list(self._dirty), lines)), self.table.device)
+        self.table[new[:, 0]] = new[:, 1:]
         self._dirty.clear()

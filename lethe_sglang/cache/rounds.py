@@ -9,14 +9,12 @@ and all due requests.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from lethe_sglang.cache.layout import excess_offsets, hole_offsets
-from lethe_sglang.cache.ledger import RoundPlan
-from lethe_sglang.cache.upload import upload
+from lethe_sglang.cache.layout import RoundPlan, offsets
+from lethe_sglang.cache.upload import columns_of, upload
 from lethe_sglang.kernels.common import Candidate, Cells, Extent
 from lethe_sglang.kernels.dispatch import kernels_for
 from lethe_sglang.kernels.table import NEVER, ROUND
@@ -28,33 +26,25 @@ if TYPE_CHECKING:
 
 def tables_of(plans: Sequence[RoundPlan], device: torch.device) -> tuple[torch.Tensor, Extent]:
     """Send the round table of a launch (``kernels/table.py``), and say how much there is to do."""
-    kept = list(accumulate((k for plan in plans for k in plan.kept), initial=0))
-    freed = list(accumulate((p.old_packed + p.new_tail - p.old_tail - p.new_packed for p in plans), initial=0))
-    layers = len(plans[0].kept)
-    lines = [
-        ROUND.line(
-            plan._asdict() | {"free_start": freed[b]},
-            {
-                "old_kept": plan.old_kept,
-                "old_excess": excess_offsets(plan.old_kept, plan.old_packed),
-                "old_holes": hole_offsets(plan.old_kept, plan.old_packed),
-                "kept": plan.kept,
-                "excess": excess_offsets(plan.kept, plan.new_packed),
-                "holes": hole_offsets(plan.kept, plan.new_packed),
-                "start": kept[b * layers : (b + 1) * layers],
-            },
-        )
-        for b, plan in enumerate(plans)
-    ]
+    plan = columns_of(plans)
+    kept, packed, tail, old_kept, old_packed = (
+        plan[name] for name in ("kept", "new_packed", "new_tail", "old_kept", "old_packed")
+    )
+    freed = old_packed + tail - plan["old_tail"] - packed
+    old_excess, old_holes = offsets(old_kept, old_packed)
+    excess, holes = offsets(kept, packed)
+    start = kept.cumsum().reshape(kept.shape) - kept
+    follows = {"free_start": freed.cumsum() - freed, "start": start, "old_excess": old_excess, "old_holes": old_holes}
+    lines = ROUND.numbers(plan | follows | {"excess": excess, "holes": holes})
     extent = Extent(
-        candidates=max(max(plan.candidates) for plan in plans),
-        kept=kept[-1],
-        freed=freed[-1],
-        packed=sum(plan.new_packed for plan in plans),
-        dead=sum(plan.new_tail - plan.prefix - plan.new_packed for plan in plans),
-        most_packed=max(max(plan.new_packed for plan in plans), 1),
-        old_excess=any(max(plan.old_kept) > plan.old_packed for plan in plans),
-        excess=any(max(plan.kept) > plan.new_packed for plan in plans),
+        candidates=int(plan["candidates"].max()),
+        kept=int(kept.sum()),
+        freed=int(freed.sum()),
+        packed=int(packed.sum()),
+        dead=int((tail - plan["prefix"] - packed).sum()),
+        most_packed=max(int(packed.max()), 1),
+        old_excess=bool((old_kept > old_packed[:, None]).any()),
+        excess=bool((kept > packed[:, None]).any()),
     )
     return upload(lines, device), extent
 

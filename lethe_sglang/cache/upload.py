@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
-def upload(lines: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
+
+def columns_of(tuples: Sequence[Any]) -> dict[str, NDArray[np.int64]]:
+    """Return the fields of B equal named tuples of numbers by name: ``[B]``, or ``[B, L]`` where one has L."""
+    return {name: np.array(values) for name, values in zip(tuples[0]._fields, zip(*tuples, strict=True), strict=True)}
+
+
+def upload(lines: NDArray[np.int64], device: torch.device) -> torch.Tensor:
     """Send lines of host numbers in one copy, without waiting for it.
 
     A copy costs more than what is in it: each is a call of its own, and one from memory that is not pinned waits for
@@ -16,7 +26,7 @@ def upload(lines: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor
     Parameters
     ----------
     lines
-        Equally long.
+        int ``[lines, numbers]``.
     device
         Where they go.
 
@@ -25,5 +35,5 @@ def upload(lines: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor
     torch.Tensor
         int32 ``[lines, numbers]``.
     """
-    host = torch.tensor(lines, dtype=torch.int32, pin_memory=device.type == "cuda")
-    return host.to(device, non_blocking=True)
+    host = torch.from_numpy(lines.astype(np.int32))
+    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)

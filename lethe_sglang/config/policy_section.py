@@ -115,19 +115,27 @@ class WithPolicy(Section):
         if not isinstance(data, Mapping):
             return handler(data)
         chosen = choose(data, known_keys(cls))
-        findings = [
-            InitErrorDetails(type="value_error", input=data, ctx={"error": ValueError(problem)})
-            for problem in chosen.problems
-        ]
+
+        def found(problems: list[str]) -> list[InitErrorDetails]:
+            errors = [ValueError(problem) for problem in problems]
+            return [InitErrorDetails(type="value_error", input=data, ctx={"error": error}) for error in errors]
+
+        findings = found(chosen.problems)
         try:
             config = handler({key: value for key, value in data.items() if key not in policy_names()})
         except ValidationError as error:
             findings += error.errors()  # type: ignore[arg-type]
+        if not findings:
+            assert chosen.policy is not None
+            config._built = chosen.policy
+            findings = found(config.policy_problems())
         if findings:
             raise ValidationError.from_exception_data(cls.__name__, findings)
-        assert chosen.policy is not None
-        config._built = chosen.policy
         return config
+
+    def policy_problems(self) -> list[str]:
+        """Say what is wrong with the policy beside what the other sections say."""
+        return []
 
     @model_serializer(mode="wrap")
     def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

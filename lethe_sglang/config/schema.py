@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
@@ -225,6 +226,19 @@ class EvictionConfig(WithPolicy):
         """Largest budget that a request may ask for, in tokens."""
         limit = self.requests.max_budget
         return DEFAULT_REQUEST_FACTOR * self.budget.tokens if limit is None else limit
+
+    def policy_problems(self) -> list[str]:
+        """Say where tokens would leave the recent window before a policy that skips steps has scored them once."""
+        rule = self.built_policy.accumulation
+        if rule is None or rule.in_phase <= self.recent:
+            return []
+        values = asdict(self.built_policy)  # type: ignore[call-overload]
+        option = next((name for name, value in values.items() if value == rule.every), "every")
+        return [
+            f"{self.policy}.{option}: got {rule.every}, more than the recent window, so that tokens would leave it "
+            f"before they are scored; the largest legal value is {self.recent} with these budget.tokens and "
+            "retain.recent_ratio"
+        ]
 
     @model_validator(mode="after")
     def _check_lengths(self) -> EvictionConfig:

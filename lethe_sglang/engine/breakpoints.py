@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from lethe_sglang.allocation.breakpoint import breakpoint_budgets, breakpoint_counts
-from lethe_sglang.cache.ledger import Ledger, RequestState, RoundPlan
+from lethe_sglang.cache.layout import RoundPlan
+from lethe_sglang.cache.ledger import Ledger, RequestState
 
 if TYPE_CHECKING:
     from lethe_sglang.cache.rounds import RoundResult

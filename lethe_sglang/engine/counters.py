@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lethe_sglang.cache.ledger import RequestState, RoundPlan
+from lethe_sglang.cache.layout import RoundPlan
+from lethe_sglang.cache.ledger import RequestState
 
 FINISHED = 1024
 """Finished requests whose records are kept."""

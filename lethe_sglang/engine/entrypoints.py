@@ -310,6 +310,7 @@ def start_scheduler(scheduler: Any, server_args: Any, *args: Any, **kwargs: Any)
             model.context_len,
             measures=request.measures,
             captured=guard.captures(resolved),
+            deterministic=bool(resolved.enable_deterministic_inference),
         )
     )
     install(SCHEDULER_HOOKS)

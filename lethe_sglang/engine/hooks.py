@@ -107,7 +107,14 @@ SCHEDULER_HOOKS = (
         "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new",
         AFTER,
         lifecycle.name_rows,
-        "FlashInfer's plans are made on the host, where a replayed batch does not name its rows.",
+        "FlashInfer's plans are made on the host, where a replayed batch does not name its rows; and decode steps are "
+        "counted, of which a policy may score every n-th only.",
+    ),
+    Hook(
+        "sglang.srt.model_executor.runner.decode_cuda_graph_runner.create_attention_graph_variants",
+        AFTER,
+        lifecycle.graph_variants,
+        "A step that is not scored launches less than one that is, so it needs a captured graph of its own.",
     ),
     Hook(
         f"{_BATCH}.ScheduleBatch.prepare_for_extend",
@@ -180,6 +187,10 @@ RELIANCES = (
     Reliance(f"{_ATTENTION}.torch_native_backend.TorchNativeAttnBackend", "Subclassed: decode over packed rows."),
     Reliance(f"{_ATTENTION}.flashinfer_backend.FlashInferAttnBackend", "Subclassed: decode over packed rows."),
     Reliance(f"{_ATTENTION}.flashinfer_backend.FlashInferIndicesUpdaterDecode", "Replaced: plans by length classes."),
+    Reliance(
+        "sglang.srt.model_executor.runner_utils.capture_mode.get_capture_attention_variant",
+        "Says which variant of a decode step is being captured, the scored one or the other.",
+    ),
     Reliance(f"{_ATTENTION}.triton_backend.TritonAttnBackend", "Subclassed: decode over packed rows."),
     Reliance("sglang.kernels.ops.attention.decode_attention.decode_attention_fwd", "Called over our own lists."),
     Reliance(

@@ -11,6 +11,7 @@ import torch
 from sglang.srt.distributed import get_tp_group
 from sglang.srt.runtime_context import get_parallel
 
+from lethe_sglang.attention.scored import ScoreVariants
 from lethe_sglang.cache.ledger import Observed
 from lethe_sglang.cache.pool import SCRATCH_FRACTION, PackedKVPool, pool_class
 from lethe_sglang.config import ConfigError
@@ -112,13 +113,23 @@ def observe_prefill(result: Any, batch: Any) -> None:
 
 
 def name_rows(result: Any, cls: type, batch: Any, *args: Any, **kwargs: Any) -> Any:
-    """AFTER ``ForwardBatch.init_new``: name the rows of a decode step, from which its lists are planned.
+    """AFTER ``ForwardBatch.init_new``: name the rows of a decode step, from which its lists are planned, and count it.
 
     What attention sees of a replayed batch names them on the device only, and reading them back would stop the host.
     """
-    decodes = batch.forward_mode.is_decode()
-    current().step_rows = batch.req_pool_indices_cpu.tolist() if decodes else []
+    runtime = current()
+    rows = runtime.step_rows = batch.req_pool_indices_cpu.tolist() if batch.forward_mode.is_decode() else []
+    if rows:
+        ledger = runtime.ledger
+        lengths = result.seq_lens_cpu.tolist() if ledger.phase.by_length else ()
+        ledger.phase.advance(lengths, new=not any(row in ledger.requests for row in rows))
     return result
+
+
+def graph_variants(result: Any, hf_config: Any) -> Any:
+    """AFTER ``create_attention_graph_variants``: a step that is not scored is another graph than one that is."""
+    runtime = current()
+    return ScoreVariants(runtime.ledger.phase) if runtime.ledger.phase.every > 1 else result
 
 
 def free_kv_row(original: Callable[..., None], tree: Any, kv: Any, ranges: Sequence[tuple[int, int]]) -> None:

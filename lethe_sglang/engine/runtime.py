@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -11,8 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lethe_sglang.allocation.budgets import scale
-from lethe_sglang.cache.layout import RowLayout, narrow_layers, page_ceil, pinned_cells, protected, request_bound
-from lethe_sglang.cache.ledger import Ledger, RequestState, RoundPlan
+from lethe_sglang.cache.layout import (
+    RoundPlan,
+    RowLayout,
+    narrow_layers,
+    page_ceil,
+    pinned_cells,
+    protected,
+    request_bound,
+)
+from lethe_sglang.cache.ledger import Ledger, RequestState
 from lethe_sglang.cache.pool import PackedKVPool
 from lethe_sglang.cache.rounds import RoundResult, groups, run_round
 from lethe_sglang.config import ConfigError, EvictionConfig, RequestOverride, parse_request
@@ -26,6 +35,9 @@ from lethe_sglang.observers.measure import Measurer
 
 if TYPE_CHECKING:
     from lethe_sglang.attention.length_classes import LengthClasses
+
+STAGGER_BY = 64
+"""Last tokens of a prompt that say when its first round comes: that may not depend on what else is served."""
 
 
 class Runtime:
@@ -45,6 +57,8 @@ class Runtime:
         Whether the server measures a profile: it evicts nothing.
     captured
         Whether decode steps are replayed from CUDA graphs, which hold how the policy scores.
+    deterministic
+        Whether replies may not depend on what else is served (``--enable-deterministic-inference``).
 
     Attributes
     ----------
@@ -72,12 +86,14 @@ class Runtime:
         context_length: int | None,
         measures: bool = False,
         captured: bool = False,
+        deterministic: bool = False,
     ) -> None:
         self.num_layers = len(budgets)
         self.page_size = page_size
         self.context_length = context_length
         self.measures = measures
         self.captured = captured
+        self.deterministic = deterministic
         self.version = 0
         self.step_rows: list[int] = []
         self.backends: list[Any] = []
@@ -122,7 +138,7 @@ class Runtime:
         check(self, changed, config, settled(budgets, self.num_layers), busy)
         if changed:
             self._configure(config, budgets)
-            self.ledger.configure(*self._rounds())
+            self._start_ledger()
             self.version += 1
             for backend in self.backends:
                 backend.accumulation = self.policy.accumulation
@@ -139,9 +155,11 @@ class Runtime:
             everything or policy.uses_memory,
         )
 
-    def _rounds(self) -> tuple[int, int, bool, int | None, tuple[bool, ...]]:
-        window = None if self.policy.accumulation is None else self.policy.accumulation.window
-        return self.config.recent, self.config.rounds.interval, self.config.debug.pack_always, window, self._narrow()
+    def _start_ledger(self) -> None:
+        rule, config = self.policy.accumulation, self.config
+        window, every = (None, 1) if rule is None else (rule.window, rule.in_phase)
+        self.ledger.configure(config.recent, config.rounds.interval, config.debug.pack_always, window, self._narrow())
+        self.ledger.phase.configure(every, by_length=self.deterministic)
 
     def _narrow(self) -> tuple[bool, ...]:
         if self.length_classes:  # what a backend has settled stays
@@ -155,18 +173,9 @@ class Runtime:
         if getattr(self, "pool", None) is pool and self.req_to_token is req_to_token:
             return
         self.pool, self.req_to_token = pool, req_to_token
-        recent, interval, pack_always, window, narrow = self._rounds()
-        self.ledger = Ledger(
-            num_rows=req_to_token.shape[0],
-            num_layers=self.num_layers,
-            page_size=self.page_size,
-            recent=recent,
-            interval=interval,
-            device=req_to_token.device,
-            pack_always=pack_always,
-            window=window,
-            narrow=narrow,
-        )
+        size, config = (req_to_token.shape[0], self.num_layers, self.page_size), self.config
+        self.ledger = Ledger(*size, config.recent, config.rounds.interval, req_to_token.device)
+        self._start_ledger()
         self.observers[:] = self._observers()
 
     def _observers(self) -> list[Observer]:
@@ -279,6 +288,7 @@ class Runtime:
                 committed=committed,
                 rest=rest,
                 pinned=pinned_cells(prefix, rest, self.config.retain.sinks, self.config.retain.own_sinks),
+                stagger=zlib.crc32(repr(req.origin_input_ids[-STAGGER_BY:]).encode()),
             )
             state.version = self.version
         elif state.version != self.version:

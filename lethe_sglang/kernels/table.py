@@ -9,9 +9,13 @@ written yet (and padding) need no special case.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
+import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
 
 NEVER = 2**31 - 1
 """As the first scored list position, or as a length at which something is due: it does not happen."""
@@ -63,9 +67,10 @@ class Columns(Generic[Named]):
         values = dict(zip(self.single, single.unbind(-1), strict=True))
         return self.lines(**values, **dict(zip(self.per_layer, layers.chunk(len(self.per_layer), -1), strict=True)))
 
-    def line(self, single: Mapping[str, int], per_layer: Mapping[str, Sequence[int]]) -> list[int]:
-        """Return one line as host numbers, from its columns by name."""
-        return [*(single[name] for name in self.single), *(n for name in self.per_layer for n in per_layer[name])]
+    def numbers(self, columns: Mapping[str, ArrayLike]) -> NDArray[np.int64]:
+        """Return lines as host numbers, ``[B, columns]``, from columns by name, ``[B]`` and ``[B, L]``."""
+        single = np.transpose([columns[name] for name in self.single])
+        return np.concatenate((single, *(np.asarray(columns[name]) for name in self.per_layer)), axis=1)
 
 
 class Spans(NamedTuple):
@@ -158,4 +163,4 @@ DECODE = Columns(Lines, ("prefix", "packed", "tail", "score_from", "score_after"
 ROUND = Columns(Rounds, Rounds._fields[:9], Rounds._fields[9:])
 """The round table."""
 
-width, layers_of, column, read, line = DECODE.width, DECODE.layers_of, DECODE.column, DECODE.read, DECODE.line
+width, layers_of, column, read, numbers = DECODE.width, DECODE.layers_of, DECODE.column, DECODE.read, DECODE.numbers

@@ -15,7 +15,8 @@ from lethe_sglang.config import ConfigError
 if TYPE_CHECKING:
     import torch
 
-    from lethe_sglang.cache.ledger import RequestState, RoundPlan
+    from lethe_sglang.cache.layout import RoundPlan
+    from lethe_sglang.cache.ledger import RequestState
     from lethe_sglang.cache.rounds import RoundResult
 
 GROUP = "lethe_sglang.observers"

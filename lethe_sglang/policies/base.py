@@ -30,7 +30,7 @@ class Accumulation(NamedTuple):
     decay
         gamma, per decode step of the request, in [0, 1]. 1 is a plain sum, 0 keeps the last scored step only.
     every
-        Only every n-th own step is scored, and then with ``decay ** every`` (1: every step).
+        Only every n-th step is scored, and then with ``decay ** every`` (1: every step).
     window
         Score the last ``window`` steps before a round only, from zero; None scores every step. After a round that
         came less than a window ago it is the steps since then.
@@ -50,6 +50,11 @@ class Accumulation(NamedTuple):
     def step_decay(self) -> float:
         """The factor applied at a scored step."""
         return float(self.decay**self.every)
+
+    @property
+    def in_phase(self) -> int:
+        """The n of a batch that is scored at each n-th step; a window has steps of its own, which are masked."""
+        return self.every if self.window is None else 1
 
 
 class Candidates(NamedTuple):

@@ -37,7 +37,8 @@ class LethePolicy(Policy):
     score_every: int = Field(
         default=1,
         ge=1,
-        description="Score every n-th decode step of a request, with gamma ** n. Decode steps, >= 1; 1 is the paper.",
+        description="Score every n-th decode step, all requests of the batch at once, with gamma ** n; the other steps "
+        "cost what stock's do. Decode steps, >= 1, at most the recent window; 1 is the paper.",
     )
     diversity: float = Field(
         default=0.0,

@@ -6,6 +6,7 @@ SGLang's decode graph runner captures and replays (batch buckets, padding, metad
 
 from __future__ import annotations
 
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,11 +26,13 @@ SETTINGS = {
     "snapkv-layers": ({"policy": "snapkv", "budget": PER_LAYER, "snapkv": {"window": 5}}, "1"),
     "lazy-pages": ({"policy": "lazy", "budget": PER_LAYER, "lazy": {"threshold": 0.02}}, "16"),
 }
+EVERY = {"lethe": {"score_every": 3}}
 JOBS = [(WALKS[0], 24), (CHAINS[1], 44), (WALKS[1], 34)]
 
 
-def serve(start, name, graphs, env=None):
+def serve(start, name, graphs, env=None, more=None):
     settings, page = SETTINGS[name]
+    settings = settings | {key: {**settings.get(key, {}), **value} for key, value in (more or {}).items()}
     rest = {"rounds": {"interval": 8}, "retain": {"recent_ratio": 0.3}, "debug": {"record_kept": True}}
     backend = ("--attention-backend", "flashinfer" if graphs else "torch_native")
     return start(
@@ -46,9 +49,9 @@ def ask(server, rid, prompt, tokens):
     return server.post("/generate", {"text": prompt, "rid": rid, "sampling_params": sampling})["text"]
 
 
-def replies(server, jobs=JOBS):
+def replies(server, jobs=JOBS, at_once=3):
     """Run three at once, one after the other ends: from an eager batch to buckets of two and one."""
-    with ThreadPoolExecutor(len(jobs)) as pool:
+    with ThreadPoolExecutor(at_once) as pool:
         texts = list(pool.map(lambda n: ask(server, f"r{n}", *jobs[n]), range(len(jobs))))
     kept = {(entry["rid"], entry["round"]): entry["kept"] for entry in server.lethe()["kept"]}
     return texts, {key: value for key, value in kept.items() if key[0].startswith("r")}
@@ -63,6 +66,9 @@ def eager(start):
         if name not in found:
             server = serve(start, name, graphs=False)
             found[name] = replies(server)
+            if name == "lethe-uniform":
+                server.post("/kv_evict", EVERY)
+                found["every"] = replies(server, at_once=1)
             server.stop()
         return found[name]
 
@@ -79,6 +85,20 @@ def test_replayed_steps_answer_and_keep_what_eager_ones_do(start, eager, name):
     assert len(found[1]) >= (6 if SETTINGS[name][1] == "1" else 3) and found[1] == expected[1]
     if name == "lethe-uniform":
         survive(server, expected[0][0])
+    server.check_healthy()
+    server.stop()
+
+
+def test_steps_that_are_not_scored_are_replayed_from_graphs_of_their_own(start, eager):
+    """One request at a time: where several run, the phase of a step depends on when they came."""
+    every_step = eager("lethe-uniform")
+    expected = eager("every")
+    assert expected[1] != every_step[1], "scoring every third step keeps the same: the test says nothing"
+    server = serve(start, "lethe-uniform", graphs=True, more=EVERY)
+    captured = re.findall(r"graphs_on_cpu: captured .*'(plain|scored)'.*: (\d+) operations", server.log.read_text())
+    operations = {variant: int(count) for variant, count in captured}
+    assert len(captured) == 4 and operations["plain"] < operations["scored"]
+    assert replies(server, at_once=1) == expected
     server.check_healthy()
     server.stop()
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from lethe_sglang.cache.layout import excess_offsets, hole_offsets, packed_blocks, packed_cell
+from lethe_sglang.cache.layout import offsets, packed_blocks, packed_cell
 from lethe_sglang.kernels import reference, table
 from lethe_sglang.kernels.common import Batch, Lists, token_lists
 from lethe_sglang.kernels.triton import config, indices
@@ -43,8 +43,9 @@ def make(layers, seed):
         req_to_token[row, : lengths[row]] = slots
         req_to_token[row, prefix + packed : tail] = 0
         single = {"prefix": prefix, "packed": packed, "tail": tail, "score_from": prefix, "score_after": 0}
-        excess, holes = excess_offsets(kept, packed), hole_offsets(kept, packed)
-        lines[row] = torch.tensor(table.line(single, {"kept": kept, "excess": excess, "holes": holes}))
+        excess, holes = offsets(kept, packed)
+        columns = {name: [value] for name, value in (single | {"kept": kept, "excess": excess, "holes": holes}).items()}
+        lines[row] = torch.from_numpy(table.numbers(columns)[0])
     return req_to_token, lines, lengths
 
 

@@ -15,9 +15,11 @@ import math
 import sys
 import zlib
 from collections.abc import Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum, IntEnum, auto
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -459,6 +461,17 @@ def stock_torch_native(scope):
     return TorchNativeAttnBackend
 
 
+CAPTURED = [None]
+"""Which variant of a decode step is being captured, last; None is none."""
+
+
+@contextmanager
+def capturing(variant):
+    CAPTURED.append(variant)
+    yield
+    CAPTURED.pop()
+
+
 def modules() -> dict[str, ModuleType]:
     scope = {"Enum": Enum, "ABC": object, "ForwardMode": Mode, "debug_kernel_api": lambda function: function}
     ends = build(BASE, "SharedReadEnds", scope)
@@ -474,6 +487,7 @@ def modules() -> dict[str, ModuleType]:
         f"{attention}.triton_backend": {"TritonAttnBackend": stock_triton(dict(where))},
         f"{attention}.torch_native_backend": {"TorchNativeAttnBackend": stock_torch_native(where)},
         "sglang.srt.mem_cache.memory_pool": {"KVWriteLoc": KVWriteLoc},
+        "sglang.srt.model_executor.runner_utils.capture_mode": {"get_capture_attention_variant": lambda: CAPTURED[-1]},
         "sglang.kernels.ops.attention.decode_attention": {"_MIN_BLOCK_KV": MIN_BLOCK_KV},
     }
     out = {}
@@ -676,30 +690,36 @@ class GraphRunner:
             "out_cache_loc": zeros.clone(),
         }
         self.inputs = step_inputs([0] * max(sizes), [1] * max(sizes))
-        for size in sizes:
+        self.variants = ours.scored.ScoreVariants(ledger.phase) if ledger.phase.every > 1 else None
+        for size, variant in product(sizes, self.variants.capture_labels if self.variants else (None,)):
             batch = self.view(size, encoder_lens=None, seq_lens_sum=size * fill)
-            backend.init_forward_metadata_out_graph(batch, in_capture=True)
+            with capturing(variant):
+                backend.init_forward_metadata_out_graph(batch, in_capture=True)
             inputs = [tuple(x[:size] for x in one) for one in self.inputs]
-            self.captured[size] = (batch, inputs, backend.forward_metadata)
-            self.run(size)
+            self.captured[size, variant] = (batch, inputs, backend.forward_metadata)
+            self.run(size, variant)
 
     def view(self, size, **more):
         static = {name: buffer[:size] for name, buffer in self.static.items()}
         fields = {"forward_mode": Mode.DECODE, "batch_size": size, "spec_info": None, "kv_loc_plan": None}
         return SimpleNamespace(**(fields | static | {"encoder_lens": None, "seq_lens_sum": None} | more))
 
-    def run(self, size):
-        batch, inputs, metadata = self.captured[size]
+    def run(self, size, variant):
+        batch, inputs, metadata = self.captured[size, variant]
         now, self.backend.forward_metadata = self.backend.forward_metadata, metadata
         requests, self.ledger.requests = self.ledger.requests, Unreadable()
-        self.backend.init_forward_metadata_in_graph(batch)
-        outputs = forward(self.backend, batch, inputs, self.layers)
-        self.ledger.requests, self.backend.forward_metadata = requests, now
+        phase = self.ledger.phase
+        if variant is not None:
+            self.ledger.phase = SimpleNamespace(every=phase.every, by_length=phase.by_length)
+        with capturing(variant):
+            self.backend.init_forward_metadata_in_graph(batch)
+            outputs = forward(self.backend, batch, inputs, self.layers)
+        self.ledger.requests, self.ledger.phase, self.backend.forward_metadata = requests, phase, now
         return outputs
 
     def replay(self, batch, inputs):
         raw = batch.batch_size
-        size = min(n for n in self.captured if n >= raw)
+        size = min(n for n, _ in self.captured if n >= raw)
         padding = {"seq_lens": 1, "seq_lens_cpu": 1}
         for name, buffer in self.static.items():
             buffer[:raw] = getattr(batch, name)
@@ -708,7 +728,8 @@ class GraphRunner:
             for buffer, values in zip(mine, given, strict=True):
                 buffer[:raw] = values
         self.backend.init_forward_metadata_out_graph(self.view(size))
-        return [output[:raw] for output in self.run(size)]
+        variant = self.variants.select(batch) if self.variants else None
+        return [output[:raw] for output in self.run(size, variant)]
 
 
 BUDGETS = (5, 12, 5, 20, 12)
@@ -718,8 +739,9 @@ SUM = Accumulation(decay=0.9)
 class Server:
     """A world and a backend over it, with the rows of the step as the scheduler would name them."""
 
-    def __init__(self, make, deterministic=False, **options):
+    def __init__(self, make, deterministic=False, every=1, by_length=False, **options):
         self.world = World(**options)
+        self.world.ledger.phase.configure(every, by_length)
         self.rows: list[int] = []
         self.backend = make(self.world.runner(deterministic), self.world, lambda: self.rows)
         self.backend.scored.kernels = Launched(self.backend.scored.kernels)
@@ -741,6 +763,8 @@ class Server:
             world.round(due, policy)
         world.ledger.flush()
         batch = world.decode_batch(rows)
+        new = not any(row in world.ledger.requests for row in rows)
+        world.ledger.phase.advance(batch.seq_lens.tolist(), new)
         return self.run(batch, step_inputs(rows, batch.seq_lens.tolist()))
 
     def admit(self):
@@ -751,6 +775,14 @@ class Server:
         self.world.admit(4, 21, 0, None)
         self.world.admit(5, 28, 8, scale(BUDGETS, 8, 3))
         self.world.write(6, 0)  # its first decode step: the ledger has not seen it
+        self.prefilled()
+
+    def prefilled(self):
+        """Tell the backend of prefills, whose tokens have their states already."""
+        rows = sorted(self.world.seq)
+        prefill = forward_batch(rows, [self.world.seq[row] for row in rows], [], forward_mode=Mode.EXTEND)
+        prefill.out_cache_loc = None
+        self.backend.scored.begin(prefill)
 
 
 def portable(accumulation=SUM):
@@ -812,7 +844,7 @@ def launches_of_a_step(backend, patch):
     kinds = {True: "fill_slots", False: "fill_cells"}
     patch.setattr(scored.kernels, "fill_lists", lambda *args: launched.append(kinds[args[2] is None] + fills[args[-1]]))
     scored.__dict__.update(meta(vars(scored)))
-    scored.ledger = SimpleNamespace(table=scored.ledger.table.to("meta"))
+    scored.ledger = SimpleNamespace(table=scored.ledger.table.to("meta"), phase=scored.ledger.phase)
     scored.pool.cells = scored.pool.cells._replace(**meta(scored.pool.cells._asdict()))
     scored.pool.set_kv_buffer = lambda *args: launched.append("store")
     batch = SimpleNamespace(**vars(forward_batch([1, 2], [5, 6], [3, 4])))

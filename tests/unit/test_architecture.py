@@ -40,7 +40,7 @@ OF_THE_PRODUCT = {
 }
 """What the laboratory may import: what a configuration means, and tools. Servers it knows over HTTP alone; an engine
 only through ``profiling.run``, which starts one as ``lethe profile`` does."""
-OF_ITS_OBSERVERS = {"observers.base", "kernels.common", "kernels.table", "cache.ledger", "cache.rounds"}
+OF_ITS_OBSERVERS = {"observers.base", "kernels.common", "kernels.table", "cache.layout", "cache.ledger", "cache.rounds"}
 """What ``lethe_bench/observers`` may import, and only that: a server process loads them."""
 SRT_ALLOWED = ("engine/", "attention/", "profiling/", "plugin.py", "cache/pool.py")
 MODULES, EXPERIMENTS = sorted(PACKAGE.rglob("*.py")), sorted(LABORATORY.rglob("*.py"))

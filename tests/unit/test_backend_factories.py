@@ -10,6 +10,7 @@ import torch
 from cache_model import MiniPool
 from flashinfer_double import BUDGETS, SUM, Server, compare, ours, portable
 
+from lethe_sglang.cache.phase import Phase
 from lethe_sglang.config import from_mapping
 from lethe_sglang.kernels.table import NEVER, read
 from lethe_sglang.policies.base import Accumulation
@@ -48,7 +49,7 @@ def served(request, monkeypatch):
     run = server.run
 
     def through_the_hook(batch, inputs):
-        assert name_rows(server.rows) == "a forward batch"
+        name_rows(server.rows)
         return run(batch, inputs)
 
     server.run = through_the_hook
@@ -58,7 +59,8 @@ def served(request, monkeypatch):
 def name_rows(rows, decodes=True):
     mode = SimpleNamespace(is_decode=lambda: decodes)
     batch = SimpleNamespace(forward_mode=mode, req_pool_indices_cpu=torch.tensor(rows))
-    return lifecycle.name_rows("a forward batch", object, batch, "a runner")
+    result = SimpleNamespace(seq_lens_cpu=torch.tensor([7 + row for row in rows]))
+    assert lifecycle.name_rows(result, object, batch, "a runner") is result
 
 
 def test_a_backend_of_the_engine_decodes_as_the_portable_one(served):
@@ -151,12 +153,38 @@ def test_prefills_are_observed_at_their_last_chunk_alone(monkeypatch):
 
 
 def test_rows_are_those_of_the_last_decode_batch(monkeypatch):
-    runtime = SimpleNamespace(step_rows=[])
+    steps = []
+    phase = SimpleNamespace(by_length=True, advance=lambda lengths, new: steps.append((lengths, new)))
+    runtime = SimpleNamespace(step_rows=[], ledger=SimpleNamespace(phase=phase, requests={2: "followed"}))
     monkeypatch.setattr(runtime_module, "_runtime", runtime)
     name_rows([4, 2])
     assert runtime.step_rows == [4, 2]
     name_rows([9], decodes=False)
     assert runtime.step_rows == [], "a prefill plans no lists"
+    name_rows([4, 1])
+    assert steps == [([11, 9], False), ([11, 8], True)], "no prefill is counted, and a batch that nobody follows is new"
+
+
+def test_steps_that_are_not_scored_have_graphs_of_their_own(monkeypatch):
+    phase = Phase()
+    monkeypatch.setattr(runtime_module, "_runtime", SimpleNamespace(ledger=SimpleNamespace(phase=phase)))
+    assert lifecycle.graph_variants("stock's", "a configuration") == "stock's"
+    phase.configure(2, by_length=False)
+    variants = lifecycle.graph_variants(None, "a configuration")
+    assert [*variants.capture_labels] == ["plain", "scored"]
+    found = []
+    for _ in range(3):
+        found.append(variants.select("a batch"))
+        phase.advance((), new=False)
+    assert found == ["scored", "plain", "scored"]
+
+
+@pytest.mark.parametrize(("section", "every"), [({"score_every": 3}, 3), ({}, 1)])
+def test_the_runtime_starts_the_phase_of_its_policy(section, every):
+    config = from_mapping({"lethe": section})
+    runtime = runtime_module.Runtime(config, (1024,) * 2, 1, 4096, deterministic=True)
+    runtime.attach(SimpleNamespace(cells=None, device="cpu"), torch.zeros(3, 8, dtype=torch.int32))
+    assert (runtime.ledger.phase.every, runtime.ledger.phase.by_length) == (every, True)
 
 
 def test_the_runtime_binds_to_a_pool_once(monkeypatch):

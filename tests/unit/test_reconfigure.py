@@ -44,7 +44,7 @@ def served(page=1, captured=False, **sections):
         pool.ledger,
         pool.req_to_token,
     )
-    runtime.ledger.configure(*runtime._rounds())
+    runtime._start_ledger()
     return runtime, pool
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
 from cache_model import MiniPool
 
-from lethe_sglang.cache.layout import narrow_layers
+from lethe_sglang.cache.layout import narrow_layers, request_bound
 from lethe_sglang.cache.ledger import NEVER
 from lethe_sglang.cache.rounds import TEMPORARY_BYTES, groups
 from lethe_sglang.config import from_mapping
@@ -68,8 +69,6 @@ def test_many_rounds_keep_what_a_dense_reference_keeps(page, prefix, budgets):
 
 
 def test_a_request_never_holds_more_than_its_bound():
-    from lethe_sglang.cache.layout import request_bound
-
     for page in (1, 8):
         pool = MiniPool(page=page, num_layers=3, recent=6, interval=8)
         budgets = (4, 20, 12)
@@ -120,6 +119,50 @@ def test_a_bound_has_room_for_a_narrow_layer_that_rounding_puts_above_the_mean()
     bound = runtime.bound(request, 0)
     assert bound == 9 + 6 + 403 + 8 + 2, "prompt, recent window, the layer's budget, interval, two pages"
     assert bound - 3 <= most <= bound
+
+
+@pytest.mark.parametrize("page", [1, 4])
+@pytest.mark.parametrize(("budget", "interval"), [(20, 8), (6, 16)])
+def test_first_rounds_are_staggered_over_the_interval_and_the_bound_holds(page, budget, interval):
+    """Requests that start together have rounds at different steps, and no more than one an interval each."""
+    dues = []
+    for stagger in range(3 * interval):
+        pool = MiniPool(page=page, num_layers=3, recent=6, interval=interval)
+        state = pool.admit(1, 3, 0, (budget,) * 3)
+        state.stagger = stagger
+        pool.ledger.renew(state, (budget,) * 3, 3)
+        due = []
+        for _ in range(120):
+            if pool.seq[1] >= state.due_at:
+                due.append(pool.seq[1])
+                pool.round([state], LethePolicy())
+            held = -(-pool.seq[1] // page) * page - state.layout.dead_len
+            assert held <= request_bound(budget + 6, interval, page)
+            pool.append(1)
+        assert {later - sooner for sooner, later in pairwise(due)} == {interval}
+        dues.append(due[0])
+    period = min(interval, budget + 1)  # no room to wait longer with a small budget
+    assert dues[:period] == dues[period : 2 * period] == sorted(dues[:period])
+    assert period / page <= len(set(dues)) <= period / page + 2
+
+
+def test_when_a_first_round_comes_follows_from_the_prompt_alone():
+    config = from_mapping({"budget": {"tokens": 18}, "rounds": {"interval": 64}, "retain": {"sinks": 2}})
+    runtime = Runtime(config, (12, 12, 12), page_size=1, context_length=None)
+    rows = torch.zeros(9, 90, dtype=torch.int32)
+    runtime.attach(SimpleNamespace(cells=None, device="cpu"), rows)
+
+    def due(prompt, row):
+        kv = SimpleNamespace(req_pool_idx=row, kv_committed_len=len(prompt), cache_protected_len=0, kv_allocated_len=40)
+        params = SimpleNamespace(custom_params=None)
+        request = SimpleNamespace(
+            rid=f"r{row}", kv=kv, origin_input_ids=prompt, sampling_params=params, beam_group=None
+        )
+        return runtime.follow(request).due_at
+
+    first = [due([n] * 9, row) for row, n in enumerate((5, 6, 7, 8), 1)]
+    again = [due([n] * 9, row) for row, n in enumerate((8, 7, 6, 5), 5)]
+    assert first == again[::-1] and len(set(first)) > 1
 
 
 def test_nothing_is_due_while_all_layers_are_within_budget():

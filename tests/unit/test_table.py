@@ -59,7 +59,8 @@ def test_every_column_has_one_place():
         assert {*columns.single, *columns.per_layer} == {*columns.lines._fields}
     single = {name: n for n, name in enumerate(single, 10)}
     per_layer = {"kept": (1, 2, 3), "excess": (4, 5, 6), "holes": (7, 8, 9)}
-    line = torch.tensor(table.line(single, per_layer), dtype=torch.int32)
+    columns = {name: [value] for name, value in (single | per_layer).items()}
+    line = torch.from_numpy(table.numbers(columns)[0])
     assert len(line) == table.width(3) and table.layers_of(line) == 3
     read = table.read(line)
     assert {name: int(getattr(read, name)) for name in single} == single

@@ -147,6 +147,7 @@ def register():
 
         wrapper = double.BatchDecodeWithPagedKVCacheWrapper
         wrapper.forward_return_lse = recorded(wrapper.forward_return_lse)
+        wrapper.forward = recorded(wrapper.forward)
     if plant := os.environ.get("GRAPHS_ON_CPU_PLANT"):
         _plant(plant)
 
