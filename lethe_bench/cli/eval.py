@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lethe_bench import models
 from lethe_bench.accuracy.experiment import Experiment
 from lethe_bench.accuracy.loading import load
 from lethe_bench.cli.checks import check_ports, say
@@ -52,6 +53,23 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     report = actions.add_parser("report", help="write report.md and pictures into a results directory")
     report.add_argument("directory", metavar="DIR", type=Path, help="results directory")
+    fidelity = actions.add_parser(
+        "fidelity",
+        help="measure how far eviction moves a model's next-token distribution",
+        description="Force the same replies with the full cache and with every arm, compare the distributions of every "
+        "step, and write fidelity.md. What is done already is not done again; Ctrl-C is safe.",
+        allow_abbrev=False,
+    )
+    fidelity.add_argument("file", metavar="FILE", type=Path, help="YAML file of the experiment (configs/eval/)")
+    fidelity.add_argument(
+        "--model",
+        metavar="MODEL",
+        default="smollm2",
+        help=f"{models.LEGAL} (default: smollm2, which a package carries)",
+    )
+    fidelity.add_argument("--out", metavar="DIR", type=Path, help="results directory (default: out/fidelity/NAME)")
+    fidelity.add_argument("--port", metavar="N", type=integer(1, 65535), default=31000, help="port of the server")
+    fidelity.add_argument("--against", metavar="ARM", help="arm that others are compared with (default: the first)")
     _add_harness_parser(actions)
 
 
@@ -83,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     ConfigError
         If an option or a file cannot be used.
     """
-    actions = {"run": _run, "report": _report, "lm-eval": _harness}
+    actions = {"run": _run, "report": _report, "fidelity": _fidelity, "lm-eval": _harness}
     try:
         with ending_on_signals():
             return actions[args.action](args)
@@ -129,6 +147,25 @@ def _report(args: argparse.Namespace) -> int:
     from lethe_bench.accuracy.report import write
 
     print(write(args.directory))
+    return 0
+
+
+def _fidelity(args: argparse.Namespace) -> int:
+    from lethe_bench.fidelity import report
+    from lethe_bench.fidelity.run import Run, load
+
+    experiment = load(args.file)
+    against = next(iter(experiment.arms)) if args.against is None else args.against
+    if against not in experiment.arms:
+        raise ConfigError(f"--against {against}: no such arm; legal: {', '.join(experiment.arms)}")
+    check_ports(args.port, 1)
+    out = args.out or Path("out") / "fidelity" / experiment.name
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        Run(experiment=experiment, model=models.directory(args.model, say), out=out, port=args.port, say=say).all()
+        print(report.write(out, against, experiment))
+    except PermissionError as error:
+        raise ConfigError(f"--out {out}: {error.strerror}; give a directory that can be written to") from None
     return 0
 
 

@@ -1,0 +1,1 @@
+"""How far eviction moves the next-token distribution of a model: forced replies, on a live server."""

@@ -1,0 +1,74 @@
+"""Runs inside the server: forces a reply token by token and compares distributions where they are, unsampled.
+
+A request names its tokens and files in ``custom_params.forced``. With the full cache the distributions of all steps are
+kept in a file; with an arm each step is compared with that file, and a few numbers a step are left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.lib.format import open_memmap
+
+MEASURES = ("kl", "agreement", "nll", "full_nll")
+"""Per step: ``KL(full || arm)`` in nats, whether the likeliest token is the same, and the negative log-likelihoods of
+the forced token with the arm and with the full cache."""
+
+
+class Forced:
+    """Forces ``custom_params.forced.tokens``; the request's parameters keep its step, whatever batch it is in.
+
+    It is what SGLang calls a custom logit processor.
+    """
+
+    @classmethod
+    def to_str(cls) -> str:
+        """Return what a request carries: the class by its name, which the server imports."""
+        import dill
+
+        return json.dumps({"callable": dill.dumps(cls, byref=True).hex()})
+
+    def __call__(self, logits: torch.Tensor, custom_param_list: list[dict[str, Any]] | None = None) -> torch.Tensor:
+        """Take the logits of a step, ``[B, V]``; return those that leave one token a request."""
+        for line, params in zip(logits, custom_param_list or (), strict=True):
+            forced = params["forced"]
+            step = forced["step"] = forced.get("step", -1) + 1
+            token = forced["tokens"][step]
+            observe(forced, step, token, line.float().log_softmax(-1))
+            line.fill_(float("-inf"))
+            line[token] = 0.0
+        return logits
+
+
+def observe(forced: dict[str, Any], step: int, token: int, found: torch.Tensor) -> None:
+    """Keep a step's distribution ``found``, float32 ``[V]`` in nats, or compare it with the one that is kept."""
+    last = step == len(forced["tokens"]) - 1
+    draft = f"{forced['result']}.draft"
+    if forced["reference"] is None:
+        if step == 0:
+            shape = len(forced["tokens"]), len(found)
+            forced["kept"] = open_memmap(draft, mode="w+", dtype=np.float16, shape=shape)  # type: ignore[no-untyped-call]
+        forced["kept"][step] = found.cpu().numpy()
+        if last:
+            forced.pop("kept").flush()
+            os.replace(draft, forced["result"])
+        return
+    if step == 0:
+        forced["full"], forced["found"] = np.load(forced["reference"], mmap_mode="r"), []
+    forced["found"].append(compare(torch.from_numpy(forced["full"][step].astype(np.float32)), found.cpu(), token))
+    if last:
+        with Path(draft).open("wb") as out:
+            np.save(out, np.array(forced.pop("found"), dtype=np.float32))
+        os.replace(draft, forced["result"])
+
+
+def compare(full: torch.Tensor, arm: torch.Tensor, token: int) -> tuple[float, float, float, float]:
+    """Return ``MEASURES`` of a step, from log-probabilities float32 ``[V]``."""
+    full = full.log_softmax(-1)  # stored in half precision, so renewed to sum to one
+    kl = float((full.exp() * (full - arm)).sum())
+    return kl, float(full.argmax() == arm.argmax()), -float(arm[token]), -float(full[token])

@@ -1,0 +1,154 @@
+"""Tables of a results directory of ``lethe eval fidelity``: means with intervals over documents, arms paired."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lethe_bench.statistics import paired_means, pooled_mean
+from lethe_sglang.config import ConfigError
+from lethe_sglang.config.policy_section import laid_over
+from lethe_sglang.files import Journal, write_atomically
+
+if TYPE_CHECKING:
+    from lethe_bench.fidelity.run import Experiment
+
+KL, AGREEMENT, NLL, FULL_NLL = range(4)
+"""Columns of a document's steps, float32 ``[T, 4]`` (``processor.MEASURES``)."""
+
+Steps = NDArray[np.float32]
+
+
+class Measure(NamedTuple):
+    """One column of a table: a number a document, of whose steps it is computed, and how it is printed."""
+
+    title: str
+    of: Callable[[Steps], float]
+    form: str = ".3f"
+
+
+MEASURES = (
+    Measure("KL (nats)", lambda steps: float(steps[:, KL].mean())),
+    Measure("KL below which 99 % of steps are", lambda steps: float(np.quantile(steps[:, KL], 0.99)), ".2f"),
+    Measure("same first choice", lambda steps: float(steps[:, AGREEMENT].mean())),
+    Measure("NLL above full", lambda steps: float((steps[:, NLL] - steps[:, FULL_NLL]).mean())),
+)
+RECALL = (
+    Measure("NLL of values", lambda steps: float(steps[:, NLL].mean())),
+    Measure("with the full cache", lambda steps: float(steps[:, FULL_NLL].mean())),
+)
+"""Of the steps alone that are tokens of a value."""
+
+
+class Results(NamedTuple):
+    """What a results directory holds: the experiment, documents' steps by arm, and which of them are values."""
+
+    experiment: dict[str, Any]
+    arms: dict[str, dict[str, Steps]]
+    values: dict[str, list[int]]
+
+    def numbers(self, measure: Measure, arm: str, names: list[str], skip: int) -> list[float]:
+        """Return a measure of an arm's documents, their first ``skip`` steps left out."""
+        chosen = (self.arms[arm][name] for name in names)
+        if measure in RECALL:
+            return [measure.of(steps[self.values[name]]) for name, steps in zip(names, chosen, strict=True)]
+        return [measure.of(steps[skip:]) for steps in chosen]
+
+    def names(self, corpus: str, *arms: str) -> list[str]:
+        """Return the documents of a corpus that all of these arms have."""
+        common = set.intersection(*(set(self.arms[arm]) for arm in arms))
+        return sorted(name for name in common if name.startswith(f"{corpus}-"))
+
+
+def read(out: Path) -> Results:
+    """Read a results directory.
+
+    Raises
+    ------
+    ConfigError
+        If it holds no results.
+    """
+    kept = Journal(out / "experiment.json").read()
+    if not kept:
+        raise ConfigError(f"{out}: no results there; give a directory made by lethe eval fidelity")
+    lines = Journal(out / "documents.jsonl").read()
+    values = {line["name"]: [n for start, end in line["values"] for n in range(start, end)] for line in lines}
+    arms = {
+        folder.name: {path.stem: np.load(path) for path in sorted(folder.glob("*.npy"))}
+        for folder in sorted(out.iterdir())
+        if folder.is_dir() and folder.name != "full"
+    }
+    return Results(kept[0], arms, values)
+
+
+def table(results: Results, skip: int = 0) -> str:
+    """Return Markdown: a table a corpus, a row an arm, means with 95 % intervals over documents."""
+    parts = []
+    for corpus in results.experiment["corpora"]:
+        columns = (*MEASURES, *(RECALL if corpus == "recall" else ()))
+        rows = []
+        for arm in results.arms:
+            if names := results.names(corpus, arm):
+                cells = [_cell(measure, results.numbers(measure, arm, names, skip)) for measure in columns]
+                rows.append(f"| {arm} | {len(names)} | {' | '.join(cells)} |")
+        head = f"| arm | documents | {' | '.join(measure.title for measure in columns)} |"
+        parts.append("\n".join((f"### {corpus}", "", head, "| --- " * (len(columns) + 2) + "|", *rows)))
+    return "\n\n".join(parts)
+
+
+def _cell(measure: Measure, numbers: list[float]) -> str:
+    mean, low, high = (format(value, measure.form) for value in pooled_mean([numbers]))
+    return f"{mean} ({low} to {high})"
+
+
+def against(results: Results, reference: str, skip: int = 0) -> str:
+    """Return Markdown: every arm less a reference, document by document, with 95 % intervals.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such arm.
+    """
+    if reference not in results.arms:
+        raise ConfigError(f"--against {reference}: no such arm; give one of {', '.join(results.arms)}")
+    lines = [f"| less {reference} | KL of all corpora (nats) | NLL of values |", "| --- | --- | --- |"]
+    for arm in results.arms:
+        cells = []
+        for measure, corpora in ((MEASURES[0], list(results.experiment["corpora"])), (RECALL[0], ["recall"])):
+            strata = []
+            for corpus in corpora:
+                names = results.names(corpus, arm, reference)
+                first, second = (results.numbers(measure, which, names, skip) for which in (arm, reference))
+                strata += [(first, second)] * bool(names)
+            if strata:
+                gain = paired_means(strata)
+                cells.append(f"{gain.gain:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})")
+            else:
+                cells.append("")
+        lines += [f"| {arm} | {' | '.join(cells)} |"] * (arm != reference)
+    return "\n".join(lines)
+
+
+def write(out: Path, reference: str, experiment: Experiment) -> Path:
+    """Write ``fidelity.md``; steps before the first round any arm may have are not counted. Returns the file."""
+    skip = max(config.budget.tokens for config in experiment.configs().values())
+    results = read(out)
+    settings = ", ".join(f"{name} {value}" for name, value in results.experiment.items() if name != "base")
+    parts = (
+        f"# Fidelity to the full cache: {experiment.name}",
+        f"Settings: {settings}. Steps from {skip} on; means over documents with 95 % bootstrap intervals.",
+        "\n".join(
+            f"- {arm}: `{json.dumps(laid_over(experiment.base, options))}`" for arm, options in experiment.arms.items()
+        ),
+        table(results, skip),
+        "## Paired",
+        against(results, reference, skip),
+    )
+    path = out / "fidelity.md"
+    write_atomically(path, "\n\n".join(parts) + "\n")
+    return path

@@ -1,0 +1,255 @@
+"""Forces the same replies with the full cache and with every arm, on one live server; resumable at any kill."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator
+from tqdm import tqdm
+
+from lethe_bench.accuracy.experiment import Arm
+from lethe_bench.accuracy.live import check_server, switch
+from lethe_bench.fidelity.corpora import CORPORA, Document, questions
+from lethe_bench.servers import Server, ServerError, explained, launch_command
+from lethe_sglang.config import ConfigError, EvictionConfig, from_mapping
+from lethe_sglang.config.loading import parse_yaml
+from lethe_sglang.config.policy_section import laid_over
+from lethe_sglang.config.section import Section
+from lethe_sglang.errors import one_line
+from lethe_sglang.files import Journal, write_atomically
+
+OWN = "own"
+"""The corpus of the model's own samples."""
+
+_LEGAL = {
+    "tokens": "an integer from 64 to 16384",
+    "corpora": f"a mapping from {', '.join((OWN, *CORPORA))} to numbers of documents >= 1",
+    "split": "development or test",
+    "at_once": "an integer >= 1",
+    "arms": "a mapping from names to configurations",
+}
+
+
+class Experiment(Section):
+    """What ``lethe eval fidelity`` reads from its YAML file."""
+
+    name: str = Field(min_length=1, pattern=r"^[\w.-]+$")
+    split: Literal["development", "test"] = "development"
+    tokens: int = Field(default=1000, ge=64, le=16384)
+    corpora: dict[str, int] = Field(default={OWN: 12, "prose": 12, "code": 12, "recall": 12})
+    at_once: int = Field(default=6, ge=1)
+    base: dict[str, Any] = Field(default_factory=dict)
+    arms: dict[str, dict[str, Any]] = Field(min_length=1)
+
+    @field_validator("corpora")
+    @classmethod
+    def _known(cls, corpora: dict[str, int]) -> dict[str, int]:
+        if wrong := [name for name, count in corpora.items() if name not in (OWN, *CORPORA) or count < 1]:
+            raise ValueError(f"{wrong[0]} is none, or has no documents")
+        return corpora
+
+    def configs(self) -> dict[str, EvictionConfig]:
+        """Return the arms' configurations, each laid over ``base``."""
+        return {name: from_mapping(laid_over(self.base, arm), where=f"arms.{name}") for name, arm in self.arms.items()}
+
+
+def load(path: Path) -> Experiment:
+    """Read an experiment.
+
+    Raises
+    ------
+    ConfigError
+        One line with every option at fault and what is legal.
+    """
+    try:
+        data = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); give the YAML file of an experiment") from None
+    try:
+        experiment = Experiment.model_validate(data)
+    except ValidationError as error:
+        found = []
+        for finding in error.errors(include_url=False):
+            option = str(finding["loc"][0]) if finding["loc"] else "the file"
+            legal = _LEGAL.get(option, f"keys among {', '.join(Experiment.model_fields)}")
+            found.append(f"{option}: {finding['msg'].removeprefix('Value error, ')}; expected {legal}")
+        raise one_line([f"{path}: {'; '.join(found)}"]) from None
+    experiment.configs()
+    return experiment
+
+
+@dataclass(kw_only=True)
+class Run:
+    """One pass over what is missing.
+
+    Attributes
+    ----------
+    experiment
+        What to run.
+    model
+        Directory of the model.
+    out
+        Results directory: ``full/`` has distributions (half precision, 2 bytes a step and word), a folder an arm the
+        numbers of each step.
+    port
+        Where the server listens.
+    server_args
+        More arguments of it.
+    say
+        Takes one line of progress at a time.
+    """
+
+    experiment: Experiment
+    model: Path
+    out: Path
+    port: int = 31000
+    server_args: Sequence[str] = ()
+    say: Callable[[str], None] = print
+
+    def all(self) -> None:
+        """Start the server, and force every reply that an arm lacks.
+
+        Raises
+        ------
+        ConfigError
+            If the directory holds results of another experiment.
+        ServerError
+            If the server fails; what was done before is kept.
+        """
+        from transformers import AutoTokenizer
+
+        self._check_out()
+        tokenizer = AutoTokenizer.from_pretrained(self.model)
+        documents = self._documents(tokenizer)
+        samples = Journal(self.out / "samples.jsonl").read()
+        arms = ["full", *self.experiment.arms]
+        if len(samples) < self.experiment.corpora.get(OWN, 0) or any(self._missing(a, documents) for a in arms):
+            with Server(self._command(), self.port, self.out / "server.log") as server, explained(server):
+                check_server(server, evicts=True)
+                documents += self._sampled(server, tokenizer)
+                self._note(documents)
+                for arm in arms:
+                    self._force(server, arm, documents)
+
+    def _check_out(self) -> None:
+        settings = self.experiment.model_dump(mode="json", exclude={"arms", "at_once"})
+        path = self.out / "experiment.json"
+        kept = Journal(path).read()
+        wanted = {**settings, "model": self.model.name}
+        if kept and kept[0] != wanted:
+            differ = [name for name in wanted if kept[0].get(name) != wanted[name]]
+            raise ConfigError(
+                f"--out {self.out}: holds results of another experiment (other {', '.join(differ)}); give another"
+            )
+        if not kept:
+            Journal(path).add([wanted])
+
+    def _command(self) -> list[str]:
+        experiment = self.experiment
+        longest = experiment.tokens + 512
+        first = next(iter(experiment.configs().values()))
+        options = first.model_dump(mode="json") | {"pool": {"states": "all"}}
+        config = self.out / "server.json"
+        write_atomically(config, json.dumps(options))
+        return launch_command(
+            str(self.model),
+            self.port,
+            *("--kv-evict", first.policy, "--kv-evict-config", str(config), "--enable-custom-logit-processor"),
+            *("--context-length", str(longest), "--max-running-requests", str(experiment.at_once)),
+            *("--max-total-tokens", str((experiment.at_once + 1) * longest), "--disable-cuda-graph"),
+            *self.server_args,
+        )
+
+    # -- documents ----------------------------------------------------------------------------------------------------
+
+    def _documents(self, tokenizer: Any) -> list[Document]:
+        experiment, found = self.experiment, list[Document]()
+        for name, count in experiment.corpora.items():
+            if name != OWN:
+                some = list(islice(CORPORA[name](tokenizer, experiment.split, experiment.tokens), count))
+                if len(some) < count:
+                    raise ConfigError(
+                        f"corpora.{name}: got {count}, but there are {len(some)} documents of this length"
+                    )
+                found += some
+        return found
+
+    def _note(self, documents: Sequence[Document]) -> None:
+        journal = Journal(self.out / "documents.jsonl")
+        known = {line["name"] for line in journal.read()}
+        journal.add(
+            [{"name": d.name, "values": [list(span) for span in d.values]} for d in documents if d.name not in known]
+        )
+
+    def _sampled(self, server: Server, tokenizer: Any) -> list[Document]:
+        """Let the model write replies of its own, with the full cache, once; they are forced like all others."""
+        count, journal = self.experiment.corpora.get(OWN, 0), Journal(self.out / "samples.jsonl")
+        prompts = dict(islice(questions(tokenizer, self.experiment.split), count))
+        if len(prompts) < count:
+            raise ConfigError(f"corpora.{OWN}: got {count}, but there are {len(prompts)} questions")
+        known = {line["name"]: line["reply"] for line in journal.read()}
+        never = {str(tokenizer.eos_token_id): -100.0}
+
+        def sample(name: str) -> None:
+            sampling = {"temperature": 0.8, "max_new_tokens": self.experiment.tokens, "logit_bias": never}
+            sampling |= {"ignore_eos": True, "custom_params": {"kv_evict": "none"}}
+            body = {"input_ids": prompts[name], "rid": name, "sampling_params": sampling}
+            reply = _read(server.post("/generate", body, timeout=3600))
+            journal.add([{"name": name, "reply": reply["output_ids"]}])
+
+        self._each(sample, [name for name in prompts if name not in known], "sampling")
+        known = {line["name"]: line["reply"] for line in journal.read()}
+        return [Document(name, prompt, known[name]) for name, prompt in prompts.items()]
+
+    # -- forcing ------------------------------------------------------------------------------------------------------
+
+    def result(self, arm: str, document: str) -> Path:
+        """Return the file of an arm's steps on a document."""
+        return self.out / arm / f"{document}.npy"
+
+    def _missing(self, arm: str, documents: Sequence[Document]) -> list[Document]:
+        return [document for document in documents if not self.result(arm, document.name).exists()]
+
+    def _force(self, server: Server, arm: str, documents: Sequence[Document]) -> None:
+        from lethe_bench.fidelity.processor import Forced
+
+        missing = self._missing(arm, documents)
+        if not missing:
+            return
+        (self.out / arm).mkdir(exist_ok=True)
+        if arm != "full":
+            switch(server, Arm(arm, 0, self.experiment.arms[arm], self.experiment.configs()[arm]))
+        processor = Forced.to_str()
+
+        def force(document: Document) -> None:
+            reference = None if arm == "full" else str(self.result("full", document.name).resolve())
+            forced: dict[str, Any] = {"tokens": document.reply, "reference": reference}
+            forced["result"] = str(self.result(arm, document.name).resolve())
+            custom = {"forced": forced, **({"kv_evict": "none"} if arm == "full" else {})}
+            sampling = {"temperature": 0, "max_new_tokens": len(document.reply), "ignore_eos": True}
+            body = {"input_ids": document.prompt, "rid": f"{arm}-{document.name}", "custom_logit_processor": processor}
+            given = {"sampling_params": {**sampling, "custom_params": custom}}
+            reply = _read(server.post("/generate", body | given, timeout=3600))
+            if reply["output_ids"] != document.reply or not self.result(arm, document.name).exists():
+                raise ServerError(f"the reply of {document.name} was not forced; see {server.log}")
+
+        self._each(force, missing, arm)
+
+    def _each(self, work: Callable[[Any], None], items: Sequence[Any], what: str) -> None:
+        with ThreadPoolExecutor(self.experiment.at_once) as pool:
+            for _ in tqdm(pool.map(work, items), total=len(items), desc=what, file=sys.stderr, disable=not items):
+                pass
+
+
+def _read(answer: str) -> dict[str, Any]:
+    reply = json.loads(answer)
+    if "error" in reply:
+        raise ServerError(str(reply["error"]))
+    return dict(reply)
