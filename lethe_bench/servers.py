@@ -57,6 +57,8 @@ class Server:
     ----------
     ready_seconds
         From the start to the first healthy answer.
+    ready_within
+        Longest time that a ``with`` block waits for it, in seconds.
 
     Examples
     --------
@@ -68,6 +70,7 @@ class Server:
         self.command, self.port, self.log = list(command), port, log
         self.environment = {**os.environ, "NO_PROXY": HOST, "no_proxy": HOST, **(environment or {})}
         self.ready_seconds = self._started = 0.0
+        self.ready_within: float = READY_SECONDS
         self._process: subprocess.Popen[bytes] | None = None
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -75,7 +78,7 @@ class Server:
         """Start the server and wait until it is healthy, as :meth:`wait` does."""
         try:
             self.start()
-            self.wait()
+            self.wait(self.ready_within)
         except BaseException:
             self.stop()
             raise

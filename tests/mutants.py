@@ -50,6 +50,7 @@ ARTIFACT, MEASURE, CACHE = (
 ALLOCATOR, BUDGETS = "lethe_sglang/allocation/budgets.py", "tests/unit/test_budgets.py"
 LIVE, RULES = "tests/unit/test_reconfigure.py", "lethe_sglang/engine/reconfigure.py"
 POLICIES = "tests/unit/test_policies.py"
+GOAL, GOALS = "lethe_bench/gpu/goal.py", "tests/bench/test_gpu_goals.py"
 RECONF = "tests/engine/test_reconfigure.py"
 PAGE8 = f"{SERVE} -k page8"
 STORM = "tests/engine/test_pressure.py -k storm"
@@ -456,6 +457,20 @@ MUTANTS = {
         "heads[:, :, self.first_scored :].mean(1)",
         "heads[:, :, : lists.scored.shape[-1]].mean(1)",
         "tests/unit/test_triton_backend.py -k every_rule",
+    ),
+    "a run that the limit cut has a verdict": Mutant(GOAL, "None if missing else all(", "all(", GOALS),
+    "a server of somebody else is measured": Mutant(
+        "lethe_bench/cli/gpu.py", "if not port_free(PORT):", "if False:", GOALS
+    ),
+    "a void sample counts": Mutant(GOAL, 'if s.get("void")', "if False", GOALS),
+    "repeats are begun beyond the limit": Mutant(GOAL, "if limit.left <= needed:", "if not limit.left:", GOALS),
+    "the longest stall is a median": Mutant(GOAL, "worst if self.of_each else", "worst if False else", GOALS),
+    "a stall is a long step": Mutant("lethe_bench/gpu/steps.py", "time - statistics.median(", "time - 0 * len(", GOALS),
+    "a pool with room counts as full": Mutant(
+        "lethe_bench/gpu/goals.py", "if not min(step.waiting for step in steps):", "if False:", GOALS
+    ),
+    "rounds of a steady state are due at once": Mutant(
+        "lethe_bench/gpu/goals.py", "BUDGET - age % INTERVAL", "BUDGET + 0 * age", GOALS
     ),
     "ranks do not compare what they kept": Mutant(
         "lethe_bench/observers/kept.py", "if len(set(digests)) > 1:", "if False:", "tests/unit/test_rank_agreement.py"

@@ -15,6 +15,9 @@ trace      part: waits of decode steps beside stock's
 settings   servers whose greedy replies are compared, and the pairs of their passes
 greedy     part: greedy replies with and without CUDA graphs and overlap, and over concurrencies
 report     the page
+steps      decode steps of a server by its own clock
+goal       a goal, measured within a limit of time, and when there is a verdict
+goals      the four goals that a GPU has to confirm
 =========  ===========================================================================================
 
 Only launches and timing import PyTorch, so that a dry run and the report do not need it.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lethe_bench.gpu.results import Results
-from lethe_bench.servers import Server, ServerError, explained
+from lethe_bench.servers import READY_SECONDS, Server, ServerError, explained
 from lethe_sglang.processes import ending_on_signals
 
 OUT = Path("out", "gpu")
@@ -60,10 +60,11 @@ class Part(ABC):
 
 
 @contextlib.contextmanager
-def serving(command: Sequence[str], port: int = PORT) -> Iterator[Server]:
+def serving(command: Sequence[str], port: int = PORT, ready_within: float = READY_SECONDS) -> Iterator[Server]:
     """Run a server for the block; whatever goes wrong with it is a :class:`ServerError` that says why."""
     with tempfile.TemporaryDirectory() as folder, ending_on_signals():
         server = Server(command, port, Path(folder) / "server.log")
+        server.ready_within = ready_within
         with explained(server), server:
             yield server
 

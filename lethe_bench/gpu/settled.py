@@ -11,6 +11,7 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -21,14 +22,19 @@ from lethe_sglang.config import from_mapping
 KV_HEADS, HEAD_DIM = 8, 128
 
 
-def measure(setting: Setting, repeats: int) -> dict[str, float]:
+def setting_of(requests: int) -> Setting:
+    """Return the launch of so many requests: what a budget of 1,024 leaves beside the recent window."""
+    return Setting(requests, layers=32, kept=716, interval=128)
+
+
+def measure(setting: Setting, repeats: int) -> dict[str, Any]:
     """Time launches of rounds of all requests.
 
     Returns
     -------
     dict
         Medians over ``repeats`` in microseconds: ``device_us`` between events on the stream, ``host_us`` until the host
-        is free again.
+        is free again; and every time that they are of.
     """
     policy = from_mapping({}).built_policy
     server = Server(setting._replace(repeats=repeats), policy, "cuda", (KV_HEADS, HEAD_DIM), torch.bfloat16)
@@ -46,10 +52,9 @@ def measure(setting: Setting, repeats: int) -> dict[str, float]:
         host.append(time.perf_counter() - began)
         torch.cuda.synchronize()
         device.append(start.elapsed_time(end))
-    return {
-        "device_us": round(1e3 * statistics.median(device[1:]), 1),
-        "host_us": round(1e6 * statistics.median(host[1:]), 1),
-    }
+    times = {"device_us": [1e3 * time for time in device[1:]], "host_us": [1e6 * time for time in host[1:]]}
+    medians = {name: round(statistics.median(found), 1) for name, found in times.items()}
+    return {**medians, "each": {name: [round(time, 1) for time in found] for name, found in times.items()}}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -58,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=12)
     args = parser.parse_args(argv)
     for requests in (1, 16, 64):
-        setting = Setting(requests, layers=32, kept=716, interval=128)
+        setting = setting_of(requests)
         line = {"setting": setting._asdict(), "gpu": torch.cuda.get_device_name(), "versions": versions()}
         print(json.dumps({**line, **measure(setting, args.repeats)}), flush=True)
 
