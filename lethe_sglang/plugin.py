@@ -11,6 +11,7 @@ def register() -> None:
     from lethe_sglang.engine import entrypoints
     from lethe_sglang.engine.hooking import install
 
+    register_resolution_hook("handle_gpu_memory_settings")(entrypoints.capture_larger_batches)
     register_resolution_hook("handle_deterministic_inference")(entrypoints.choose_deterministic_backend)
     register_resolution_hook("handle_attention_backend_compatibility")(entrypoints.choose_backend)
     register_resolution_hook("handle_other_validations")(entrypoints.check_resolution)

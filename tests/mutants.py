@@ -50,6 +50,8 @@ ARTIFACT, MEASURE, CACHE = (
 ALLOCATOR, BUDGETS = "lethe_sglang/allocation/budgets.py", "tests/unit/test_budgets.py"
 LIVE, RULES = "tests/unit/test_reconfigure.py", "lethe_sglang/engine/reconfigure.py"
 POLICIES = "tests/unit/test_policies.py"
+GRAPHS = "tests/engine/test_refusals.py -k decode_graphs"
+LAUNCH, DISPATCH = "lethe_sglang/kernels/triton/__init__.py", "tests/kernels/test_dispatch.py"
 GOAL, GOALS = "lethe_bench/gpu/goal.py", "tests/bench/test_gpu_goals.py"
 RECONF = "tests/engine/test_reconfigure.py"
 PAGE8 = f"{SERVE} -k page8"
@@ -472,6 +474,20 @@ MUTANTS = {
     "rounds of a steady state are due at once": Mutant(
         "lethe_bench/gpu/goals.py", "BUDGET - age % INTERVAL", "BUDGET + 0 * age", GOALS
     ),
+    "graphs that are named grow": Mutant(
+        "lethe_sglang/engine/entrypoints.py", "or named or (batches", "or (batches", GRAPHS
+    ),
+    "the memory of larger graphs is not reckoned": Mutant(
+        "lethe_sglang/engine/entrypoints.py", "larger, mem_fraction_static=fraction)", "larger)", GRAPHS
+    ),
+    "graphs are captured that no batch reaches": Mutant(
+        "lethe_sglang/engine/guard.py", "resolved.max_running_requests or MOST_CAPTURED", "MOST_CAPTURED", GRAPHS
+    ),
+    "a check is passed by a tensor of other strides": Mutant(
+        LAUNCH, "tensor.shape, tensor.stride(), dtypes", "tensor.shape, (1,) * tensor.dim(), dtypes", DISPATCH
+    ),
+    "checks are made anew in every layer": Mutant(LAUNCH, "maxsize=4096", "maxsize=0", DISPATCH),
+    "a bucket is below its number": Mutant(LAUNCH, "max(n - 1, 0).bit_length()", "n.bit_length() - 1", DISPATCH),
     "ranks do not compare what they kept": Mutant(
         "lethe_bench/observers/kept.py", "if len(set(digests)) > 1:", "if False:", "tests/unit/test_rank_agreement.py"
     ),

@@ -195,6 +195,31 @@ def _pick(server_args: Any, backend: str, when: Callable[[Any], Any]) -> None:
         declare_resolution(server_args, "lethe", attention_backend=backend)
 
 
+def capture_larger_batches(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """Capture decode graphs of more requests than SGLang would, unless named (``handle_gpu_memory_settings`` step).
+
+    SGLang's step runs twice: once for its own choice, and again to reckon memory with the larger graphs.
+    """
+    from sglang.srt.arg_groups.model_override_base import resolving_view
+    from sglang.srt.arg_groups.overrides import declare_resolution
+    from sglang.srt.model_executor.cuda_graph_config import with_phase
+
+    fraction = resolving_view(server_args).mem_fraction_static
+    previous(server_args)
+    request, view = requested(server_args), resolving_view(server_args)
+    named = {("decode", "max_bs"), ("decode", "bs")} & server_args._cuda_graph_config_locked
+    if request is None or request.measures or named or (batches := guard.graph_batches(view)) is None:
+        return
+    logger.info(
+        "KV eviction: decode graphs of up to %d requests, SGLang would take %d; --cuda-graph-max-bs-decode names it",
+        batches[-1],
+        view.cuda_graph_config.decode.max_bs,
+    )
+    larger = with_phase(view.cuda_graph_config, "decode", max_bs=batches[-1], bs=batches)
+    declare_resolution(server_args, "lethe", cuda_graph_config=larger, mem_fraction_static=fraction)
+    previous(server_args)
+
+
 def check_resolution(server_args: Any, previous: Callable[[Any], None]) -> None:
     """Refuse options and models that do not work with eviction (SGLang's ``handle_other_validations`` step)."""
     previous(server_args)

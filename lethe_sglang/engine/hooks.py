@@ -158,7 +158,13 @@ SCHEDULER_HOOKS = (
 
 RELIANCES = (
     Reliance("sglang.srt.arg_groups.resolution_hooks.register_resolution_hook", "Lets the plugin refuse options."),
-    Reliance("sglang.srt.arg_groups.overrides.declare_resolution", "Picks the attention backend where none is named."),
+    Reliance(
+        "sglang.srt.arg_groups.overrides.declare_resolution", "Picks backend and decode graphs if none are named."
+    ),
+    Reliance(
+        "sglang.srt.arg_groups.memory_hook.handle_gpu_memory_settings",
+        "Runs a second time, to reckon memory with larger decode graphs; what is settled stays as it is.",
+    ),
     Reliance("sglang.srt.entrypoints.http_server.get_global_state", "Finds the tokenizer manager for the verb."),
     Reliance(f"{_SCHEDULER}._reqs_finishing_inflight", "Names requests that the result in flight will finish."),
     Reliance(f"{_SCHEDULER}.collect_inflight_reqs", "Names what still runs: some changes need an idle server."),

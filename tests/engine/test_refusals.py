@@ -186,6 +186,54 @@ def test_flashinfer_is_picked_on_cuda_where_no_backend_is_named(sglang_front, ca
     assert ("using flashinfer" in caplog.text) == (chosen == "flashinfer")
 
 
+@pytest.mark.parametrize(
+    ("gib", "named", "evicts", "largest", "sizes"),
+    [
+        (80, {}, True, 512, 44),
+        (80, {}, False, 256, 36),
+        (80, {"max_running_requests": 300}, True, 300, 38),
+        (80, {"max_running_requests": 200}, True, 200, 29),
+        (80, {"cuda_graph_max_bs_decode": 200}, True, 200, 29),
+        (80, {"cuda_graph_bs_decode": [64]}, True, 64, 1),
+        (80, {"cuda_graph_config": {"decode": {"max_bs": 128}}}, True, 128, 20),
+        (80, {"tp_size": 4}, True, 512, 52),
+        (80, {"disable_decode_cuda_graph": True}, True, 256, 36),
+        (80, {"disable_cuda_graph_padding": True}, True, 256, 256),
+        (80, {"device": "cpu"}, True, 32, 24),
+        (40, {}, True, 128, 14),
+        (24, {"mem_fraction_static": 0.8}, True, 192, 19),
+    ],
+)
+def test_decode_graphs_reach_the_batches_that_eviction_admits(
+    sglang_front, monkeypatch, caplog, gib, named, evicts, largest, sizes
+):
+    from sglang.srt.arg_groups import cuda_graph_hook, memory_hook, resolution_hooks
+    from sglang.srt.arg_groups.model_override_base import resolving_view
+    from sglang.srt.server_args import ServerArgs
+
+    from lethe_sglang.engine import entrypoints as front
+
+    monkeypatch.setattr(memory_hook, "get_device_memory_capacity", lambda device: gib * 1024)
+    server_args = ServerArgs(**{"model_path": str(MODEL), "device": "cuda", **named})
+    if evicts:
+        server_args._lethe = front.EvictionRequest(front.EvictionConfig(), from_cli=False)
+    cuda_graph_hook.parse_cuda_graph_config(server_args)
+    with caplog.at_level("INFO", logger="lethe_sglang"):
+        resolution_hooks.run_hook(memory_hook.handle_gpu_memory_settings, server_args)
+    view = resolving_view(server_args)
+    decode = view.cuda_graph_config.decode
+    assert (decode.max_bs, len(decode.bs)) == (largest, sizes)
+    if decode.backend != "disabled" and view.device == "cuda":
+        assert decode.bs == sorted(set(decode.bs)) and decode.bs[-1] == largest
+    assert ("decode graphs of up to" in caplog.text) == (
+        evicts and not set(named) - {"max_running_requests", "mem_fraction_static"} and largest != 200
+    )
+    if "mem_fraction_static" in named:
+        assert view.mem_fraction_static == 0.8, "what is named stays"
+    elif gib == 80 and not named:
+        assert view.mem_fraction_static == (0.830 if evicts else 0.836), "SGLang reserves 2 MB a request"
+
+
 @pytest.mark.parametrize("asked", [{"enable_deterministic_inference": True}, {"rl_on_policy_target": "fsdp"}, {}])
 def test_deterministic_inference_takes_triton_before_sglang_picks_a_backend_of_its_own(sglang_front, asked):
     """SGLang's deterministic step comes before the one that picks backends, and on Hopper it takes fa3."""
