@@ -40,7 +40,7 @@ def serve(start, name, graphs, plant=None, more=None):
     rest = {"rounds": {"interval": 8}, "retain": {"recent_ratio": 0.3}, "debug": debug}
     backend = ("--attention-backend", "flashinfer" if graphs else "torch_native")
     return start(
-        *("--max-total-tokens", "2048", "--max-running-requests", "4", "--context-length", "600"),
+        *("--max-total-tokens", "2048", "--max-running-requests", "4", "--context-length", "240"),
         *("--page-size", page, "--kv-evict", settings["policy"], "--kv-evict-config", config(**settings, **rest)),
         *backend,
         *(("--cuda-graph-bs-decode", "1", "2") if graphs else ()),
@@ -119,7 +119,7 @@ def survive(server, first):
         time.sleep(2)
         server.post("/pause_generation", {"mode": "retract"})
         server.post("/continue_generation")
-        gone = pool.submit(ask, server, "gone", CHAINS[0], 300)
+        gone = pool.submit(ask, server, "gone", CHAINS[0], 150)
         time.sleep(2)
         server.post("/abort_request", {"rid": "gone"})
         assert all(reply.result() for reply in running)
