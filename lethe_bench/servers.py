@@ -111,7 +111,7 @@ class Server:
                 raise ServerError(f"the server ended with status {status} before it was ready:\n{tail(self.log)}")
             if time.monotonic() - self._started > seconds:
                 raise ServerError(f"the server was not ready after {seconds:g} s:\n{tail(self.log)}")
-            time.sleep(0.5)
+            time.sleep(0.1)
         self.ready_seconds = time.monotonic() - self._started
 
     @property

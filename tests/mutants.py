@@ -53,6 +53,7 @@ POLICIES = "tests/unit/test_policies.py"
 GRAPHS = "tests/engine/test_refusals.py -k decode_graphs"
 LAUNCH, DISPATCH = "lethe_sglang/kernels/triton/__init__.py", "tests/kernels/test_dispatch.py"
 GOAL, GOALS = "lethe_bench/gpu/goal.py", "tests/bench/test_gpu_goals.py"
+OBSERVED = "tests/unit/test_observed_backends.py"
 RECONF = "tests/engine/test_reconfigure.py"
 PAGE8 = f"{SERVE} -k page8"
 STORM = "tests/engine/test_pressure.py -k storm"
@@ -326,6 +327,37 @@ MUTANTS = {
         "good = once &",
         "good =",
         "tests/unit/test_shadow.py",
+    ),
+    "the shadow passes over prefixes": Mutant(
+        "lethe_bench/observers/shadow.py", "own | ((j < prefix) & followed & there)", "own", OBSERVED
+    ),
+    "observers are shown no lists": Mutant(
+        "lethe_sglang/attention/scored.py", "self._show_lists(layer, forward_batch, lists, narrow)", "pass", OBSERVED
+    ),
+    "observers take slots for cells": Mutant(
+        "lethe_sglang/attention/scored.py",
+        "flat = cells + layer * self.scored.pool",
+        "flat = cells + 0 * self.scored.pool",
+        OBSERVED,
+    ),
+    "every list begins where the first does": Mutant(
+        REFERENCE,
+        "lists.indices[torch.where(valid, begin + j, 0)]",
+        "lists.indices[torch.where(valid, j, 0)]",
+        OBSERVED,
+    ),
+    "the shadow looks on while prefills are replayed": Mutant(
+        "lethe_sglang/engine/guard.py",
+        'for phase in ("prefill", "decode"))',
+        'for phase in ("decode",))',
+        "tests/engine/test_refusals.py -k checks_that",
+    ),
+    "a list that a kernel fills is one off": Mutant(
+        "lethe_sglang/kernels/triton/indices.py",
+        "base + tl.load(entries + position,",
+        "base + (j == 50) + tl.load(entries + position,",
+        "tests/engine/test_cuda_backends.py",
+        engine=True,
     ),
     "hoyer is not normalised": Mutant(
         "lethe_sglang/allocation/sparsity.py", "(root - 1).clamp(min=1e-6)", "root", "tests/unit/test_sparsity.py"

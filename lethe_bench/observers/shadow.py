@@ -22,7 +22,8 @@ class ShadowMismatch(AssertionError):
 class Shadow(Observer):
     """The keys and values of all logical positions of every row in use: ``[2, L, S, capacity, H, D]``.
 
-    Only own tokens are compared: the radix tree may replace a prefix by an equal one that another batch computed.
+    A prefix is compared where it lies in the slots that the prefill has read or written: the radix tree may replace it
+    by an equal one that another batch computed.
 
     Attributes
     ----------
@@ -40,7 +41,8 @@ class Shadow(Observer):
         self.store, self.ledger, self.req_to_token = cells, ledger, req_to_token
         self.places: dict[int, int] = {}
         self.free: list[int] = []
-        self.copy = torch.zeros((2, cells.num_layers, 0, 0, *cells.key.shape[1:]), dtype=cells.key.dtype)
+        self.copy = cells.key.new_zeros((2, cells.num_layers, 0, 0, *cells.key.shape[1:]))
+        self.slots = req_to_token.new_zeros((0, 0))  # of every position at the row's prefill
         self.checks = 0
         self.cells = 0
 
@@ -57,23 +59,25 @@ class Shadow(Observer):
             grown = self.copy.new_zeros((2, self.store.num_layers, more, max(2 * length, capacity), *cell))
             grown[:, :, :places, :capacity] = self.copy
             self.copy = grown
+            self.slots = torch.nn.functional.pad(self.slots, (0, grown.shape[3] - capacity, 0, more - places))
             self.free += range(places, more)
         for row in missing:
             self.places[row] = self.free.pop()
-        return torch.tensor([self.places[row] for row in rows])
+        return torch.tensor([self.places[row] for row in rows], device=self.copy.device)
 
     def on_extend_layer(self, layer: int, forward_batch: Any) -> None:
         """Copy what a prefill (or one chunk of it) has written; rows are intact then."""
         rows, lengths = forward_batch.req_pool_indices.tolist(), forward_batch.seq_lens.tolist()
         for row, place, length in zip(rows, self._place(rows, max(lengths)).tolist(), lengths, strict=True):
+            self.slots[place, :length] = self.req_to_token[row, :length]
             cells = layer * self.store.blocks + self.req_to_token[row, :length].to(torch.int64)
             self.copy[0, layer, place, :length] = self.store.key[cells]
             self.copy[1, layer, place, :length] = self.store.value[cells]
 
     def on_decode_layer(
-        self, layer: int, forward_batch: Any, cells: torch.Tensor, length: torch.Tensor, attention: torch.Tensor
+        self, layer: int, forward_batch: Any, cells: torch.Tensor, length: torch.Tensor, attention: torch.Tensor | None
     ) -> None:
-        """Copy the newest tokens, then compare all own cells of every request's token list.
+        """Copy the newest tokens, then compare the cells of every request's token list.
 
         Raises
         ------
@@ -93,9 +97,10 @@ class Shadow(Observer):
 
         line = read(self.ledger.table[rows].to(torch.int64))
         prefix, tail, kept = line.prefix.unsqueeze(1), line.tail.unsqueeze(1), line.kept[:, layer : layer + 1]
-        j = torch.arange(cells.shape[1]).unsqueeze(0)
+        j = torch.arange(cells.shape[1], device=cells.device).unsqueeze(0)
         # First decode step: the tree may have replaced part of the prefix, and the row is not followed yet.
-        followed = torch.tensor([row in self.ledger.requests for row in rows.tolist()]).unsqueeze(1)
+        known = [row in self.ledger.requests for row in rows.tolist()]
+        followed = torch.tensor(known, device=cells.device).unsqueeze(1)
         own = (j >= prefix) & (j < length.unsqueeze(1)) & followed
         packed = self.store.position[cells].to(torch.int64)
         position = torch.where(j < prefix + kept, packed, tail + j - prefix - kept).masked_fill(~own, 0)
@@ -105,15 +110,18 @@ class Shadow(Observer):
         good = once & (whole | ~followed.squeeze(1))
         if not bool(good.all()):
             raise ShadowMismatch(f"rows {rows[~good].tolist()} layer {layer}: a position twice, or the wrong length")
-        where = cells[own]
-        at = place.unsqueeze(1).expand_as(cells)[own], position[own]
+        front = torch.where(j < prefix, j, 0)
+        there = self.req_to_token[rows.unsqueeze(1), front] == self.slots[place.unsqueeze(1), front]
+        compared, position = own | ((j < prefix) & followed & there), torch.where(own, position, j)
+        where = cells[compared]
+        at = place.unsqueeze(1).expand_as(cells)[compared], position[compared]
         for name, copy, buffer in (("key", self.copy[0], self.store.key), ("value", self.copy[1], self.store.value)):
             if not torch.equal(copy[layer][at], buffer[where]):
                 wrong = (copy[layer][at] != buffer[where]).flatten(1).any(1)
-                row = rows.unsqueeze(1).expand_as(cells)[own][wrong][:4].tolist()
+                row = rows.unsqueeze(1).expand_as(cells)[compared][wrong][:4].tolist()
                 raise ShadowMismatch(f"rows {row} layer {layer} {name}: positions {at[1][wrong][:4].tolist()} differ")
         self.checks += int(followed.sum())
-        self.cells += int(own.sum())
+        self.cells += int(compared.sum())
 
     def report(self) -> dict[str, Any]:
         """Return how much was compared."""

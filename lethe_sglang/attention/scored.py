@@ -14,6 +14,7 @@ of own cells again); one that has the weights at hand hands over these (:meth:`S
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from lethe_sglang.cache.phase import Phase
     from lethe_sglang.cache.pool import PackedKVPool
     from lethe_sglang.kernels.common import Cells
+    from lethe_sglang.observers.base import Observer
     from lethe_sglang.policies.base import Accumulation
 
 PLAIN, SCORED = "plain", "scored"
@@ -251,10 +253,13 @@ class ScoredBackend(AttentionBackend):  # type: ignore[misc]
         Set by the subclass once SGLang's backend is built.
     classes
         Which layers share plans and lists; None where every layer has a list of its own.
+    observers
+        Are shown every layer; none in production, where nothing of them runs or enters a graph.
     """
 
     scored: ScoredDecode
     classes: LengthClasses | None = None
+    observers: Sequence[Observer] = ()
     key_scale = staticmethod(key_scale)
 
     @property
@@ -301,7 +306,27 @@ class ScoredBackend(AttentionBackend):  # type: ignore[misc]
         lists, fill_indptr = self._lists(number)
         if not narrow:
             self.scored.fill(layer, forward_batch, lists, fill_indptr, narrow=False)
+        if self.observers:
+            self._show_lists(layer, forward_batch, lists, narrow)
         return lists, self.scored.cells_of(layer, narrow)
+
+    def _show_lists(self, layer: int, forward_batch: Any, lists: Lists, narrow: bool) -> None:
+        """Show observers the lists that a layer's kernel reads next, as they lie there."""
+        self._show(layer, forward_batch, narrow, *reference.padded(lists, forward_batch.seq_lens.shape[0]))
+
+    def _show(
+        self,
+        layer: int,
+        forward_batch: Any,
+        narrow: bool,
+        cells: torch.Tensor,
+        length: torch.Tensor,
+        attention: torch.Tensor | None = None,
+    ) -> None:
+        """Show observers a layer's lists; ``narrow`` ones are of slots of its own buffer."""
+        flat = cells + layer * self.scored.pool.cells.blocks if narrow else cells
+        for observer in self.observers:
+            observer.on_decode_layer(layer, forward_batch, flat, length, attention)
 
     def shared_read_ends(self, fm: Any) -> Any:
         """Rows and table are read at the head of a decode step, and before every layer that has its own list."""
@@ -317,4 +342,6 @@ class ScoredBackend(AttentionBackend):  # type: ignore[misc]
         output = super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
         query = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         self.scored.observe(layer, query, layer.scaling * self.key_scale(layer))
+        for observer in self.observers:
+            observer.on_extend_layer(self.scored.index_of(layer), forward_batch)
         return output

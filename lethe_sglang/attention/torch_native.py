@@ -22,7 +22,6 @@ from lethe_sglang.kernels.table import read
 if TYPE_CHECKING:
     from lethe_sglang.cache.ledger import Ledger
     from lethe_sglang.cache.pool import PackedKVPool
-    from lethe_sglang.observers.base import Observer
     from lethe_sglang.policies.base import Accumulation
 
 
@@ -50,26 +49,14 @@ class LayerLists(NamedTuple):
 
 
 class LetheTorchNativeBackend(ScoredBackend, TorchNativeAttnBackend):  # type: ignore[misc]
-    """Decode reads packed rows and adds the step's attention to the score of own cells; extend is stock.
-
-    Parameters
-    ----------
-    observers
-        Are shown every layer; none in production.
-    """
+    """Decode reads packed rows and adds the step's attention to the score of own cells; extend is stock."""
 
     def __init__(
-        self,
-        model_runner: Any,
-        pool: PackedKVPool,
-        ledger: Ledger,
-        accumulation: Accumulation | None,
-        observers: Sequence[Observer] = (),
+        self, model_runner: Any, pool: PackedKVPool, ledger: Ledger, accumulation: Accumulation | None
     ) -> None:
         super().__init__(model_runner)
         req_to_token = self.req_to_token_pool.req_to_token
         self.scored = ScoredDecode(pool, ledger, req_to_token, accumulation, max_batch=req_to_token.shape[0])
-        self.observers = observers
         self.first_scored = 0
         self.lists: list[LayerLists] = []
 
@@ -136,20 +123,8 @@ class LetheTorchNativeBackend(ScoredBackend, TorchNativeAttnBackend):  # type: i
         query = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         output, heads = attend(query, cells.keys, cells.values, lists.reading, layer.scaling)
         if self.observers:
-            flat = lists.cells + index * cells.blocks if lists.narrow else lists.cells
-            flat = flat.masked_fill(lists.reading.beyond.squeeze(1), 0)
-            for observer in self.observers:
-                observer.on_decode_layer(index, forward_batch, flat, lists.length, heads)
+            self._show(index, forward_batch, lists.narrow, lists.cells, lists.length, heads)
         if lists.scored is not None:
             attention = heads[:, :, self.first_scored :].mean(1)
             self.scored.accumulate(cells.states, lists.scored, attention, forward_batch.seq_lens)
         return output.reshape(-1, layer.tp_q_head_num * layer.v_head_dim)
-
-    def forward_extend(
-        self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **kwargs: Any
-    ) -> Any:
-        """As the other backends; observers follow."""
-        output = super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
-        for observer in self.observers:
-            observer.on_extend_layer(self.scored.index_of(layer), forward_batch)
-        return output

@@ -156,8 +156,8 @@ class DebugConfig(Section):
 
     shadow: bool = Field(
         default=False,
-        description="Keep an uncompressed copy of the cache and compare every gathered cell with it (tests). "
-        "true or false.",
+        description="Keep an uncompressed copy of the cache and compare every gathered cell with it (tests), at every "
+        "step that runs without a CUDA graph: on a GPU, start with --disable-cuda-graph. true or false.",
     )
     kept_hash: bool = Field(
         default=False,

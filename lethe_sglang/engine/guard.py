@@ -282,9 +282,11 @@ def check_debug(resolved: Any, debug: DebugConfig, measures: bool) -> None:
     if measures and not resolved.disable_overlap_schedule:
         raise ConfigError("lethe profile: counts a step too many under overlap; set --disable-overlap-schedule")
     _, decode = attention_backends(resolved)
-    for name, wanted in (("lethe profile", measures), ("debug.shadow", debug.shadow)):
-        if wanted and decode != "torch_native":
-            raise ConfigError(f"{name}: needs --attention-backend torch_native, the server uses {decode}")
+    if measures and decode != "torch_native":
+        raise ConfigError(f"lethe profile: needs --attention-backend torch_native, the server uses {decode}")
+    replays = any(_graph(resolved, phase) not in (None, "disabled") for phase in ("prefill", "decode"))
+    if debug.shadow and on_cuda(resolved) and replays:
+        raise ConfigError("debug.shadow: compares no step that a CUDA graph replays; set --disable-cuda-graph")
 
 
 def check_model(model: Any) -> None:

@@ -18,7 +18,6 @@ from lethe_sglang.config import ConfigError
 from lethe_sglang.engine.admission import LethePrefillAdder, is_private
 from lethe_sglang.engine.runtime import Runtime, current
 from lethe_sglang.kernels.table import NEVER
-from lethe_sglang.observers.base import Observer
 
 logger = logging.getLogger("lethe_sglang")
 
@@ -173,10 +172,7 @@ def torch_native_backend(runner: Any) -> Any:
     from lethe_sglang.attention.torch_native import LetheTorchNativeBackend
 
     runtime = attach(runner)
-    backend = LetheTorchNativeBackend(
-        runner, runtime.pool, runtime.ledger, runtime.policy.accumulation, _of_attention(runtime)
-    )
-    return _known(runtime, backend)
+    return _known(runtime, LetheTorchNativeBackend(runner, runtime.pool, runtime.ledger, runtime.policy.accumulation))
 
 
 def flashinfer_backend(runner: Any) -> Any:
@@ -215,14 +211,10 @@ BACKENDS = {"torch_native": torch_native_backend, "flashinfer": flashinfer_backe
 def _known(runtime: Runtime, backend: Any) -> Any:
     """Let a backend follow the runtime when it takes another policy, and the runtime heed the backend's classes."""
     runtime.backends.append(backend)
+    backend.observers = [observer for observer in runtime.observers if observer.sees_attention]
     if backend.classes is not None:
         runtime.length_classes.append(backend.classes)
     return backend
-
-
-def _of_attention(runtime: Runtime) -> list[Observer]:
-    """Return the observers that want to see every layer; the guard refuses them with other backends."""
-    return [observer for observer in runtime.observers if observer.sees_attention]
 
 
 def attach(runner: Any) -> Runtime:

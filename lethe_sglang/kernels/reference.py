@@ -89,15 +89,24 @@ def _ends(indptr: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]
     return ends[:-1], ends[1:]
 
 
+def padded(lists: Lists, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return lists as int64 ``[B, n]``, 0 beyond their ends, and how long they are, int64 ``[B]``."""
+    begin, end = _ends(lists.indptr, batch)
+    length = end - begin
+    j = torch.arange(int(length.max()) if batch else 0, device=length.device).unsqueeze(0)
+    valid = j < length
+    return torch.where(valid, lists.indices[torch.where(valid, begin + j, 0)].to(torch.int64), 0), length.squeeze(1)
+
+
 def score(rule: Accumulation, attention: Attention, lists: Lists, schedule: Schedule, states: States) -> None:
     """Apply a step's attention to the states of own cells, from its log-sum-exp."""
     query, keys, lse, scaling, lse_base, parts = attention
     batch, heads, dim = query.shape
-    begin, end = _ends(lists.indptr, batch)
-    length = end - begin
-    j = torch.arange(int(length.max()) if batch else 0, device=query.device).unsqueeze(0)
+    cells, length = padded(lists, batch)
+    length = length.unsqueeze(1)
+    j = torch.arange(cells.shape[1], device=query.device).unsqueeze(0)
     own = (j >= schedule.first.unsqueeze(1)) & (j < length)
-    cells = torch.where(own, lists.indices[torch.where(own, begin + j, 0)].to(torch.int64), 0)
+    cells = cells.masked_fill(~own, 0)
     q = query.float().view(batch, keys.shape[1], -1, dim)
     logits = torch.einsum("bkgd,bnkd->bkgn", q, keys[cells].float()).reshape(batch, heads, -1) * scaling
     natural = lse * (math.log(2) if lse_base == "2" else 1.0)

@@ -1,7 +1,8 @@
 """The protocol of observers: everything they are told. They change nothing that is served.
 
-The engine and the portable attention backend hold a tuple of observers that is empty in production, so that the path
-of a request has one loop over nothing at each of these places, and a CUDA graph none.
+The engine and the attention backends hold a tuple of observers that is empty in production, so that the path of a
+request has one loop over nothing at each of these places, and a CUDA graph none. Observers that look at attention read
+tensors back, which a graph cannot: the guard refuses them where steps are replayed.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Observer:
     Attributes
     ----------
     sees_attention
-        Whether it needs ``on_extend_layer`` and ``on_decode_layer``, which only the portable backend calls.
+        Whether it needs ``on_extend_layer`` and ``on_decode_layer``.
     """
 
     sees_attention: ClassVar[bool] = False
@@ -54,9 +55,9 @@ class Observer:
         """See that a layer of a prefill, or of one chunk of it, has stored its keys and values."""
 
     def on_decode_layer(
-        self, layer: int, forward_batch: Any, cells: torch.Tensor, length: torch.Tensor, attention: torch.Tensor
+        self, layer: int, forward_batch: Any, cells: torch.Tensor, length: torch.Tensor, attention: torch.Tensor | None
     ) -> None:
-        """See a layer of a decode step once it is computed.
+        """See a layer of a decode step once its keys, values and lists are stored.
 
         Parameters
         ----------
@@ -65,9 +66,11 @@ class Observer:
         forward_batch
             SGLang's batch.
         cells, length
-            int64 ``[B, n]`` and ``[B]``: the layer's token lists and their valid entries.
+            int64 ``[B, n]`` and ``[B]``: the layer's token lists, of flat cells, as its attention reads them, and how
+            many of their entries are valid.
         attention
-            float32 ``[B, Hq, n]``: the weights of each list, 0 beyond its length.
+            float32 ``[B, Hq, n]``: the weights of each list, 0 beyond its length. None where a kernel computes it: only
+            the portable backend has weights.
         """
 
     def on_round(self, states: Sequence[RequestState], plans: Sequence[RoundPlan], result: RoundResult) -> None:

@@ -142,9 +142,10 @@ class Measurer(Observer):
         self.names[row] = rid
 
     def on_decode_layer(
-        self, layer: int, forward_batch: Any, cells: torch.Tensor, length: torch.Tensor, attention: torch.Tensor
+        self, layer: int, forward_batch: Any, cells: torch.Tensor, length: torch.Tensor, attention: torch.Tensor | None
     ) -> None:
         """Add a layer's attention; nothing is evicted, so that a list is the sequence itself."""
+        assert attention is not None  # the guard refuses other backends
         rows, seq_lens = forward_batch.req_pool_indices, forward_batch.seq_lens
         if layer == 0:
             self.begin_step(rows, seq_lens, attention.shape[2])

@@ -13,16 +13,16 @@ from pathlib import Path
 
 import pytest
 from conftest import config
-from problems import CHAINS, WALKS
+from problems import CHAINS
 
 SETTINGS = config(
     budget={"allocation": "list", "layers": [10, 16, 12, 19]},
     rounds={"interval": 8},
     lethe={"half_life": 7},
     retain={"recent_ratio": 0.3},
-    debug={"record_kept": True},
+    debug={"record_kept": True, "shadow": True},
 )
-PROMPTS = [WALKS[0], CHAINS[1]]
+PROMPTS = CHAINS[:2]
 TOKENS = (26, 46)
 """So that the last steps are of one request, which is replayed where there are graphs."""
 HERE = Path(__file__).parent
@@ -34,7 +34,7 @@ ENVIRONMENT = {
 
 
 def serve(start, backend):
-    """Run all prompts at once; return texts and what every round kept, per request."""
+    """Run all prompts at once; return texts, what every round kept, per request, and how many cells were compared."""
     server = start(
         "--max-total-tokens",
         "1024",
@@ -45,7 +45,9 @@ def serve(start, backend):
         "--triton-attention-num-kv-splits",  # the interpreter runs empty ones too, as it does for this length:
         "2",
         "--context-length",
-        "600",  # three programs a request fill its list
+        "240",  # one program a request fills its list
+        "--page-size",
+        "8",
         "--kv-evict",
         "lethe",
         "--kv-evict-config",
@@ -61,10 +63,11 @@ def serve(start, backend):
 
     with ThreadPoolExecutor(len(PROMPTS)) as pool:
         texts = list(pool.map(ask, range(len(PROMPTS))))
-    kept = {(entry["rid"], entry["round"]): entry["kept"] for entry in server.lethe()["kept"]}
+    report = server.lethe()
+    kept = {(entry["rid"], entry["round"]): entry["kept"] for entry in report["kept"]}
     server.check_healthy()
     server.stop()
-    return texts, kept
+    return texts, kept, report["shadow"]["cells"]
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +87,7 @@ def test_replies_are_those_of_the_portable_backend(portable, interpreted):
 def test_every_round_kept_the_same_tokens(portable, interpreted):
     assert len(portable[1]) >= 3 * len(PROMPTS)
     assert interpreted[1] == portable[1]
+
+
+def test_every_cell_that_a_kernel_read_was_the_uncompressed_one(portable, interpreted):
+    assert min(portable[2], interpreted[2]) >= 20_000

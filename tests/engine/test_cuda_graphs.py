@@ -23,24 +23,28 @@ DOUBLES = {
 PER_LAYER = {"allocation": "list", "layers": [10, 16, 12, 19]}
 SETTINGS = {
     "lethe-uniform": ({"policy": "lethe", "budget": {"tokens": 19}, "lethe": {"half_life": 7}}, "1"),
-    "snapkv-layers": ({"policy": "snapkv", "budget": PER_LAYER, "snapkv": {"window": 5}}, "1"),
+    "snapkv-breakpoint": (
+        {"policy": "snapkv", "budget": {"tokens": 19, "allocation": "breakpoint"}, "snapkv": {"window": 5}},
+        "1",
+    ),
     "lazy-pages": ({"policy": "lazy", "budget": PER_LAYER, "lazy": {"threshold": 0.02}}, "16"),
 }
 EVERY = {"lethe": {"score_every": 3}}
 JOBS = [(WALKS[0], 24), (CHAINS[1], 44), (WALKS[1], 34)]
 
 
-def serve(start, name, graphs, env=None, more=None):
+def serve(start, name, graphs, plant=None, more=None):
     settings, page = SETTINGS[name]
     settings = settings | {key: {**settings.get(key, {}), **value} for key, value in (more or {}).items()}
-    rest = {"rounds": {"interval": 8}, "retain": {"recent_ratio": 0.3}, "debug": {"record_kept": True}}
+    debug = {"record_kept": True, "shadow": plant is None}  # which would stop a server that reads something stale
+    rest = {"rounds": {"interval": 8}, "retain": {"recent_ratio": 0.3}, "debug": debug}
     backend = ("--attention-backend", "flashinfer" if graphs else "torch_native")
     return start(
-        *("--max-total-tokens", "2048", "--max-running-requests", "4", "--context-length", "600"),
+        *("--max-total-tokens", "2048", "--max-running-requests", "4", "--context-length", "240"),
         *("--page-size", page, "--kv-evict", settings["policy"], "--kv-evict-config", config(**settings, **rest)),
         *backend,
         *(("--cuda-graph-bs-decode", "1", "2") if graphs else ()),
-        env={**DOUBLES, **(env or {})} if graphs else {},
+        env={**DOUBLES, "GRAPHS_ON_CPU_PLANT": plant or ""} if graphs else {},
     ).wait()
 
 
@@ -57,6 +61,10 @@ def replies(server, jobs=JOBS, at_once=3):
     return texts, {key: value for key, value in kept.items() if key[0].startswith("r")}
 
 
+def compared(server):
+    return server.lethe()["shadow"]["cells"]
+
+
 @pytest.fixture(scope="module")
 def eager(start):
     """What an eager server of the portable backend answers and keeps, by the name of its settings."""
@@ -65,7 +73,7 @@ def eager(start):
     def answers(name):
         if name not in found:
             server = serve(start, name, graphs=False)
-            found[name] = replies(server)
+            found[name] = *replies(server), compared(server)
             if name == "lethe-uniform":
                 server.post("/kv_evict", EVERY)
                 found["every"] = replies(server, at_once=1)
@@ -83,6 +91,7 @@ def test_replayed_steps_answer_and_keep_what_eager_ones_do(start, eager, name):
     found = replies(server)
     assert found[0] == expected[0]
     assert len(found[1]) >= (6 if SETTINGS[name][1] == "1" else 3) and found[1] == expected[1]
+    assert min(compared(server), expected[2]) >= 20_000, "cells that were compared with uncompressed ones"
     if name == "lethe-uniform":
         survive(server, expected[0][0])
     server.check_healthy()
@@ -110,7 +119,7 @@ def survive(server, first):
         time.sleep(2)
         server.post("/pause_generation", {"mode": "retract"})
         server.post("/continue_generation")
-        gone = pool.submit(ask, server, "gone", CHAINS[0], 300)
+        gone = pool.submit(ask, server, "gone", CHAINS[0], 150)
         time.sleep(2)
         server.post("/abort_request", {"rid": "gone"})
         assert all(reply.result() for reply in running)
@@ -122,7 +131,7 @@ def survive(server, first):
 @pytest.mark.parametrize("plant", ["integer", "tensor"])
 def test_a_stale_value_in_a_graph_shows(start, eager, plant):
     """A number read on the host at capture, and a tensor that is not at the captured address."""
-    texts, kept = eager("lethe-uniform")
-    server = serve(start, "lethe-uniform", graphs=True, env={"GRAPHS_ON_CPU_PLANT": plant})
+    texts, kept, _ = eager("lethe-uniform")
+    server = serve(start, "lethe-uniform", graphs=True, plant=plant)
     assert replies(server, JOBS[:1]) != (texts[:1], {key: value for key, value in kept.items() if key[0] == "r0"})
     server.stop()

@@ -138,7 +138,8 @@ def test_on_cuda_three_backends_serve_and_prefill_and_decode_share_one(monkeypat
     [
         (True, {}, {"attention_backend": "torch_native", "disable_overlap_schedule": False}, "overlap"),
         (True, {}, {}, "lethe profile: needs --attention-backend torch_native, the server uses flashinfer"),
-        (False, {"shadow": True}, {"attention_backend": "triton"}, "debug.shadow: needs --attention-backend torch_na"),
+        (False, {"shadow": True}, {"attention_backend": "triton"}, "no step that a CUDA graph .*--disable-cuda-graph"),
+        (False, {"shadow": True}, {"cuda_graph_config": graphs(prefill="breakable", decode="disabled")}, "shadow: com"),
     ],
 )
 def test_checks_that_a_backend_cannot_do_are_refused(measures, debug, server, named):
@@ -148,7 +149,11 @@ def test_checks_that_a_backend_cannot_do_are_refused(measures, debug, server, na
     config = from_mapping({"debug": debug}).debug
     with pytest.raises(guard.ConfigError, match=named):
         guard.check_debug(options(**server), config, measures)
-    guard.check_debug(options(attention_backend="torch_native"), config, measures)
+    eager = graphs(prefill="disabled", decode="disabled")
+    guard.check_debug(options(attention_backend="torch_native", cuda_graph_config=eager), config, measures)
+    if not measures:
+        guard.check_debug(options(cuda_graph_config=eager), config, measures)
+        guard.check_debug(options(device="cpu"), config, measures)
     guard.check_debug(options(), from_mapping({}).debug, measures=False)
 
 

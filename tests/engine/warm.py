@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lethe_sglang.processes import kill_group
 
-READ_WHEN_IMPORTED = ("SGLANG_TEST_RETRACT", "SGLANG_TEST_RETRACT_INTERVAL", "TRITON_INTERPRET")
+READ_WHEN_IMPORTED = ("TRITON_INTERPRET",)
 """Variables that are looked at while modules are imported: programs that differ in them have a zygote each."""
 
 

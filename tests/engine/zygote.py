@@ -68,8 +68,7 @@ def run(command: list[str], environment: dict[str, str], out: str, errors: str, 
         os.dup2(os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
     for number in (1, 2):
         os.ftruncate(number, 0)
-    os.environ.clear()
-    os.environ.update(environment)
+    _set_environment(environment)
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     _spawn_from(Spawner())
     sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
@@ -87,6 +86,16 @@ def run(command: list[str], environment: dict[str, str], out: str, errors: str, 
             sys.path.insert(0, str(Path(file).parent))
             sys.argv = [file, *arguments]
             runpy.run_path(file, run_name="__main__")
+
+
+def _set_environment(environment: dict[str, str]) -> None:
+    """Take over a program's environment, and what the scheduler's module has read of it."""
+    os.environ.clear()
+    os.environ.update(environment)
+    scheduler = import_module("sglang.srt.managers.scheduler")
+    for name in ("TEST_RETRACT", "TEST_RETRACT_INTERVAL"):
+        assert hasattr(scheduler, name)
+        setattr(scheduler, name, getattr(scheduler.envs, f"SGLANG_{name}").get())
 
 
 def _spawn_from(spawner: Spawner) -> None:
@@ -165,8 +174,7 @@ def _become_child(request: dict, received: list[int], program: int) -> None:
     for descriptor, number in zip(waiting, request["numbers"], strict=True):
         os.dup2(descriptor, number)
         os.close(descriptor)
-    os.environ.clear()
-    os.environ.update(request["environment"])
+    _set_environment(request["environment"])
     sys.argv = ["-c", "--multiprocessing-fork"]
     exec(request["code"], {"__name__": "__main__"})
     sys.exit()

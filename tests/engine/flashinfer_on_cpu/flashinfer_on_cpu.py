@@ -3,7 +3,8 @@
 With this folder on ``PYTHONPATH`` every SGLang process loads it as a plugin. Real are then scheduler, overlap, radix
 tree, SGLang's backend and its planning of prefills, our backend and its planning of decode steps; attention kernels,
 CUDA graphs and streams are not. A plan knows lengths, by the host's indptr; a run reads the indices where they lie at
-that moment, and fails where plan and tables contradict each other.
+that moment, and fails where plan and tables contradict each other. A plan that does not split knows none: its run reads
+indptr where it lies, too.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ class _Wrapper:
         self, workspace, kv_layout="NHD", use_cuda_graph=False, use_tensor_cores=False, backend="auto", **buffers
     ):
         assert kv_layout == "NHD" and use_cuda_graph == bool(buffers)
-        self.is_cuda_graph_enabled = use_cuda_graph
+        self.is_cuda_graph_enabled, self.use_tensor_cores = use_cuda_graph, use_tensor_cores
         for name, buffer in buffers.items():  # graphs hold their addresses
             setattr(self, f"_{name}".removesuffix("fer"), buffer)
         self._float_workspace_buffer = workspace
@@ -55,6 +56,7 @@ class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
         assert indptr.dtype == indices.dtype == last_page_len.dtype == torch.int32 and page_size == 1
         assert indptr.device.type == "cpu" and bool((last_page_len == 1).all())
         self.plan = indptr.clone(), (num_qo_heads, num_kv_heads, head_dim), (q_data_type, data_type)
+        self.whole = disable_split_kv and self.use_tensor_cores
         if self.is_cuda_graph_enabled:
             self._paged_kv_indptr_buf.copy_(indptr)
         else:
@@ -66,6 +68,8 @@ class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
     def forward_return_lse(self, q, paged_kv_cache, *, sm_scale, logits_soft_cap=0.0, k_scale=None, v_scale=None):
         indptr, heads, types = self.plan
         key, value = paged_kv_cache
+        if self.whole:
+            indptr = self._paged_kv_indptr_buf
         assert torch.equal(indptr, self._paged_kv_indptr_buf), "the lists are not as long as the plan says"
         assert (q.shape[1], key.shape[1], key.shape[2]) == heads and (q.dtype, key.dtype) == types
         assert len(q) == len(indptr) - 1 and not logits_soft_cap

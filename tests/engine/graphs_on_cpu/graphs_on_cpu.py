@@ -2,9 +2,10 @@
 
 With this folder on ``PYTHONPATH`` every SGLang process loads it as a plugin. What a captured graph breaks is Python
 between kernels: a value computed at capture is frozen, a tensor made anew has another address. So a capture records
-every operation with its tensors: torch's, launches of Triton's interpreter, and runs of FlashInfer's double. A replay
-carries the recorded operations out on the same tensors and writes their results where the recorded ones lie; no Python
-of the model or of an attention backend runs. Batch buckets, padding and metadata are SGLang's.
+every operation with its tensors: torch's, launches of Triton's interpreter, runs of FlashInfer's double, and
+what observers are shown of a layer's lists. A replay carries the recorded operations out on the same tensors and writes
+their results where the recorded ones lie; no other Python of the model or of an attention backend runs. Batch buckets,
+padding and metadata are SGLang's.
 
 ``GRAPHS_ON_CPU_PLANT`` plants a fault that only a graph shows: ``integer`` reads the lengths of the batch on the host
 while a graph is captured, ``tensor`` has a tensor of them that nobody writes again.
@@ -131,6 +132,8 @@ def register():
     from sglang.srt.model_executor.runner import decode_cuda_graph_runner as runner
     from triton.runtime.interpreter import InterpretedFunction
 
+    from lethe_sglang.attention.scored import ScoredBackend
+
     def capture(*, model_runner):
         made = runner.DecodeCudaGraphRunner(model_runner)
         return cuda_graph_setup.GraphCapture(runner=made, memory_phase="decode", memory_usage_gb=0, capture_time=0)
@@ -142,6 +145,7 @@ def register():
     torch.cpu.is_current_stream_capturing = lambda: bool(RECORDING)
     torch.cpu.Event = getattr(torch.cpu, "Event", Event)
     InterpretedFunction.run = recorded(InterpretedFunction.run)
+    ScoredBackend._show_lists = recorded(ScoredBackend._show_lists)
     with contextlib.suppress(ImportError):
         import flashinfer_on_cpu as double
 
