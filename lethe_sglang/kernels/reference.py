@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "fill_lists",
+    "fill_pages",
     "gather",
     "place",
     "repack",
@@ -76,6 +77,20 @@ def fill_lists(batch: Batch, layer: int, blocks: int | None, lists: Lists, fill_
     j = torch.arange(width, device=rows.device).unsqueeze(0)
     fits = (j < length.unsqueeze(1)) & (begin + j < end) & (begin + j < indices.shape[0])
     indices[(begin + j)[fits]] = cells[fits].to(indices.dtype)
+
+
+def fill_pages(batch: Batch, page_size: int, lengths: torch.Tensor, pages: torch.Tensor) -> None:
+    """Write a whole batch's packed rows as page tables, in place."""
+    req_to_token, table, rows, seq_lens = batch
+    lines = read(table[rows])
+    lengths.copy_(lines.length(seq_lens)[:, 0])
+    used = ceil_div(lengths, page_size).unsqueeze(1)
+    first = torch.arange(pages.shape[1], device=rows.device).unsqueeze(0) * page_size  # of each page, as list positions
+    kept, behind = (lines.prefix + lines.kept[:, 0]).unsqueeze(1), (lines.tail - lines.prefix - lines.kept[:, 0])
+    live = first < used * page_size
+    position = torch.where(first < kept, first, first + behind.unsqueeze(1))
+    slots = req_to_token[rows.unsqueeze(1), torch.where(live, position, 0)]
+    pages.copy_(torch.where(live, slots // page_size, pages))
 
 
 def ceil_div(value: torch.Tensor, divisor: torch.Tensor | int) -> torch.Tensor:
