@@ -228,7 +228,7 @@ def make_pages(page, layers, seed):
         packed_rows[row] = req_to_token[row].tolist()[: prefix + kept] + slots.tolist()[tail:]
         single = {"prefix": prefix, "packed": kept, "tail": tail, "score_from": prefix, "score_after": 0}
         layered = {"kept": (kept,) * layers, "excess": (0,) * layers, "holes": (0,) * layers}
-        lines[row] = torch.tensor(table.line(single, layered))
+        lines[row] = torch.from_numpy(table.numbers({name: [n] for name, n in (single | layered).items()})[0])
     return req_to_token, lines, lengths, packed_rows
 
 

@@ -296,9 +296,17 @@ def test_shared_reads_end_at_the_graphs_head():
     assert backend.shared_read_ends(Mode.EXTEND) is ends.UNKNOWN
 
 
-@pytest.mark.parametrize("scored", [True, False], ids=["scored", "plain"])
-def test_a_step_launches_no_more_than_it_must_and_reads_nothing_back(scored, monkeypatch):
-    backend = server(SUM if scored else None).backend
+@pytest.mark.parametrize(
+    ("rule", "every", "head", "per_layer"),
+    [
+        (SUM, 1, ["start_states", "schedule", "fill_slots with indptr"], ["store", "score"]),
+        (SUM, 3, [], ["store"]),
+        (None, 1, ["start_states"], ["store"]),
+    ],
+    ids=["scored", "plain", "never scored"],
+)
+def test_a_step_launches_no_more_than_it_must_and_reads_nothing_back(rule, every, head, per_layer, monkeypatch):
+    backend = server(rule, every=every).backend
     GraphRunner(backend, backend.scored.ledger)
     backend.forward_metadata.__dict__.update(meta(vars(backend.forward_metadata)))
     backend.__dict__.update(meta(vars(backend)))
@@ -307,8 +315,7 @@ def test_a_step_launches_no_more_than_it_must_and_reads_nothing_back(scored, mon
         return (q, q.new_empty(q.shape[1::-1])) if return_softmax_lse else q
 
     monkeypatch.setattr(paged, KERNEL, kernel)
-    per_layer = ["store", "score"] if scored else ["store"]
-    head = ["start_states", "schedule", "fill_slots with indptr"] if scored else ["start_states"]
+    backend.scored.ledger.phase.advance((), True)
     assert launches_of_a_step(backend, monkeypatch) == head + per_layer * LAYERS
 
 
