@@ -641,6 +641,12 @@ MUTANTS = {
         "False",
         "tests/unit/test_changes.py",
     ),
+    "what only a GPU can import is taken as it is": Mutant(
+        "lethe_sglang/engine/compat.py",
+        "source = ast.get_source_segment(text, found[0]) if found else None",
+        "source = name if found else None",
+        "tests/unit/test_architecture.py -k needs_a_gpu",
+    ),
     "pages forget where the tail begins": Mutant(
         "lethe_sglang/kernels/triton/indices.py",
         "tl.where(first < prefix + kept, first, tail",

@@ -175,7 +175,11 @@ _SUPPORTED = (
     ),
     ("any other attention backend", "refused", "name one of these"),
     ("different backends for prefill and decode", "refused", "set --attention-backend alone"),
-    ("fp8 KV cache", "CUDA only", "fp8_e4m3 and fp8_e5m2, scored with the layer's scale; not yet run on a GPU"),
+    (
+        "fp8 KV cache",
+        "CUDA only",
+        "fp8_e4m3 and, not on fa3, fp8_e5m2, scored with the layer's scale; not yet run on a GPU",
+    ),
     ("multi-head and grouped-query attention", "yes", "MoE feed-forward layers are not looked at, and not tested"),
     ("chat, completions, streaming, logprobs, frontend programs", "yes", ""),
     ("LoRA, constrained decoding", "expected", "nothing in the plugin looks at them; not tested"),

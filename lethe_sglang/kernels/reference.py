@@ -86,9 +86,9 @@ def fill_pages(batch: Batch, page_size: int, lengths: torch.Tensor, pages: torch
     lengths.copy_(lines.length(seq_lens)[:, 0])
     used = ceil_div(lengths, page_size).unsqueeze(1)
     first = torch.arange(pages.shape[1], device=rows.device).unsqueeze(0) * page_size  # of each page, as list positions
-    kept, behind = (lines.prefix + lines.kept[:, 0]).unsqueeze(1), (lines.tail - lines.prefix - lines.kept[:, 0])
+    front, tail = (lines.prefix + lines.kept[:, 0]).unsqueeze(1), lines.tail.unsqueeze(1)
     live = first < used * page_size
-    position = torch.where(first < kept, first, first + behind.unsqueeze(1))
+    position = torch.where(first < front, first, tail + first - front)
     slots = req_to_token[rows.unsqueeze(1), torch.where(live, position, 0)]
     pages.copy_(torch.where(live, slots // page_size, pages))
 
