@@ -647,6 +647,9 @@ MUTANTS = {
         "source = name if found else None",
         "tests/unit/test_architecture.py -k needs_a_gpu",
     ),
+    "nobody sees the pages that fa3 reads": Mutant(
+        PAGED, "if self.observers:", "if False:", "tests/unit/test_observed_backends.py -k fa3"
+    ),
     "pages forget where the tail begins": Mutant(
         "lethe_sglang/kernels/triton/indices.py",
         "tl.where(first < prefix + kept, first, tail",

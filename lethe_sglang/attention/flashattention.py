@@ -22,6 +22,7 @@ from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBac
 from lethe_sglang.attention.length_classes import LengthClasses
 from lethe_sglang.attention.scored import ScoredBackend, ScoredDecode
 from lethe_sglang.kernels.common import Batch, Lists
+from lethe_sglang.kernels.reference import Pages
 
 if TYPE_CHECKING:
     from lethe_sglang.cache.ledger import Ledger
@@ -137,13 +138,21 @@ class LetheFlashAttentionBackend(ScoredBackend, FlashAttentionBackend):  # type:
         extra = [name for name, value in kwargs.items() if value is not None and value is not False]
         if extra:
             raise ValueError(f"--kv-evict: layer {layer.layer_id} uses {', '.join(extra)}; use --kv-evict none")
-        decode = super().forward_decode
         if not self.scored.scores:
-            return decode(q, k, v, layer, forward_batch, save_kv_cache)
+            output = super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
+            self._show_pages(layer, forward_batch)
+            return output
         query = q.reshape(-1, layer.tp_q_head_num, layer.head_dim)
         if self.kv_cache_dtype.itemsize == 1:  # the log-sum-exp is that of the query as the kernel takes it
             query = query.to(self.kv_cache_dtype).to(q.dtype)
-        output, lse = decode(q, k, v, layer, forward_batch, save_kv_cache, return_lse=True)
-        lists, cells = self._lists_of(self.scored.index_of(layer), forward_batch)
+        output, lse = super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache, return_lse=True)
+        self._show_pages(layer, forward_batch)
+        lists, cells = self._lists(0)[0], self.scored.cells_of(self.scored.index_of(layer), narrow=True)
         self.scored.score(layer, forward_batch, query, lse, lists, cells, lse_base="e")
         return output
+
+    def _show_pages(self, layer: Any, forward_batch: Any) -> None:
+        if self.observers:
+            metadata = self.forward_metadata
+            pages = Pages(metadata.cache_seqlens_int32, metadata.page_table, self.page_size)
+            self._show_lists(self.scored.index_of(layer), forward_batch, pages, narrow=True)

@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from lethe_sglang.kernels.common import Attention, Batch, Lists, Schedule, States, slot_lists, token_lists, update
+from lethe_sglang.kernels.common import (
+    Attention,
+    Batch,
+    Lists,
+    Schedule,
+    States,
+    slot_lists,
+    token_lists,
+    update,
+)
 from lethe_sglang.kernels.reference_round import gather, place, rewrite_rows
 from lethe_sglang.kernels.table import NEVER, read
 
@@ -104,8 +113,31 @@ def _ends(indptr: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]
     return ends[:-1], ends[1:]
 
 
-def padded(lists: Lists, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+class Pages(NamedTuple):
+    """Packed rows as page tables, the same for every layer; all int32 tensors.
+
+    Attributes
+    ----------
+    lengths
+        ``[B]``: tokens of each row.
+    table
+        ``[B, W]``: its pages, as numbers of a layer's buffer in pages.
+    size
+        Tokens of a page.
+    """
+
+    lengths: torch.Tensor
+    table: torch.Tensor
+    size: int
+
+
+def padded(lists: Lists | Pages, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return lists as int64 ``[B, n]``, 0 beyond their ends, and how long they are, int64 ``[B]``."""
+    if isinstance(lists, Pages):
+        length = lists.lengths.to(torch.int64)
+        j = torch.arange(int(length.max()) if batch else 0, device=length.device)
+        cells = lists.table[:, j // lists.size].to(torch.int64) * lists.size + j % lists.size
+        return cells.masked_fill_(j >= length.unsqueeze(1), 0), length
     begin, end = _ends(lists.indptr, batch)
     length = end - begin
     j = torch.arange(int(length.max()) if batch else 0, device=length.device).unsqueeze(0)
