@@ -55,6 +55,7 @@ LAUNCH, DISPATCH = "lethe_sglang/kernels/triton/__init__.py", "tests/kernels/tes
 GOAL, GOALS = "lethe_bench/gpu/goal.py", "tests/bench/test_gpu_goals.py"
 OBSERVED = "tests/unit/test_observed_backends.py"
 RECONF = "tests/engine/test_reconfigure.py"
+FLASH, PAGED = "tests/unit/test_flashattention_backend.py", "lethe_sglang/attention/flashattention.py"
 PAGE8 = f"{SERVE} -k page8"
 STORM = "tests/engine/test_pressure.py -k storm"
 MUTANTS = {
@@ -639,6 +640,76 @@ MUTANTS = {
         'budget.get("allocation", "list") != "list"',
         "False",
         "tests/unit/test_changes.py",
+    ),
+    "what only a GPU can import is taken as it is": Mutant(
+        "lethe_sglang/engine/compat.py",
+        "source = ast.get_source_segment(text, found[0]) if found else None",
+        "source = name if found else None",
+        "tests/unit/test_architecture.py -k needs_a_gpu",
+    ),
+    "nobody sees the pages that fa3 reads": Mutant(
+        PAGED, "if self.observers:", "if False:", "tests/unit/test_observed_backends.py -k fa3"
+    ),
+    "pages forget where the tail begins": Mutant(
+        "lethe_sglang/kernels/triton/indices.py",
+        "tl.where(first < prefix + kept, first, tail",
+        "tl.where(first < prefix + kept, first, first + 0 * tail",
+        "tests/kernels/test_triton_indices.py -k pages",
+    ),
+    "a page table is as long as the sequence": Mutant(
+        REFERENCE,
+        "used = ceil_div(lengths, page_size)",
+        "used = ceil_div(seq_lens, page_size)",
+        "tests/kernels/test_triton_indices.py -k pages",
+    ),
+    "kept cells end inside a page": Mutant(
+        LEDGER, "page_ceil(k + state.rest, self.multiple)", "(k + state.rest)", f"{FLASH} -k portable"
+    ),
+    "a round may leave part of a page": Mutant(
+        "lethe_sglang/attention/length_classes.py",
+        " or max(kept) % self.ledger.multiple",
+        "",
+        f"{FLASH} -k part_of_a_page",
+    ),
+    "fa3 is scheduled by whole sequences": Mutant(
+        PAGED,
+        "batch, longest, metadata.cache_seqlens_int32,",
+        "batch, longest, forward_batch.seq_lens.int(),",
+        f"{FLASH} -k portable",
+    ),
+    "fa3's log-sum-exp is taken for one of base 2": Mutant(
+        PAGED, 'cells, lse_base="e")', 'cells, lse_base="2")', f"{FLASH} -k portable"
+    ),
+    "an fp8 cache is scored by another query than attends": Mutant(
+        PAGED, "if self.kv_cache_dtype.itemsize == 1:", "if False:", f"{FLASH} -k fp8"
+    ),
+    "a step that is not scored fills lists": Mutant(
+        PAGED,
+        "if self.scored.scores:\n            super()._begin",
+        "if True:\n            super()._begin",
+        f"{FLASH} -k alone",
+    ),
+    "captured lists lie where eager ones did": Mutant(
+        PAGED, "self._indices = self._graph_indices\n", "pass\n", f"{FLASH} -k portable"
+    ),
+    "fa3 takes budgets that differ": Mutant(PAGED, "if len(set(budgets)) > 1:", "if False:", f"{FLASH} -k differ"),
+    "fa3 takes attention that is not full": Mutant(PAGED, "or self.has_swa or", "or", f"{FLASH} -k not_full"),
+    "the guard lets per-layer budgets have fa3": Mutant(
+        "lethe_sglang/engine/guard.py",
+        "if not uniform:",
+        "if False:",
+        "tests/engine/test_refusals.py -k fa3",
+        True,
+    ),
+    "fa3 is tried on any GPU": Mutant(
+        "lethe_sglang/engine/guard.py", "[0] in (8, 9)", "[0] > 0", "tests/engine/test_refusals.py -k fa3", True
+    ),
+    "SGLang's own choice is not asked for": Mutant(
+        "lethe_sglang/engine/entrypoints.py",
+        "if stock not in guard.legal_backends(view, uniform):",
+        "if True:",
+        "tests/engine/test_refusals.py -k own_choice",
+        True,
     ),
     "the support page is not the guard's": Mutant(
         "lethe_sglang/engine/guard.py",

@@ -86,8 +86,9 @@ class LengthClasses:
         """
         for layers, shares in zip(self.layers, self.narrow, strict=True):
             kept = {plan.kept[layer] for layer in layers}
-            if shares and (len(kept) > 1 or max(kept) > plan.new_packed):
-                raise RuntimeError(f"layers {layers} share a list and keep {sorted(kept)} cells in {plan.new_packed}")
+            if shares and (len(kept) > 1 or max(kept) > plan.new_packed or max(kept) % self.ledger.multiple):
+                where = f"{plan.new_packed} (in multiples of {self.ledger.multiple})"
+                raise RuntimeError(f"layers {layers} share a list and keep {sorted(kept)} cells in {where}")
 
     def lengths(self, rows: Sequence[int], seq_lens: torch.Tensor) -> torch.Tensor:
         """Resolve the lengths of a decode batch's lists: ``P + k_l + seq - T``.

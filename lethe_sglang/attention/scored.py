@@ -310,8 +310,8 @@ class ScoredBackend(AttentionBackend):  # type: ignore[misc]
             self._show_lists(layer, forward_batch, lists, narrow)
         return lists, self.scored.cells_of(layer, narrow)
 
-    def _show_lists(self, layer: int, forward_batch: Any, lists: Lists, narrow: bool) -> None:
-        """Show observers the lists that a layer's kernel reads next, as they lie there."""
+    def _show_lists(self, layer: int, forward_batch: Any, lists: Lists | reference.Pages, narrow: bool) -> None:
+        """Show observers the lists that a layer's kernel reads, as they lie there."""
         self._show(layer, forward_batch, narrow, *reference.padded(lists, forward_batch.seq_lens.shape[0]))
 
     def _show(

@@ -38,7 +38,7 @@ class RequestState:
     kept
         k_l: packed cells per layer.
     budgets
-        Largest k_l a round may leave, per layer; the rest of the prompt's last page comes on top.
+        Largest k_l a round may leave, per layer, the rest of the prompt's last page included.
     rest
         Tokens of the kept prompt behind the prefix, which ends at a page: own cells that are always kept.
     pinned
@@ -74,7 +74,7 @@ class RequestState:
     row: int
     layout: RowLayout
     kept: tuple[int, ...]
-    budgets: tuple[int, ...]
+    budgets: tuple[int, ...] = ()
     rest: int = 0
     pinned: int = 0
     stagger: int = 0
@@ -88,7 +88,7 @@ class RequestState:
     stock_sum: int = 0
     thresholds: list[int] = field(default_factory=list)
     pending: object | None = None
-    listens_from: int = 0
+    listens_from: int = NEVER
     version: int = 0
 
     def observe(self, allocated: int, page_size: int) -> None:
@@ -163,6 +163,8 @@ class Ledger:
 
     Attributes
     ----------
+    multiple
+        Layers keep a multiple of this many cells: 1, or the page size where attention reads pages.
     requests
         Row -> state of every request that is followed.
     observed
@@ -187,6 +189,7 @@ class Ledger:
     ) -> None:
         self.num_layers = num_layers
         self.page_size = page_size
+        self.multiple = 1
         self.configure(recent, interval, pack_always, window, narrow)
         self.phase = Phase()
         self.table = torch.zeros((num_rows, table.width(num_layers)), dtype=torch.int32, device=device)
@@ -241,24 +244,21 @@ class Ledger:
         rest, pinned, stagger
             See :class:`RequestState`.
         """
-        if budgets is not None:
-            budgets = tuple(k + rest for k in budgets)
         state = RequestState(
             rid=rid,
             row=row,
             layout=RowLayout(prefix=prefix, packed=0, tail=prefix),
             kept=(0,) * self.num_layers,
-            budgets=budgets or (),
             rest=rest,
             pinned=pinned,
             stagger=stagger,
             evicted=[0] * self.num_layers,
-            thresholds=list(budgets or ()),
         )
-        if budgets is not None:
-            state.due_at = self._due_at(state)
         self.requests[row] = state
-        self._mark(state, committed)
+        if budgets is None:
+            self._mark(state, committed)
+        else:
+            self.renew(state, budgets, committed)
         return state
 
     def close(self, rows: Iterable[int]) -> list[RequestState]:
@@ -352,7 +352,7 @@ class Ledger:
         budgets, committed
             As for :meth:`open`.
         """
-        state.budgets = tuple(k + state.rest for k in budgets)
+        state.budgets = tuple(page_ceil(k + state.rest, self.multiple) for k in budgets)  # m is whole pages anyway
         state.thresholds = list(state.budgets)
         state.due_at = self._due_at(state)
         self._mark(state, committed, goes_on=True)

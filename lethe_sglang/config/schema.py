@@ -57,6 +57,11 @@ class BudgetConfig(Section):
     )
 
     @property
+    def uniform(self) -> bool:
+        """Whether all layers keep as many, always; a profile may say so too, but is not known before the start."""
+        return self.allocation == "uniform" or len(set(self.layers or ())) == 1
+
+    @property
     def reads_profile(self) -> bool:
         """Whether the layers' shares, with allocation breakpoint those of the first round, come from a profile."""
         return self.allocation == "profile" or (

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import hashlib
 import importlib.metadata
+import importlib.util
 import inspect
 import json
 import pkgutil
@@ -21,8 +23,21 @@ class CompatError(RuntimeError):
 
 
 def source_hash(target: str) -> str:
-    """Hash the source of a function or class (what hooks wrap is looked through)."""
-    source = inspect.getsource(inspect.unwrap(pkgutil.resolve_name(target)))
+    """Hash the source of a function or class (what hooks wrap is looked through).
+
+    Of ``module:name`` the file is read: the module itself can be imported on a GPU only.
+    """
+    module, _, name = target.partition(":")
+    source: str | None
+    if name:
+        spec = importlib.util.find_spec(module)
+        text = Path(spec.origin).read_text() if spec is not None and spec.origin else ""
+        found = [node for node in ast.parse(text).body if getattr(node, "name", None) == name]
+        source = ast.get_source_segment(text, found[0]) if found else None
+    else:
+        source = inspect.getsource(inspect.unwrap(pkgutil.resolve_name(target)))
+    if source is None:
+        raise AttributeError(target)
     return hashlib.sha256(source.encode()).hexdigest()[:16]
 
 

@@ -166,33 +166,53 @@ def requested(server_args: Any) -> EvictionRequest | None:
 
 
 def choose_backend(server_args: Any, previous: Callable[[Any], None]) -> None:
-    """Pick FlashInfer on CUDA where no attention backend is named (``handle_attention_backend_compatibility`` step).
+    """Pick a backend on CUDA where none is named (``handle_attention_backend_compatibility`` step)."""
+    from sglang.srt.arg_groups import model_override_base as stock
 
-    SGLang's own pick (fa3 on Hopper) reads a page table common to all layers.
-    """
-    _pick(server_args, "flashinfer", lambda view: True)
+    def choice(view: Any) -> str:
+        chosen: str = stock.get_default_attn_backend(view, stock.use_mla_backend(view), stock.model_config_of(view))
+        falls_back = chosen == "fa3" and view.kv_cache_dtype == "fp8_e5m2"  # in the same step of SGLang's
+        return "triton" if falls_back else chosen
+
+    _pick(server_args, choice, otherwise="flashinfer")
     previous(server_args)
 
 
 def choose_deterministic_backend(server_args: Any, previous: Callable[[Any], None]) -> None:
-    """Pick Triton where no backend is named and inference is deterministic (``handle_deterministic_inference`` step).
+    """Pick one where none is named and inference is deterministic (``handle_deterministic_inference`` step).
 
-    SGLang picks one in that step, before the one above. Of those that serve both, Triton keeps the radix cache.
+    SGLang picks one in that step, before the one above, by the GPU alone (``_deterministic_attention_backend``). Of
+    those that serve every budget, Triton keeps the radix cache.
     """
-    _pick(server_args, "triton", lambda view: view.enable_deterministic_inference or view.rl_on_policy_target)
+    from sglang.srt.runtime_context import get_platform
+
+    def choice(view: Any) -> str | None:
+        if not (view.enable_deterministic_inference or view.rl_on_policy_target):
+            return None
+        return "flashinfer" if get_platform().is_sm100 or get_platform().is_sm120 else "fa3"
+
+    _pick(server_args, choice, otherwise="triton")
     previous(server_args)
 
 
-def _pick(server_args: Any, backend: str, when: Callable[[Any], Any]) -> None:
-    if requested(server_args) is None:
+def _pick(server_args: Any, choice: Callable[[Any], str | None], otherwise: str) -> None:
+    """Pick what SGLang would choose if it can serve, and say so; ``choice`` says None where it would not choose."""
+    request = requested(server_args)
+    if request is None:
         return
     from sglang.srt.arg_groups.model_override_base import resolving_view
     from sglang.srt.arg_groups.overrides import declare_resolution
 
     view = resolving_view(server_args)
-    if guard.on_cuda(view) and guard.attention_backends(view) == (None, None) and when(view):
-        logger.info("KV eviction: attention backend not specified; using %s, which decodes packed rows", backend)
-        declare_resolution(server_args, "lethe", attention_backend=backend)
+    if not guard.on_cuda(view) or guard.attention_backends(view) != (None, None) or (stock := choice(view)) is None:
+        return
+    uniform = request.config.budget.uniform
+    backend, why = stock, "as SGLang would"
+    if stock not in guard.legal_backends(view, uniform):
+        cannot = guard.unfit(view, stock, uniform) if stock in guard.BACKENDS else ""
+        backend, why = otherwise, f"because SGLang's own choice, {stock}, does not serve{cannot}"
+    logger.info("KV eviction: attention backend not specified; using %s, %s", backend, why)
+    declare_resolution(server_args, "lethe", attention_backend=backend)
 
 
 def capture_larger_batches(server_args: Any, previous: Callable[[Any], None]) -> None:
@@ -229,7 +249,7 @@ def check_resolution(server_args: Any, previous: Callable[[Any], None]) -> None:
     from sglang.srt.arg_groups.model_override_base import model_config_of, resolving_view
 
     try:
-        guard.check_options(resolving_view(server_args))
+        guard.check_options(resolving_view(server_args), request.config.budget.uniform)
         guard.check_debug(resolving_view(server_args), request.config.debug, request.measures)
         model = model_config_of(server_args)
         guard.check_model(model)
@@ -323,7 +343,7 @@ def start_scheduler(scheduler: Any, server_args: Any, *args: Any, **kwargs: Any)
     from lethe_sglang.engine.runtime import Runtime, set_runtime
 
     resolved, model = resolved_view(server_args), model_config_of(server_args)
-    guard.check_options(resolved)
+    guard.check_options(resolved, request.config.budget.uniform)
     guard.check_model(model)
     if not request.budgets:
         raise RuntimeError("--kv-evict: the launcher has not settled the layers' budgets; another plugin replaced it")

@@ -11,7 +11,7 @@ from lethe_sglang.config import ConfigError
 if TYPE_CHECKING:
     from lethe_sglang.config.schema import DebugConfig
 
-BACKENDS = ("torch_native", "flashinfer", "triton")
+BACKENDS = ("torch_native", "flashinfer", "triton", "fa3")
 """Attention backends that decode over packed rows."""
 
 MOST_CAPTURED = 512
@@ -160,14 +160,26 @@ _SUPPORTED = (
     ("page sizes", "yes", "1, 8 and 16 are tested"),
     ("tensor parallelism", "yes", "scores are averaged over ranks in rounds; 2 ranks are tested on a CPU"),
     ("attention backend torch_native", "yes", "on any device, without CUDA graphs"),
+    ("attention backends flashinfer and triton, CUDA graphs", "CUDA only", "not yet run on a GPU"),
     (
-        "attention backends flashinfer and triton, CUDA graphs",
+        "attention backend fa3, CUDA graphs",
         "CUDA only",
-        "flashinfer unless you name one, triton with --enable-deterministic-inference; not yet run on a GPU",
+        "uniform budgets only: it reads one page table for all layers, and each keeps whole pages; "
+        "not yet run on a GPU",
     ),
-    ("any other attention backend", "refused", "fa3 and others read one page table for all layers; name one of these"),
+    (
+        "no attention backend named",
+        "CUDA only",
+        "SGLang's own choice if it is one of these and can serve, else flashinfer, with "
+        "--enable-deterministic-inference triton",
+    ),
+    ("any other attention backend", "refused", "name one of these"),
     ("different backends for prefill and decode", "refused", "set --attention-backend alone"),
-    ("fp8 KV cache", "CUDA only", "fp8_e4m3 and fp8_e5m2, scored with the layer's scale; not yet run on a GPU"),
+    (
+        "fp8 KV cache",
+        "CUDA only",
+        "fp8_e4m3 and, not on fa3, fp8_e5m2, scored with the layer's scale; not yet run on a GPU",
+    ),
     ("multi-head and grouped-query attention", "yes", "MoE feed-forward layers are not looked at, and not tested"),
     ("chat, completions, streaming, logprobs, frontend programs", "yes", ""),
     ("LoRA, constrained decoding", "expected", "nothing in the plugin looks at them; not tested"),
@@ -180,8 +192,15 @@ def _is_hybrid_linear(model: Any) -> bool:
     return mambaish_config(model) is not None
 
 
-def check_options(resolved: Any) -> None:
+def check_options(resolved: Any, uniform: bool = False) -> None:
     """Refuse unsupported options of a resolved configuration.
+
+    Parameters
+    ----------
+    resolved
+        SGLang's arguments.
+    uniform
+        Whether all layers keep as many tokens.
 
     Raises
     ------
@@ -191,11 +210,12 @@ def check_options(resolved: Any) -> None:
     found = [f"{r.feature} ({r.why}): {r.instead}" for r in REFUSALS if r.refused(resolved)]
     found += [f"{name} ({why}): unset it" for name, why in ENVIRONMENT if os.environ.get(name, "0").lower() in _TRUE]
     prefill, decode = attention_backends(resolved)
-    legal = legal_backends(resolved)
+    legal = legal_backends(resolved, uniform)
     if prefill not in legal or decode not in legal:
         other = prefill if prefill not in legal else decode
-        why = f" on device {resolved.device}" if other in BACKENDS else ""
-        found.append(f"attention backend {other}{why}: set --attention-backend to {' or '.join(legal)}")
+        why = unfit(resolved, other, uniform) if other in BACKENDS else ""
+        instead = ", or budget.allocation to uniform" if why == PER_LAYER else ""
+        found.append(f"attention backend {other}{why}: set --attention-backend to {' or '.join(legal)}{instead}")
     elif prefill != decode:
         found.append(
             f"different attention backends for prefill ({prefill}) and decode ({decode}): set --attention-backend alone"
@@ -212,11 +232,29 @@ def on_cuda(resolved: Any) -> bool:
     return str(resolved.device or "").startswith("cuda")
 
 
-def legal_backends(resolved: Any) -> tuple[str, ...]:
-    """Return the attention backends a server may use where it runs; Triton's interpreter serves a CPU, slowly."""
-    if on_cuda(resolved):
-        return BACKENDS
-    return ("torch_native", "triton") if os.environ.get("TRITON_INTERPRET") == "1" else ("torch_native",)
+PER_LAYER = " with budgets that differ by layer, which one page table cannot hold"
+
+
+def unfit(resolved: Any, backend: str | None, uniform: bool) -> str:
+    """Say why one of ``BACKENDS`` does not serve, as the rest of a sentence; Triton's interpreter serves a CPU."""
+    if not on_cuda(resolved):
+        serves = backend == "torch_native" or (backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1")
+        return "" if serves else f" on device {resolved.device}"
+    if backend != "fa3":
+        return ""
+    if not uniform:
+        return PER_LAYER
+    if resolved.kv_cache_dtype == "fp8_e5m2":
+        return " with --kv-cache-dtype fp8_e5m2"
+    from sglang.srt.runtime_context import get_platform
+
+    fits = get_platform().device_capability[0] in (8, 9)
+    return "" if fits else " on this GPU, which is not of compute capability 8 or 9"
+
+
+def legal_backends(resolved: Any, uniform: bool) -> tuple[str, ...]:
+    """Return the attention backends a server may use where it runs."""
+    return tuple(backend for backend in BACKENDS if not unfit(resolved, backend, uniform))
 
 
 def attention_backends(resolved: Any) -> tuple[str | None, str | None]:

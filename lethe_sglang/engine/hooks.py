@@ -165,6 +165,14 @@ RELIANCES = (
         "sglang.srt.arg_groups.memory_hook.handle_gpu_memory_settings",
         "Runs a second time, to reckon memory with larger decode graphs; what is settled stays as it is.",
     ),
+    Reliance(
+        "sglang.srt.arg_groups.model_override_base.get_default_attn_backend",
+        "Says which attention backend SGLang would choose.",
+    ),
+    Reliance(
+        "sglang.srt.arg_groups.overrides._deterministic_attention_backend",
+        "Chooses it where inference is deterministic; the plugin has to know before.",
+    ),
     Reliance("sglang.srt.entrypoints.http_server.get_global_state", "Finds the tokenizer manager for the verb."),
     Reliance(f"{_SCHEDULER}._reqs_finishing_inflight", "Names requests that the result in flight will finish."),
     Reliance(f"{_SCHEDULER}.collect_inflight_reqs", "Names what still runs: some changes need an idle server."),
@@ -198,6 +206,10 @@ RELIANCES = (
         "Says which variant of a decode step is being captured, the scored one or the other.",
     ),
     Reliance(f"{_ATTENTION}.triton_backend.TritonAttnBackend", "Subclassed: decode over packed rows."),
+    Reliance(
+        f"{_ATTENTION}.flashattention_backend:FlashAttentionBackend",
+        "Subclassed: decode over the pages of packed rows, which it writes where stock writes its own.",
+    ),
     Reliance("sglang.kernels.ops.attention.decode_attention.decode_attention_fwd", "Called over our own lists."),
     Reliance(
         "sglang.srt.model_executor.runner.decode_cuda_graph_runner.build_replay_fb_view",

@@ -204,7 +204,24 @@ def triton_backend(runner: Any) -> Any:
     return _known(runtime, backend)
 
 
-BACKENDS = {"torch_native": torch_native_backend, "flashinfer": flashinfer_backend, "triton": triton_backend}
+def flash_attention_backend(runner: Any) -> Any:
+    """Replace the factory of ``fa3``, which checks the GPU as the guard does."""
+    from lethe_sglang.attention.flashattention import LetheFlashAttentionBackend
+
+    runtime = attach(runner)
+    logger.warning(UNPROVEN, "fa3")
+    backend = LetheFlashAttentionBackend(
+        runner, runtime.pool, runtime.ledger, runtime.policy.accumulation, runtime.budgets
+    )
+    return _known(runtime, backend)
+
+
+BACKENDS = {
+    "torch_native": torch_native_backend,
+    "flashinfer": flashinfer_backend,
+    "triton": triton_backend,
+    "fa3": flash_attention_backend,
+}
 """Factories for ``ATTENTION_BACKENDS``."""
 
 

@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from lethe_sglang.kernels.common import Attention, Batch, Lists, Schedule, States, slot_lists, token_lists, update
+from lethe_sglang.kernels.common import (
+    Attention,
+    Batch,
+    Lists,
+    Schedule,
+    States,
+    slot_lists,
+    token_lists,
+    update,
+)
 from lethe_sglang.kernels.reference_round import gather, place, rewrite_rows
 from lethe_sglang.kernels.table import NEVER, read
 
@@ -22,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "fill_lists",
+    "fill_pages",
     "gather",
     "place",
     "repack",
@@ -78,6 +88,20 @@ def fill_lists(batch: Batch, layer: int, blocks: int | None, lists: Lists, fill_
     indices[(begin + j)[fits]] = cells[fits].to(indices.dtype)
 
 
+def fill_pages(batch: Batch, page_size: int, lengths: torch.Tensor, pages: torch.Tensor) -> None:
+    """Write a whole batch's packed rows as page tables, in place."""
+    req_to_token, table, rows, seq_lens = batch
+    lines = read(table[rows])
+    lengths.copy_(lines.length(seq_lens)[:, 0])
+    used = ceil_div(lengths, page_size).unsqueeze(1)
+    first = torch.arange(pages.shape[1], device=rows.device).unsqueeze(0) * page_size  # of each page, as list positions
+    front, tail = (lines.prefix + lines.kept[:, 0]).unsqueeze(1), lines.tail.unsqueeze(1)
+    live = first < used * page_size
+    position = torch.where(first < front, first, tail + first - front)
+    slots = req_to_token[rows.unsqueeze(1), torch.where(live, position, 0)]
+    pages.copy_(torch.where(live, slots // page_size, pages))
+
+
 def ceil_div(value: torch.Tensor, divisor: torch.Tensor | int) -> torch.Tensor:
     """``value / divisor`` rounded up."""
     return -torch.div(-value, divisor, rounding_mode="floor")
@@ -89,8 +113,31 @@ def _ends(indptr: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]
     return ends[:-1], ends[1:]
 
 
-def padded(lists: Lists, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+class Pages(NamedTuple):
+    """Packed rows as page tables, the same for every layer; all int32 tensors.
+
+    Attributes
+    ----------
+    lengths
+        ``[B]``: tokens of each row.
+    table
+        ``[B, W]``: its pages, as numbers of a layer's buffer in pages.
+    size
+        Tokens of a page.
+    """
+
+    lengths: torch.Tensor
+    table: torch.Tensor
+    size: int
+
+
+def padded(lists: Lists | Pages, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return lists as int64 ``[B, n]``, 0 beyond their ends, and how long they are, int64 ``[B]``."""
+    if isinstance(lists, Pages):
+        length = lists.lengths.to(torch.int64)
+        j = torch.arange(int(length.max()) if batch else 0, device=length.device)
+        cells = lists.table[:, j // lists.size].to(torch.int64) * lists.size + j % lists.size
+        return cells.masked_fill_(j >= length.unsqueeze(1), 0), length
     begin, end = _ends(lists.indptr, batch)
     length = end - begin
     j = torch.arange(int(length.max()) if batch else 0, device=length.device).unsqueeze(0)

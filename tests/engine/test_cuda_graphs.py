@@ -1,7 +1,8 @@
 """Whole servers whose decode steps are replayed, against eager servers of the portable backend.
 
 SGLang's decode graph runner captures and replays (batch buckets, padding, metadata), on a CPU: a graph is what
-``graphs_on_cpu`` records. FlashInfer's wrappers are ``flashinfer_on_cpu``, Triton kernels run under the interpreter.
+``graphs_on_cpu`` records. FlashInfer's wrappers are ``flashinfer_on_cpu``, FlashAttention is ``flashattention_on_cpu``,
+and Triton kernels run under the interpreter.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from problems import CHAINS, WALKS
 HERE = Path(__file__).parent
 DOUBLES = {
     "TRITON_INTERPRET": "1",
-    "PYTHONPATH": ":".join(str(HERE / name) for name in ("graphs_on_cpu", "flashinfer_on_cpu")),
+    "PYTHONPATH": ":".join(str(HERE / f"{name}_on_cpu") for name in ("graphs", "flashinfer", "flashattention")),
 }
 PER_LAYER = {"allocation": "list", "layers": [10, 16, 12, 19]}
 SETTINGS = {
@@ -28,23 +29,33 @@ SETTINGS = {
         "1",
     ),
     "lazy-pages": ({"policy": "lazy", "budget": PER_LAYER, "lazy": {"threshold": 0.02}}, "16"),
+    "lethe-pages": ({"policy": "lethe", "budget": {"tokens": 19}, "lethe": {"half_life": 7}}, "16"),
 }
+"""Policy and budget, and page size."""
+PORTABLE = {"lethe-pages": {"PYTHONPATH": str(HERE / "flashattention_on_cpu"), "WHOLE_PAGES": "1"}}
+"""What the eager server of the portable backend needs to keep what the other one does."""
+REPLAYED = [
+    *((name, "flashinfer") for name in ("lethe-uniform", "snapkv-breakpoint", "lazy-pages")),
+    *((name, "fa3") for name in ("lethe-uniform", "lethe-pages")),
+]
 EVERY = {"lethe": {"score_every": 3}}
 JOBS = [(WALKS[0], 24), (CHAINS[1], 44), (WALKS[1], 34)]
+LONGER = {"lethe-pages": [(prompt, 2 * tokens) for prompt, tokens in JOBS]}
+"""Whole pages leave room behind a prompt."""
 
 
-def serve(start, name, graphs, plant=None, more=None):
+def serve(start, name, backend, plant=None, more=None):
     settings, page = SETTINGS[name]
     settings = settings | {key: {**settings.get(key, {}), **value} for key, value in (more or {}).items()}
     debug = {"record_kept": True, "shadow": plant is None}  # which would stop a server that reads something stale
     rest = {"rounds": {"interval": 8}, "retain": {"recent_ratio": 0.3}, "debug": debug}
-    backend = ("--attention-backend", "flashinfer" if graphs else "torch_native")
+    graphs = backend != "torch_native"
     return start(
         *("--max-total-tokens", "2048", "--max-running-requests", "4", "--context-length", "240"),
         *("--page-size", page, "--kv-evict", settings["policy"], "--kv-evict-config", config(**settings, **rest)),
-        *backend,
+        *("--attention-backend", backend),
         *(("--cuda-graph-bs-decode", "1", "2") if graphs else ()),
-        env={**DOUBLES, "GRAPHS_ON_CPU_PLANT": plant or ""} if graphs else {},
+        env={**DOUBLES, "GRAPHS_ON_CPU_PLANT": plant or ""} if graphs else PORTABLE.get(name, {}),
     ).wait()
 
 
@@ -72,8 +83,8 @@ def eager(start):
 
     def answers(name):
         if name not in found:
-            server = serve(start, name, graphs=False)
-            found[name] = *replies(server), compared(server)
+            server = serve(start, name, "torch_native")
+            found[name] = *replies(server, LONGER.get(name, JOBS)), compared(server)
             if name == "lethe-uniform":
                 server.post("/kv_evict", EVERY)
                 found["every"] = replies(server, at_once=1)
@@ -83,27 +94,28 @@ def eager(start):
     return answers
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_replayed_steps_answer_and_keep_what_eager_ones_do(start, eager, name):
+@pytest.mark.parametrize(("name", "backend"), REPLAYED)
+def test_replayed_steps_answer_and_keep_what_eager_ones_do(start, eager, name, backend):
     expected = eager(name)
-    server = serve(start, name, graphs=True)
+    server = serve(start, name, backend)
     assert server.log.read_text().count("graphs_on_cpu: captured") == 2
-    found = replies(server)
+    found = replies(server, LONGER.get(name, JOBS))
     assert found[0] == expected[0]
     assert len(found[1]) >= (6 if SETTINGS[name][1] == "1" else 3) and found[1] == expected[1]
     assert min(compared(server), expected[2]) >= 20_000, "cells that were compared with uncompressed ones"
-    if name == "lethe-uniform":
+    if (name, backend) == ("lethe-uniform", "flashinfer"):
         survive(server, expected[0][0])
     server.check_healthy()
     server.stop()
 
 
-def test_steps_that_are_not_scored_are_replayed_from_graphs_of_their_own(start, eager):
+@pytest.mark.parametrize("backend", ["flashinfer", "fa3"])
+def test_steps_that_are_not_scored_are_replayed_from_graphs_of_their_own(start, eager, backend):
     """One request at a time: where several run, the phase of a step depends on when they came."""
     every_step = eager("lethe-uniform")
     expected = eager("every")
     assert expected[1] != every_step[1], "scoring every third step keeps the same: the test says nothing"
-    server = serve(start, "lethe-uniform", graphs=True, more=EVERY)
+    server = serve(start, "lethe-uniform", backend, more=EVERY)
     captured = re.findall(r"graphs_on_cpu: captured .*'(plain|scored)'.*: (\d+) operations", server.log.read_text())
     operations = {variant: int(count) for variant, count in captured}
     assert len(captured) == 4 and operations["plain"] < operations["scored"]
@@ -132,6 +144,6 @@ def survive(server, first):
 def test_a_stale_value_in_a_graph_shows(start, eager, plant):
     """A number read on the host at capture, and a tensor that is not at the captured address."""
     texts, kept, _ = eager("lethe-uniform")
-    server = serve(start, "lethe-uniform", graphs=True, plant=plant)
+    server = serve(start, "lethe-uniform", "flashinfer", plant=plant)
     assert replies(server, JOBS[:1]) != (texts[:1], {key: value for key, value in kept.items() if key[0] == "r0"})
     server.stop()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -124,13 +127,93 @@ def test_on_cuda_three_backends_serve_and_prefill_and_decode_share_one(monkeypat
         options(attention_backend="fa3", prefill_attention_backend="triton", decode_attention_backend="triton")
     )
     with pytest.raises(
-        guard.ConfigError, match="backend fa3: set --attention-backend to torch_native or flashinfer or"
+        guard.ConfigError, match="backend fa4: set --attention-backend to torch_native or flashinfer or"
     ):
-        guard.check_options(options(attention_backend="fa3"))
+        guard.check_options(options(attention_backend="fa4"))
     with pytest.raises(
         guard.ConfigError, match=r"prefill \(triton\) and decode \(flashinfer\): set --attention-backend"
     ):
         guard.check_options(options(prefill_attention_backend="triton"))
+
+
+@contextmanager
+def gpu(**facts):
+    """A machine of this compute capability, and what SGLang asks of it besides."""
+    from sglang.srt.arg_groups import model_override_base
+    from sglang.srt.runtime_context import override_platform
+
+    nothing = dict.fromkeys(("is_hopper_with_cuda_12_3", "is_sm100", "is_sm120", "has_flashinfer"), False)
+    with override_platform(**(nothing | facts)), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_override_base, "current_platform", SimpleNamespace(is_out_of_tree=lambda: False))
+        yield
+
+
+HOPPER = {"device_capability": (9, 0), "is_hopper_with_cuda_12_3": True, "has_flashinfer": True}
+AMPERE = {"device_capability": (8, 0), "has_flashinfer": True}
+BLACKWELL = {"device_capability": (10, 0), "is_sm100": True, "has_flashinfer": True}
+
+
+@pytest.mark.parametrize(
+    ("server", "uniform", "facts", "named"),
+    [
+        ({}, True, HOPPER, None),
+        ({}, True, AMPERE, None),
+        ({"prefill_attention_backend": "fa3", "decode_attention_backend": "fa3"}, True, HOPPER, None),
+        (
+            {},
+            False,
+            HOPPER,
+            "backend fa3 with budgets that differ by layer, which one page table cannot hold: set "
+            "--attention-backend to torch_native or flashinfer or triton, or budget.allocation to uniform - or use",
+        ),
+        ({}, True, BLACKWELL, "on this GPU, which is not of compute capability 8 or 9: set --attention-backend to tor"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, True, HOPPER, "fa3 with --kv-cache-dtype fp8_e5m2: set --attention-backend"),
+        ({"device": "cpu"}, True, HOPPER, "fa3 on device cpu: set --attention-backend to torch_native - or use"),
+        (
+            {"prefill_attention_backend": "flashinfer"},
+            True,
+            HOPPER,
+            "prefill (flashinfer) and decode (fa3): set --attention-backend alone",
+        ),
+    ],
+)
+def test_fa3_serves_uniform_budgets_where_it_runs(sglang_front, monkeypatch, server, uniform, facts, named):
+    from lethe_sglang.engine import guard
+
+    monkeypatch.setattr(guard, "REFUSALS", ())
+    resolved = options(**{"attention_backend": "fa3", "kv_cache_dtype": "auto", **server})
+    with gpu(**facts):
+        if named is None:
+            guard.check_options(resolved, uniform)
+            return
+        with pytest.raises(guard.ConfigError, match=re.escape(named)):
+            guard.check_options(resolved, uniform)
+
+
+@pytest.mark.parametrize(
+    ("budget", "uniform"),
+    [
+        ({"tokens": 64}, True),
+        ({"allocation": "list", "layers": [64, 64]}, True),
+        ({"allocation": "list", "layers": [64, 65]}, False),
+        ({"allocation": "profile"}, False),
+        ({"allocation": "breakpoint", "profile": "none"}, False),
+    ],
+)
+def test_a_server_of_unequal_budgets_is_refused_fa3(sglang_front, capsys, monkeypatch, budget, uniform):
+    """As a whole: options of a configuration, SGLang's resolution, one line."""
+    from lethe_sglang.engine import guard
+
+    monkeypatch.setattr(guard, "on_cuda", lambda resolved: True)
+    layers = budget.get("layers", [])
+    if layers:
+        budget = {**budget, "layers": layers * 2}
+    args = ("--kv-evict", "lethe", "--kv-evict-config", json.dumps({"budget": budget}), "--attention-backend", "fa3")
+    with gpu(**HOPPER):
+        if uniform:
+            sglang_front(*args)
+        else:
+            assert "fa3 with budgets that differ by layer" in refused(sglang_front, capsys, *args)
 
 
 @pytest.mark.parametrize(
@@ -176,19 +259,59 @@ def test_a_server_knows_whether_its_decode_steps_are_captured():
     ],
 )
 def test_flashinfer_is_picked_on_cuda_where_no_backend_is_named(sglang_front, caplog, device, named, evicts, chosen):
+    from lethe_sglang.engine import entrypoints as front
+
+    budget = {"allocation": "list", "layers": [64, 64, 64, 65]}
+    config = front.EvictionConfig.model_validate({"budget": budget}) if evicts else None
+    seen = picked(front.choose_backend, config, device=device, facts=HOPPER, caplog=caplog, **named)
+    assert seen == chosen, "SGLang resolves the rest after the pick"
+    assert ("using flashinfer" in caplog.text) == (chosen == "flashinfer")
+
+
+def picked(choose, config, facts, caplog, device="cuda", **named):
+    """The backend that SGLang's own step finds, after the plugin has chosen."""
     from sglang.srt.arg_groups.model_override_base import resolving_view
     from sglang.srt.server_args import ServerArgs
 
     from lethe_sglang.engine import entrypoints as front
 
     server_args = ServerArgs(model_path=str(MODEL), device=device, **named)
-    if evicts:
-        server_args._lethe = front.EvictionRequest(front.EvictionConfig(), from_cli=False)
+    if config is not None:
+        server_args._lethe = front.EvictionRequest(config, from_cli=False)
     seen = []
-    with caplog.at_level("INFO", logger="lethe_sglang"):
-        front.choose_backend(server_args, lambda args: seen.append(resolving_view(args).attention_backend))
-    assert seen == [chosen], "SGLang resolves the rest after the pick"
-    assert ("using flashinfer" in caplog.text) == (chosen == "flashinfer")
+    with gpu(**facts), caplog.at_level("INFO", logger="lethe_sglang"):
+        choose(server_args, lambda args: seen.append(resolving_view(args).attention_backend))
+    return seen[0]
+
+
+UNIFORM, BY_LAYER = {"tokens": 64}, {"allocation": "list", "layers": [64, 64, 64, 65]}
+DIFFERS = "SGLang's own choice, fa3, does not serve with budgets that differ by layer"
+
+
+@pytest.mark.parametrize(
+    ("facts", "budget", "deterministic", "chosen", "why"),
+    [
+        (HOPPER, UNIFORM, False, "fa3", "as SGLang would"),
+        (HOPPER, BY_LAYER, False, "flashinfer", f"because {DIFFERS}"),
+        (AMPERE, UNIFORM, False, "flashinfer", "as SGLang would"),
+        (AMPERE | {"has_flashinfer": False}, BY_LAYER, False, "triton", "as SGLang would"),
+        (BLACKWELL, UNIFORM, False, "flashinfer", "because SGLang's own choice, trtllm_mha, does not serve\n"),
+        (HOPPER, UNIFORM, True, "fa3", "as SGLang would"),
+        (HOPPER, BY_LAYER, True, "triton", f"because {DIFFERS}"),
+        (AMPERE, UNIFORM, True, "fa3", "as SGLang would"),
+        (BLACKWELL, UNIFORM, True, "flashinfer", "as SGLang would"),
+        ({"device_capability": (7, 5)}, UNIFORM, True, "triton", "does not serve on this GPU"),
+    ],
+)
+def test_sglangs_own_choice_is_taken_where_it_serves(sglang_front, caplog, facts, budget, deterministic, chosen, why):
+    from lethe_sglang.engine import entrypoints as front
+
+    config = front.EvictionConfig.model_validate({"budget": budget})
+    choose = front.choose_deterministic_backend if deterministic else front.choose_backend
+    named = {"enable_deterministic_inference": True} if deterministic else {}
+    assert picked(choose, config, facts, caplog, **named) == chosen
+    lines = [record.getMessage() for record in caplog.records if record.name == "lethe_sglang"]
+    assert len(lines) == 1 and f"backend not specified; using {chosen}, " in lines[0] and why in lines[0] + "\n"
 
 
 @pytest.mark.parametrize(
@@ -252,11 +375,40 @@ def test_deterministic_inference_takes_triton_before_sglang_picks_a_backend_of_i
     source = Path(resolution_hooks.__file__).read_text()
     assert source.index(names[0]) < source.index(names[1])
     server_args = ServerArgs(model_path=str(MODEL), device="cuda", **asked)
-    server_args._lethe = front.EvictionRequest(front.EvictionConfig(), from_cli=False)
+    config = front.EvictionConfig.model_validate({"budget": BY_LAYER})
+    server_args._lethe = front.EvictionRequest(config, from_cli=False)
     seen = []
-    front.choose_deterministic_backend(server_args, lambda args: seen.append(resolving_view(args).attention_backend))
-    front.choose_backend(server_args, lambda args: seen.append(resolving_view(args).attention_backend))
+    with gpu(**HOPPER):
+        for choose in (front.choose_deterministic_backend, front.choose_backend):
+            choose(server_args, lambda args: seen.append(resolving_view(args).attention_backend))
     assert seen == (["triton", "triton"] if asked else [None, "flashinfer"])
+
+
+def test_what_sglang_would_choose_is_what_it_chooses(sglang_front, caplog):
+    """The plugin says before SGLang's steps what these will choose: run them, and see."""
+    from sglang.srt.arg_groups import attention_hook, overrides
+    from sglang.srt.arg_groups.model_override_base import resolving_view
+    from sglang.srt.server_args import ServerArgs
+
+    from lethe_sglang.engine import entrypoints as front
+
+    rules = {
+        False: (overrides._attention_backend_default, overrides._attention_backend_fa3_fp8_fallback),
+        True: (overrides._deterministic_attention_backend,),
+    }
+    machines = (HOPPER, AMPERE, BLACKWELL, {"device_capability": (12, 0), "is_sm120": True, "has_flashinfer": True})
+    for facts, dtype in ((facts, dtype) for facts in machines for dtype in ("auto", "fp8_e5m2")):
+        for deterministic in (False, True):
+            asked = {"kv_cache_dtype": dtype, "enable_deterministic_inference": deterministic}
+            stock = ServerArgs(model_path=str(MODEL), device="cuda", **asked)
+            with gpu(**facts):
+                for rule in rules[deterministic]:
+                    attention_hook.run_post_process_pass(stock, rule)
+                chosen = resolving_view(stock).attention_backend
+            choose = front.choose_deterministic_backend if deterministic else front.choose_backend
+            caplog.clear()
+            mine = picked(choose, front.EvictionConfig(), facts, caplog, **asked)
+            assert mine == chosen or f"SGLang's own choice, {chosen}," in caplog.text
 
 
 def test_every_refusal_of_the_table_fires_and_reaches_the_support_matrix(sglang_front):

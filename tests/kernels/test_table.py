@@ -19,7 +19,7 @@ RULE = Accumulation(decay=0.9, window=8)
 
 
 def written(kernels, device):
-    """All that the table's readers write: lists with and without their ends, first scored positions, decays."""
+    """All that the table's readers write: lists with and without their ends, pages, first scored positions, decays."""
     req_to_token, lines, lengths = make(3, 4)
     table.read(lines).score_after[:] = torch.tensor(lengths) - torch.arange(ROWS) % 3
     rows = torch.arange(ROWS)
@@ -31,6 +31,9 @@ def written(kernels, device):
             indices = torch.zeros(600, dtype=torch.int32, device=device)
             kernels.fill_lists(batch, layer, blocks, Lists(indptr, indices), fill_indptr)
             out += [indptr.clone(), indices]
+    pages, lengths = torch.zeros((ROWS, 160), dtype=torch.int32, device=device), out[0][:ROWS].clone()
+    kernels.fill_pages(batch, 1, lengths, pages)
+    out += [lengths, pages]
     first = torch.zeros(ROWS, dtype=torch.int32, device=device)
     decay = torch.zeros(ROWS, device=device)
     kernels.schedule(batch, RULE, first, decay)

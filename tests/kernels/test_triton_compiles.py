@@ -48,6 +48,9 @@ PROGRAM = textwrap.dedent(
     for fill, flat in ((True, True), (False, True), (True, False), (False, False)):
         constants = {**columns, "LAYERS": 28, "FLAT": flat, "FILL_INDPTR": fill, "BATCH": 64}
         build(f"fill-{fill}-{flat}", indices._KERNEL, tables, constants)
+    for page in (1, 16):
+        packed = {"req_to_token": "i32", "table": "i32", **rows, "lengths": "i32", "pages": "i32"}
+        build(f"pages-{page}", indices._PAGES, packed, {**columns, "PAGE": page})
     for recurs in (True, False):
         written = {"score": "fp32", "memory": "fp32", "slots": "i64", "positions": "i64"}
         build(f"start-{recurs}", start_states._KERNEL, written, {} if recurs else {"positions": None})
@@ -94,7 +97,7 @@ def test_every_kernel_compiles(tmp_path, capability):
     )
     assert run.returncode == 0, run.stderr[-4000:]
     built = json.loads(run.stdout.splitlines()[-1])
-    assert len(built) == 17 + (capability >= 89)
+    assert len(built) == 19 + (capability >= 89)
     assert all(kernel["binary"] for kernel in built.values())
     assert {name: kernel["shared"] for name, kernel in built.items() if kernel["shared"] > SHARED_MEMORY} == {}
     loops = {name: kernel["asynchronous"] for name, kernel in built.items() if name.startswith("score")}

@@ -1,4 +1,4 @@
-"""A layer's lists name the cells that its twin resolves, in place, whatever the batch holds."""
+"""A layer's lists, and pages for all layers, name the cells that their twins resolve, whatever the batch holds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lethe_sglang.cache.layout import offsets, packed_blocks, packed_cell
 from lethe_sglang.kernels import reference, table
 from lethe_sglang.kernels.common import Batch, Lists, token_lists
 from lethe_sglang.kernels.triton import config, indices
-from lethe_sglang.kernels.triton.indices import fill_lists
+from lethe_sglang.kernels.triton.indices import fill_lists, fill_pages
 
 ROWS, WIDTH, BLOCKS, UNSET = 7, 160, 400, -7
 
@@ -19,7 +19,8 @@ ROWS, WIDTH, BLOCKS, UNSET = 7, 160, 400, -7
 @pytest.fixture(scope="module", autouse=True)
 def small_blocks():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(indices._KERNEL, "configs", [config(BLOCK=32)])
+        for kernel in (indices._KERNEL, indices._PAGES):
+            patch.setattr(kernel, "configs", [config(BLOCK=32)])
         yield
 
 
@@ -202,3 +203,89 @@ def test_bad_shapes_are_named(change, message):
     batch, lists = arguments("cpu")._replace(**of(Batch)), Lists(zeros[:3], zeros)._replace(**of(Lists))
     with pytest.raises(ValueError, match=message):
         fill_lists(batch, change.get("layer", 1), change.get("blocks", BLOCKS), lists, True)
+
+
+# -- page tables ------------------------------------------------------------------------------------------------------
+
+
+def make_pages(page, layers, seed):
+    """Rows of six requests in whole pages, all layers alike, and what their packed rows are, by the host alone."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def number(low, high):
+        return int(torch.randint(low, high + 1, (1,), generator=generator))
+
+    req_to_token, lines = torch.zeros(ROWS, 40 * page, dtype=torch.int32), torch.zeros(ROWS, table.width(layers))
+    lines, lengths, packed_rows = lines.to(torch.int32), [0] * ROWS, [[0]] * ROWS
+    for row in range(1, ROWS):
+        prefix, kept = number(0, 1) * number(0, 6) * page, number(1, 7) * page * (row % 3 > 0)
+        tail = prefix + kept + number(0, 9) * page * (kept > 0)
+        lengths[row] = tail + number(1, 12 * page)
+        pages = torch.randperm(60, generator=generator)[: -(-lengths[row] // page)].to(torch.int32) + 1
+        slots = (pages.unsqueeze(1) * page + torch.arange(page, dtype=torch.int32)).flatten()[: lengths[row]]
+        req_to_token[row, : lengths[row]] = slots
+        req_to_token[row, prefix + kept : tail] = 0
+        packed_rows[row] = req_to_token[row].tolist()[: prefix + kept] + slots.tolist()[tail:]
+        single = {"prefix": prefix, "packed": kept, "tail": tail, "score_from": prefix, "score_after": 0}
+        layered = {"kept": (kept,) * layers, "excess": (0,) * layers, "holes": (0,) * layers}
+        lines[row] = torch.from_numpy(table.numbers({name: [n] for name, n in (single | layered).items()})[0])
+    return req_to_token, lines, lengths, packed_rows
+
+
+@settings(deadline=None, derandomize=True, phases=[Phase.generate], max_examples=12)
+@given(
+    page=st.sampled_from([1, 8, 16]),
+    batch=st.lists(st.integers(0, ROWS - 1), min_size=1, max_size=9),
+    integer=st.sampled_from([torch.int32, torch.int64]),
+    programs=st.sampled_from([1, 64]),
+    seed=st.integers(0, 99),
+)
+def test_pages_are_those_of_the_packed_rows(device, page, batch, integer, programs, seed):
+    req_to_token, lines, lengths, packed_rows = make_pages(page, 1 + seed % 3, seed)
+    rows, seq_lens = torch.tensor(batch), torch.tensor([lengths[row] if row else 1 for row in batch])
+    host = Batch(req_to_token, lines, rows, seq_lens)
+    there = Batch(*(t.to(device) for t in (req_to_token, lines, rows.to(integer), seq_lens.to(integer))))
+    width = 40  # columns of a wider buffer, as a captured one is
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(indices, "_PROGRAMS", programs)
+        for fill, requests, where in ((fill_pages, there, device), (reference.fill_pages, host, "cpu")):
+            pages = torch.full((len(batch), width + 5), UNSET, dtype=torch.int32, device=where)
+            filled = torch.full((len(batch) + 2,), UNSET, dtype=torch.int32, device=where)
+            fill(requests, page, filled[: len(batch)], pages[:, :width])
+            assert filled.tolist() == [*(len(packed_rows[row]) for row in batch), UNSET, UNSET]
+            for row, table_of_row in zip(batch, pages.tolist(), strict=True):
+                used = packed_rows[row][::page]
+                assert table_of_row[: len(used)] == [slot // page for slot in used]
+                assert set(table_of_row[len(used) :]) == {UNSET}, "written behind the last page"
+
+
+def test_pages_that_do_not_fit_are_left_out(device):
+    req_to_token, lines, lengths, packed_rows = make_pages(8, 2, 5)
+    rows, seq_lens = torch.tensor([1, 2]), torch.tensor(lengths[1:3])
+    there = Batch(*(t.to(device) for t in (req_to_token, lines, rows, seq_lens)))
+    pages = torch.full((2, 9), UNSET, dtype=torch.int32, device=device)
+    filled = torch.zeros(2, dtype=torch.int32, device=device)
+    fill_pages(there, 8, filled, pages[:, :3])
+    assert all(len(packed_rows[row]) > 24 for row in (1, 2)), "take another seed"
+    assert pages[:, :3].tolist() == [[slot // 8 for slot in packed_rows[row][:24:8]] for row in (1, 2)]
+    assert (pages[:, 3:] == UNSET).all()
+    empty = there._replace(rows=there.rows[:0], seq_lens=there.seq_lens[:0])
+    fill_pages(empty, 8, filled[:0], pages[:0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lengths": torch.zeros(2, dtype=torch.int64)}, "lengths must be int32 of shape"),
+        ({"pages": torch.zeros(3, 9, dtype=torch.int32)}, "pages must be int32 of shape \\[2, any\\]"),
+        ({"pages": torch.zeros(9, 2, dtype=torch.int32).t()}, "last axis contiguous"),
+        ({"page_size": 0}, "a page has at least one token, not 0"),
+        ({"table": torch.zeros(7, 9, dtype=torch.int32)}, "9 columns"),
+    ],
+)
+def test_bad_page_tables_are_named(change, message):
+    req_to_token, lines, *_ = make_pages(8, 2, 5)
+    batch = Batch(req_to_token, change.get("table", lines), torch.tensor([1, 2]), torch.tensor([9, 9]))
+    lengths = change.get("lengths", torch.zeros(2, dtype=torch.int32))
+    with pytest.raises(ValueError, match=message):
+        fill_pages(batch, change.get("page_size", 8), lengths, change.get("pages", torch.zeros(2, 9).to(torch.int32)))

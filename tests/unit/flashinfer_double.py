@@ -22,13 +22,14 @@ from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Optional
 
 import torch
 from cache_model import MiniPool
 
 import lethe_sglang.attention
 from lethe_sglang.allocation.budgets import scale
-from lethe_sglang.cache.layout import ceil_div, narrow_layers
+from lethe_sglang.cache.layout import ceil_div, narrow_layers, page_ceil
 from lethe_sglang.cache.ledger import Ledger
 from lethe_sglang.kernels.common import Cells, Lists
 from lethe_sglang.policies.base import Accumulation
@@ -286,6 +287,7 @@ def fast_decode_plan(
 # -- SGLang -----------------------------------------------------------------------------------------------------------
 
 FLASHINFER = "srt/layers/attention/flashinfer_backend.py"
+FLASHATTENTION = "srt/layers/attention/flashattention_backend.py"
 TRITON = "srt/layers/attention/triton_backend.py"
 BASE = "srt/layers/attention/base_attn_backend.py"
 FORWARD = "srt/model_executor/forward_batch_info.py"
@@ -447,6 +449,68 @@ def stock_triton(scope):
     return backend
 
 
+def paged_kernel():
+    """FlashAttention's double, which serves whole servers too."""
+    path = Path(__file__).parents[1] / "engine/flashattention_on_cpu/flashattention_on_cpu.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.OF_FP8 = torch.float32  # as the portable backend's outputs are
+    return module
+
+
+paged = paged_kernel()
+
+
+def stock_flash_attention(scope):
+    scope |= {"dataclass": dataclass, "torch": torch, "ForwardMode": Mode, "Optional": Optional}
+    scope |= {"AttentionType": SimpleNamespace(ENCODER_ONLY="encoder_only")}
+    scope["flash_attn_with_kvcache"] = lambda *args, **options: paged.flash_attn_with_kvcache(*args, **options)
+    for function in ("paged_view", "paged_kv_view"):
+        build("srt/mem_cache/layout/paged_view.py", function, scope)
+    metadata = build(FLASHATTENTION, "FlashAttentionMetadata", scope)
+    methods = (
+        "_compute_scheduler_metadata",
+        "_mxfp8_sf_kwargs",
+        "_capture_unified_verify_metadata",
+        "init_forward_metadata_in_graph",
+        "init_forward_metadata_out_graph",
+        "_init_full_cg_decode_metadata",
+        "_spec_read_seq_len_delta",
+        "get_paged_mha_kv_cache",
+        "prepare_paged_mha_query",
+        "forward_decode",
+        "init_cuda_graph_state",
+        "_bind_metadata_buffers",
+        "_apply_cuda_graph_metadata",
+        "get_cuda_graph_seq_len_fill_value",
+    )
+    backend = build(FLASHATTENTION, "FlashAttentionBackend", scope, methods)
+
+    def init(self, runner):
+        self.req_to_token_pool, self.token_to_kv_pool = runner.req_to_token_pool, runner.token_to_kv_pool
+        self.req_to_token = runner.req_to_token_pool.req_to_token
+        self.kv_index_translator = SimpleNamespace(is_translating=False, reads_are_translated=False)
+        self.forward_metadata, self.decode_cuda_graph_metadata, self.device = None, {}, "cpu"
+        self.use_mla = self.has_swa = self.is_encoder_decoder = self.use_sliding_window_kv_pool = False
+        self.kv_cache_is_mxfp8 = self.is_prefill_aware_swa = self.has_softcap = self.fa_skip_kv_cache = False
+        self._disable_scheduler_metadata_precompute = self._decode_uses_static_max_seqlen_k = False
+        self.local_attn_builder, self.attention_chunk_size, self.full_cg_prefill_metadata = None, None, None
+        self.kv_cache_dtype, self.kv_cache_dtype_str = runner.kv_cache_dtype, runner.kv_cache_dtype_str
+        self.page_size, self.max_context_len = runner.page_size, CONTEXT
+        self.max_num_pages = ceil_div(CONTEXT, self.page_size)
+        self.topk = self.speculative_num_steps = self.speculative_step_id = 0
+        self.speculative_num_draft_tokens, self.fa_impl_ver = None, 3
+        self.num_splits = self.decode_num_splits = int(runner.deterministic)
+        self.head_dim, self.num_attention_heads, self.num_kv_heads = DIM, HEADS, KV_HEADS
+        self._get_scheduler_metadata = paged.get_scheduler_metadata
+
+    backend.__init__ = init
+    backend.needs_cpu_seq_lens = False
+    backend.forward_extend = lambda self, q, k, v, layer, forward_batch, save_kv_cache=True, **_: "stock extend"
+    return {"FlashAttentionBackend": backend, "FlashAttentionMetadata": metadata}
+
+
 def stock_torch_native(scope):
     class TorchNativeAttnBackend(scope["AttentionBackend"]):
         def __init__(self, runner):
@@ -484,6 +548,7 @@ def modules() -> dict[str, ModuleType]:
             "FlashInferAttnBackend": stock_flashinfer(dict(where)),
             "BatchDecodeWithPagedKVCacheWrapper": BatchDecodeWithPagedKVCacheWrapper,
         },
+        f"{attention}.flashattention_backend": stock_flash_attention(dict(where)),
         f"{attention}.triton_backend": {"TritonAttnBackend": stock_triton(dict(where))},
         f"{attention}.torch_native_backend": {"TorchNativeAttnBackend": stock_torch_native(where)},
         "sglang.srt.mem_cache.memory_pool": {"KVWriteLoc": KVWriteLoc},
@@ -497,9 +562,12 @@ def modules() -> dict[str, ModuleType]:
     return out
 
 
+BACKENDS = ("scored", "flashinfer", "flashattention", "triton", "torch_native")
+
+
 def doubled() -> SimpleNamespace:
     """Import our backends over the doubles; the process's own modules are as before afterwards."""
-    names = [f"lethe_sglang.attention.{name}" for name in ("scored", "flashinfer", "triton", "torch_native")]
+    names = [f"lethe_sglang.attention.{name}" for name in BACKENDS]
     doubles = modules()
     before = {name: sys.modules.pop(name, None) for name in (*names, *doubles)}
     sys.modules.update(doubles)
@@ -517,6 +585,9 @@ def doubled() -> SimpleNamespace:
 ours = doubled()
 
 
+BUDGETS = (5, 12, 5, 20, 12)
+SUM = Accumulation(decay=0.9)
+
 # -- a small server ---------------------------------------------------------------------------------------------------
 
 
@@ -532,7 +603,7 @@ class World(MiniPool):
     ``stored`` keeps keys and values as bytes of that type, as SGLang does with fp8; ``rounded`` only rounds them to it.
     """
 
-    def __init__(self, page=1, window=None, stored=None, rounded=None, **options):
+    def __init__(self, page=1, window=None, stored=None, rounded=None, budgets=BUDGETS, **options):
         super().__init__(num_layers=LAYERS, page=page, pages=600 // page, context=CONTEXT, **options)
         self.stored, self.rounded = stored, rounded
         count = LAYERS * self.cells.blocks
@@ -548,7 +619,7 @@ class World(MiniPool):
             blocks=self.cells.blocks,
             dtype=stored,
         )
-        narrow = narrow_layers(BUDGETS)
+        self.budgets, narrow = budgets, narrow_layers(budgets)
         self.ledger = Ledger(len(self.req_to_token), LAYERS, page, 6, 8, "cpu", window=window, narrow=narrow)
 
     def as_stored(self, x):
@@ -586,8 +657,16 @@ class World(MiniPool):
 
     def runner(self, deterministic=False):
         pool = SimpleNamespace(cells=self.cells, start_layer=0, set_kv_buffer=self.store, get_key_buffer=None)
+        pool.get_kv_buffer = lambda layer: (self.cells.of_layer(layer).keys, self.cells.of_layer(layer).values)
         rows = SimpleNamespace(req_to_token=self.req_to_token, size=len(self.req_to_token) - 1)
-        return SimpleNamespace(token_to_kv_pool=pool, req_to_token_pool=rows, deterministic=deterministic)
+        return SimpleNamespace(
+            token_to_kv_pool=pool,
+            req_to_token_pool=rows,
+            deterministic=deterministic,
+            page_size=self.page,
+            kv_cache_dtype=self.stored or torch.float32,
+            kv_cache_dtype_str="auto" if self.stored is None else "fp8",
+        )
 
     def store(self, layer, where, k, v, *scales):
         cells = layer.layer_id * self.cells.blocks + where.loc
@@ -626,6 +705,7 @@ def make_layer(number, **more):
         "scaling": 0.4,
         "tp_q_head_num": HEADS,
         "tp_k_head_num": KV_HEADS,
+        "tp_v_head_num": KV_HEADS,
         "head_dim": DIM,
         "qk_head_dim": DIM,
         "v_head_dim": DIM,
@@ -636,6 +716,8 @@ def make_layer(number, **more):
         "v_scale_float": None,
         "xai_temperature_len": -1,
         "is_cross_attention": False,
+        "sliding_window_size": -1,
+        "attn_type": "decoder",
     }
     return SimpleNamespace(**(fields | more))
 
@@ -732,10 +814,6 @@ class GraphRunner:
         return [output[:raw] for output in self.run(size, variant)]
 
 
-BUDGETS = (5, 12, 5, 20, 12)
-SUM = Accumulation(decay=0.9)
-
-
 class Server:
     """A world and a backend over it, with the rows of the step as the scheduler would name them."""
 
@@ -769,11 +847,12 @@ class Server:
 
     def admit(self):
         """Private and shared prefixes, a request with a budget of its own, one that is not evicted from."""
-        self.world.admit(1, 30, 0, BUDGETS)
-        self.world.admit(2, 33, 16, BUDGETS)
-        self.world.admit(3, 25, 16, BUDGETS, shared_with=2)
+        budgets = self.world.budgets
+        self.world.admit(1, 30, 0, budgets)
+        self.world.admit(2, 33, 16, budgets)
+        self.world.admit(3, 25, 16, budgets, shared_with=2)
         self.world.admit(4, 21, 0, None)
-        self.world.admit(5, 28, 8, scale(BUDGETS, 8, 3))
+        self.world.admit(5, 28, page_ceil(8, self.world.page), scale(budgets, 8, 3))
         self.world.write(6, 0)  # its first decode step: the ledger has not seen it
         self.prefilled()
 
@@ -795,6 +874,7 @@ def portable(accumulation=SUM):
 def compare(mine, reference, steps=26, policy=None):
     """Drive both servers over changing batches, rounds in between, and compare everything after every step."""
     policy = policy or LethePolicy()
+    reference.world.ledger.multiple = mine.world.ledger.multiple
     rounds = 0
     for server in (mine, reference):
         server.admit()
@@ -809,10 +889,11 @@ def compare(mine, reference, steps=26, policy=None):
     assert rounds >= 6, "too few rounds to mean anything"
 
 
-def compare_scaled(mine, graph):
+def compare_scaled(mine, graph, **options):
     """An fp8 cache stores ``k / k_scale``: the same keys at a scale must give the same outputs and scores."""
-    reference = Server(portable())
-    scales = {"k_scale": 0.5, "k_scale_float": 0.5, "v_scale": 0.25, "v_scale_float": 0.25}
+    reference = Server(portable(), **options)
+    reference.world.ledger.multiple = mine.world.ledger.multiple
+    scales = {"k_scale": torch.tensor(0.5), "k_scale_float": 0.5, "v_scale": torch.tensor(0.25), "v_scale_float": 0.25}
     mine.layers = [make_layer(n, **scales) for n in range(LAYERS)]
     if graph:
         mine.capture()

@@ -108,3 +108,20 @@ def test_the_formatter_is_never_switched_off():
     marks = [f"# fmt: {word}" for word in ("skip", "off")]
     files = [p for folder in folders for p in (ROOT / folder).rglob("*.py")]
     assert not [str(p) for p in files if any(mark in p.read_text() for mark in marks)]
+
+
+def test_a_module_that_needs_a_gpu_is_read_and_not_imported(tmp_path, monkeypatch):
+    from lethe_sglang.engine import compat
+
+    file = tmp_path / "gpu_only.py"
+    monkeypatch.syspath_prepend(tmp_path)
+    hashes = []
+    for body in ("x = 1", "x = 2"):
+        file.write_text(f"import no_such_driver\n\n\nclass Backend:\n    {body}\n\n\nelsewhere = {len(hashes)}\n")
+        hashes.append(compat.source_hash("gpu_only:Backend"))
+        file.write_text(file.read_text().replace("elsewhere = ", "elsewhere = 7"))
+        assert compat.source_hash("gpu_only:Backend") == hashes[-1]
+    assert len(set(hashes)) == 2
+    for gone in ("gpu_only:Other", "no_such_module:Backend"):
+        with pytest.raises(AttributeError):
+            compat.source_hash(gone)

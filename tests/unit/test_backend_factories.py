@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cache_model import MiniPool
-from flashinfer_double import BUDGETS, SUM, Server, compare, ours, portable
+from flashinfer_double import BUDGETS, LAYERS, SUM, Server, compare, ours, portable
 
 from lethe_sglang.cache.phase import Phase
 from lethe_sglang.config import from_mapping
@@ -19,11 +19,13 @@ lifecycle = pytest.importorskip("lethe_sglang.engine.lifecycle")
 runtime_module = pytest.importorskip("lethe_sglang.engine.runtime")
 
 
-@pytest.fixture(params=["flashinfer", "triton", "torch_native"])
+@pytest.fixture(params=["flashinfer", "triton", "torch_native", "fa3"])
 def served(request, monkeypatch):
     """A server whose backend the engine's factory built, and its runtime; rows are named by the hook alone."""
     name, held = request.param, {}
-    monkeypatch.setitem(sys.modules, f"lethe_sglang.attention.{name}", getattr(ours, name))
+    module = {"fa3": "flashattention"}.get(name, name)
+    budgets = (11,) * LAYERS if name == "fa3" else BUDGETS
+    monkeypatch.setitem(sys.modules, f"lethe_sglang.attention.{module}", getattr(ours, module))
 
     def attach(runner):
         return held["runtime"]
@@ -35,7 +37,7 @@ def served(request, monkeypatch):
             pool=runner.token_to_kv_pool,
             ledger=world.ledger,
             policy=SimpleNamespace(accumulation=SUM),
-            budgets=BUDGETS,
+            budgets=budgets,
             config=SimpleNamespace(budget=SimpleNamespace(allocation="uniform")),
             step_rows=[],
             backends=[],
@@ -45,7 +47,7 @@ def served(request, monkeypatch):
         monkeypatch.setattr(runtime_module, "_runtime", held["runtime"])
         return lifecycle.BACKENDS[name](runner)
 
-    server = Server(make)
+    server = Server(make, budgets=budgets)
     run = server.run
 
     def through_the_hook(batch, inputs):
@@ -64,7 +66,7 @@ def name_rows(rows, decodes=True):
 
 
 def test_a_backend_of_the_engine_decodes_as_the_portable_one(served):
-    compare(served[0], Server(portable()), steps=18)
+    compare(served[0], Server(portable(), budgets=served[0].world.budgets), steps=18)
 
 
 def test_a_backend_follows_the_policy(served):

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from flashinfer_double import LAYERS, Server, portable
+from test_flashattention_backend import ALIKE, flash
 from test_flashinfer_backend import flashinfer
 from test_triton_backend import triton
 
@@ -23,16 +24,17 @@ MADE = {
     "flashinfer": flashinfer(),
     "flashinfer-equal": flashinfer(budgets=EQUAL),
     "flashinfer-single": flashinfer(single=True),
+    "fa3": flash(),
     "triton": triton(),
     "triton-apart": triton(budgets=None),
     "torch_native": portable(),
 }
-KERNELS = [name for name in MADE if name != "torch_native"]
+KERNELS = [name for name in MADE if name not in ("fa3", "torch_native")]
 """Backends whose lists a kernel fills."""
 
 
 def serve(name, page=1):
-    server = Server(MADE[name], page=page)
+    server = Server(MADE[name], page=page, **({"budgets": ALIKE} if name == "fa3" else {}))
     if name == "flashinfer-equal":
         for row, length in zip(ROWS[:-1], (30, 33, 25, 21, 28), strict=True):
             server.world.admit(row, length, 8, EQUAL)
@@ -82,6 +84,20 @@ def test_a_list_with_one_index_off_by_one_is_noticed(name, layer, place):
 
     scored.kernels = SimpleNamespace(**{**vars(scored.kernels.kernels), "fill_lists": off})
     with pytest.raises(ShadowMismatch, match=r"rows \[2\] layer \d"):
+        server.step(ROWS, LethePolicy())
+
+
+@pytest.mark.parametrize("page", [1, 8])
+def test_a_page_table_with_one_page_off_by_one_is_noticed(page):
+    server, _ = watch("fa3", 20, page)
+    kernels = server.backend.scored.kernels.kernels
+
+    def off(batch, page_size, lengths, pages):
+        kernels.fill_pages(batch, page_size, lengths, pages)
+        pages[1, 1] += 1
+
+    server.backend.scored.kernels = SimpleNamespace(**{**vars(kernels), "fill_pages": off})
+    with pytest.raises(ShadowMismatch, match=r"rows \[2.* layer \d"):
         server.step(ROWS, LethePolicy())
 
 

@@ -42,12 +42,23 @@ def triton(rule, budgets=BUDGETS):
     return make
 
 
+def flash(rule):
+    def make(runner, world, rows):
+        backend = ours.flashattention.LetheFlashAttentionBackend
+        return backend(runner, runner.token_to_kv_pool, world.ledger, rule, world.budgets)
+
+    return make
+
+
 BACKENDS = {
+    "fa3": flash,
     "flashinfer": flashinfer,
     "single plan": lambda rule: flashinfer(rule, single=True),
     "triton": triton,
     "triton apart": lambda rule: triton(rule, budgets=None),
 }
+UNIFORM = {"fa3": {"budgets": (11,) * LAYERS}}
+"""What a server of some backends needs."""
 
 
 # -- when -------------------------------------------------------------------------------------------------------------
@@ -127,7 +138,7 @@ def test_a_scored_step_counts_n_steps_of_decay_and_starts_what_was_written_since
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("rule", [SUM._replace(every=3), RECURRENCE], ids=["sum", "recurrence"])
 def test_outputs_and_scores_equal_the_portable_backend(name, graph, by_length, rule):
-    options = {"every": 3, "by_length": by_length}
+    options = {"every": 3, "by_length": by_length, **UNIFORM.get(name, {})}
     mine, reference = Server(BACKENDS[name](rule), **options), Server(portable_backend(rule), **options)
     if graph:
         mine.capture()
@@ -190,10 +201,10 @@ def test_a_step_that_is_not_scored_launches_the_fill_of_lists_alone(make, fills,
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_batch_size_has_a_graph_for_scored_steps_and_one_for_the_others(name):
-    server = Server(BACKENDS[name](SUM._replace(every=3)), every=3)
+    server = Server(BACKENDS[name](SUM._replace(every=3)), every=3, **UNIFORM.get(name, {}))
     server.capture(sizes=(2, 8))
     assert set(server.graphs.captured) == {(size, variant) for size in (2, 8) for variant in ("plain", "scored")}
-    for size in (2, 8) * name.startswith(("flash", "single")):
+    for size in (2, 8) * name.startswith(("flashinfer", "single")):
         plain, scored = (server.graphs.captured[size, variant][2].decode_wrappers for variant in ("plain", "scored"))
         assert plain == scored, "a step has one plan, whichever variant is replayed"
     server.admit()

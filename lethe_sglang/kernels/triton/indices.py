@@ -1,6 +1,6 @@
-"""Token lists of one layer: row + device table -> CSR lists over its buffer or the flat pool, of page size 1.
+"""What attention reads, from row and device table: CSR lists of one layer's tokens, or page tables for all layers.
 
-The order of a list is that of ``common.slot_lists``: prefix, packed, tail.
+The order of both is that of ``common.slot_lists``: prefix, packed, tail.
 """
 
 from __future__ import annotations
@@ -150,4 +150,81 @@ def fill_lists(batch: Batch, layer: int, blocks: int | None, lists: Lists, fill_
         blocks is not None,
         fill_indptr,
         bucket(requests),
+    )
+
+
+@triton.jit(do_not_specialize=["width"])
+def _pages(
+    req_to_token,
+    table,
+    rows,
+    seq_lens,
+    lengths,
+    pages,
+    width,
+    row_stride,
+    table_stride,
+    pages_stride,
+    PREFIX: tl.constexpr,
+    TAIL: tl.constexpr,
+    KEPT: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    split = tl.program_id(0)
+    b = tl.program_id(1)
+    prefix, tail, kept, length = _length(table, rows, seq_lens, b, True, table_stride, 0, PREFIX, TAIL, KEPT)
+    if split == 0:
+        tl.store(lengths + b, length)
+    entries = req_to_token + tl.load(rows + b).to(tl.int64) * row_stride
+    own = pages + b.to(tl.int64) * pages_stride
+    used = tl.minimum(tl.cdiv(length, PAGE), width)
+    for start in range(split * BLOCK, used, tl.num_programs(0) * BLOCK):
+        page = start + tl.arange(0, BLOCK)
+        mask = page < used
+        first = page * PAGE
+        position = tl.where(first < prefix + kept, first, tail + first - prefix - kept)
+        tl.store(own + page, tl.load(entries + position, mask=mask, other=0) // PAGE, mask=mask)
+
+
+_PAGES = Tuned(_pages, _KERNEL.configs)
+
+
+def fill_pages(batch: Batch, page_size: int, lengths: torch.Tensor, pages: torch.Tensor) -> None:
+    """Write a whole batch's packed rows as page tables, in place, in one launch; every layer keeps as many cells.
+
+    A packed row is ``row[0, P + k) + row[T, seq)``, and P, k and T are multiples of the page size.
+
+    Parameters
+    ----------
+    batch
+        The requests; k is layer 0's.
+    page_size
+        Tokens.
+    lengths
+        int32 ``[B]``: written, the tokens of each packed row.
+    pages
+        int32 ``[B, W]``: written up to each row's last page; what is behind stays, and what does not fit is left out.
+    """
+    expect("req_to_token", batch.req_to_token, torch.int32, [None, None])
+    requests, num_layers = expect_batch(batch), layers_of(batch.table)
+    expect("lengths", lengths, torch.int32, [requests])
+    expect("pages", pages, torch.int32, [requests, None])
+    if page_size < 1:
+        raise ValueError(f"a page has at least one token, not {page_size}")
+    if requests == 0:
+        return
+    splits = max(1, _PROGRAMS // bucket(requests))
+    _PAGES.launch(
+        lambda meta: (max(1, min(splits, triton.cdiv(pages.shape[1], meta["BLOCK"]))), requests),
+        (bucket(requests), page_size),
+        *batch,
+        lengths,
+        pages,
+        pages.shape[1],
+        batch.req_to_token.stride(0),
+        batch.table.stride(0),
+        pages.stride(0),
+        *(column(name, num_layers) for name in ("prefix", "tail", "kept")),
+        page_size,
     )

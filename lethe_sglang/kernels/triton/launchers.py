@@ -1,6 +1,6 @@
 """The Triton launchers, all in one place."""
 
-from lethe_sglang.kernels.triton.indices import fill_lists
+from lethe_sglang.kernels.triton.indices import fill_lists, fill_pages
 from lethe_sglang.kernels.triton.repack import repack
 from lethe_sglang.kernels.triton.rounds import gather, place, rewrite_rows
 from lethe_sglang.kernels.triton.score import schedule, score
@@ -9,6 +9,7 @@ from lethe_sglang.kernels.triton.start_states import start_states
 
 __all__ = [
     "fill_lists",
+    "fill_pages",
     "gather",
     "place",
     "repack",

@@ -2,10 +2,10 @@
 
 With this folder on ``PYTHONPATH`` every SGLang process loads it as a plugin. What a captured graph breaks is Python
 between kernels: a value computed at capture is frozen, a tensor made anew has another address. So a capture records
-every operation with its tensors: torch's, launches of Triton's interpreter, runs of FlashInfer's double, and
-what observers are shown of a layer's lists. A replay carries the recorded operations out on the same tensors and writes
-their results where the recorded ones lie; no other Python of the model or of an attention backend runs. Batch buckets,
-padding and metadata are SGLang's.
+every operation with its tensors: torch's, launches of Triton's interpreter, runs of FlashInfer's and FlashAttention's
+doubles, and what observers are shown of a layer's lists. A replay carries the recorded operations out on the same
+tensors and writes their results where the recorded ones lie; no other Python of the model or of an attention backend
+runs. Batch buckets, padding and metadata are SGLang's.
 
 ``GRAPHS_ON_CPU_PLANT`` plants a fault that only a graph shows: ``integer`` reads the lengths of the batch on the host
 while a graph is captured, ``tensor`` has a tensor of them that nobody writes again.
@@ -152,6 +152,10 @@ def register():
         wrapper = double.BatchDecodeWithPagedKVCacheWrapper
         wrapper.forward_return_lse = recorded(wrapper.forward_return_lse)
         wrapper.forward = recorded(wrapper.forward)
+    with contextlib.suppress(ImportError):
+        import flashattention_on_cpu as paged
+
+        paged.flash_attn_with_kvcache = recorded(paged.flash_attn_with_kvcache)
     if plant := os.environ.get("GRAPHS_ON_CPU_PLANT"):
         _plant(plant)
 
