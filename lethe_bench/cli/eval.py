@@ -60,7 +60,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "step, and write fidelity.md. What is done already is not done again; Ctrl-C is safe.",
         allow_abbrev=False,
     )
-    fidelity.add_argument("file", metavar="FILE", type=Path, help="YAML file of the experiment (configs/eval/)")
+    fidelity.add_argument("file", metavar="FILE", type=Path, help="YAML file of the experiment (configs/fidelity/)")
     fidelity.add_argument(
         "--model",
         metavar="MODEL",

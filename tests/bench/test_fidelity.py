@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from lethe_bench.servers import ServerError
 from lethe_sglang.cli import main as program
 from lethe_sglang.config import ConfigError
 
+ROOT = Path(__file__).parents[2]
 WORDS = 7
 
 
@@ -225,6 +227,12 @@ def test_a_file_at_fault_is_one_line_that_names_the_option(fake, tmp_path, capsy
     assert fake() == 2
     said = capsys.readouterr().err.strip()
     assert re.search(says, said) and "\n" not in said
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "fidelity").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_experiment_that_ships_loads(path):
+    experiment = fidelity_run.load(path)
+    assert experiment.name == path.stem and {"random", "streaming"} <= {*experiment.arms}
 
 
 def test_another_arm_and_another_model_are_refused(fake, capsys):
