@@ -681,7 +681,7 @@ MUTANTS = {
         PAGED, 'cells, lse_base="e")', 'cells, lse_base="2")', f"{FLASH} -k portable"
     ),
     "an fp8 cache is scored by another query than attends": Mutant(
-        PAGED, "if self.kv_cache_dtype.itemsize == 1:", "if False:", f"{FLASH} -k fp8"
+        PAGED, "query.to(self.kv_cache_dtype).to(q.dtype)", "query", f"{FLASH} -k fp8"
     ),
     "a step that is not scored fills lists": Mutant(
         PAGED,
@@ -731,6 +731,24 @@ MUTANTS = {
     ),
     "what a step has started is forgotten": Mutant(
         SCORED, "] = seq_lens.to(torch.int64)", "] *= 1", f"{PHASE} -k decay"
+    ),
+    "any live change starts a phase": Mutant(
+        "lethe_sglang/cache/phase.py",
+        "if (every, by_length) != (self.every, self.by_length):",
+        "if True:",
+        f"{PHASE} -k live_change",
+    ),
+    "lines are uploaded in columns": Mutant(
+        "lethe_sglang/cache/upload.py",
+        "np.ascontiguousarray(lines, dtype=np.int32)",
+        "lines.astype(np.int32)",
+        "tests/unit/test_uploads.py -k line_by_line",
+    ),
+    "a prompt may have no query that is scored": Mutant(
+        "lethe_sglang/attention/prefill.py",
+        "range((w - 1) % rule.every",
+        "range(0",
+        "tests/unit/test_score.py -k replayed",
     ),
     "a new batch takes over a phase": Mutant(
         "lethe_sglang/cache/phase.py", "0 if new or self.scores", "0 if self.scores", f"{PHASE} -k since_it_was_new"

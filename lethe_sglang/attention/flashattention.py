@@ -143,8 +143,7 @@ class LetheFlashAttentionBackend(ScoredBackend, FlashAttentionBackend):  # type:
             self._show_pages(layer, forward_batch)
             return output
         query = q.reshape(-1, layer.tp_q_head_num, layer.head_dim)
-        if self.kv_cache_dtype.itemsize == 1:  # the log-sum-exp is that of the query as the kernel takes it
-            query = query.to(self.kv_cache_dtype).to(q.dtype)
+        query = query.to(self.kv_cache_dtype).to(q.dtype)  # as the kernel takes it: the log-sum-exp is that one's
         output, lse = super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache, return_lse=True)
         self._show_pages(layer, forward_batch)
         lists, cells = self._lists(0)[0], self.scored.cells_of(self.scored.index_of(layer), narrow=True)

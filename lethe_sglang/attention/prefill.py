@@ -75,12 +75,10 @@ def replay(rule: Accumulation, attention: torch.Tensor) -> tuple[torch.Tensor, t
     tuple
         Score and memory, float32 ``[n]`` each (memory None unless the rule is recurrence).
     """
-    w, n = attention.shape
-    steps = [i for i in range(w) if (n - w + 1 + i) % rule.every == 0]  # by lengths
+    w = attention.shape[0]
+    steps = list(range((w - 1) % rule.every, w, rule.every))  # back from the last query, which is always one of them
     if rule.rule == "recurrence":
         return _recurred(rule, attention, steps)
-    if not steps:
-        return attention.new_zeros(n), None
     factors = [rule.step_decay**later for later in reversed(range(len(steps)))]
     if rule.rule == "max":
         return torch.stack([attention[i] * factor for i, factor in zip(steps, factors, strict=True)]).amax(0), None

@@ -30,9 +30,13 @@ class Phase:
         self._plain = 0
 
     def configure(self, every: int, by_length: bool) -> None:
-        """Set what the policy scores. It changes between requests only."""
-        self.every, self.by_length = every, by_length
-        self.scores, self._plain = True, 0
+        """Set what the policy scores, which changes on an idle server only: an equal setting changes nothing.
+
+        A phase that began anew while requests run would leave tokens unstarted for longer than n steps.
+        """
+        if (every, by_length) != (self.every, self.by_length):
+            self.every, self.by_length = every, by_length
+            self.scores, self._plain = True, 0
 
     def advance(self, lengths: Sequence[int], new: bool) -> None:
         """Count the decode step that is being prepared.

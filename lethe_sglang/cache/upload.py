@@ -35,5 +35,5 @@ def upload(lines: NDArray[np.int64], device: torch.device) -> torch.Tensor:
     torch.Tensor
         int32 ``[lines, numbers]``.
     """
-    host = torch.from_numpy(lines.astype(np.int32))
+    host = torch.from_numpy(np.ascontiguousarray(lines, dtype=np.int32))
     return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)

@@ -34,10 +34,8 @@ SETTINGS = {
 """Policy and budget, and page size."""
 PORTABLE = {"lethe-pages": {"PYTHONPATH": str(HERE / "flashattention_on_cpu"), "WHOLE_PAGES": "1"}}
 """What the eager server of the portable backend needs to keep what the other one does."""
-REPLAYED = [
-    *((name, "flashinfer") for name in ("lethe-uniform", "snapkv-breakpoint", "lazy-pages")),
-    *((name, "fa3") for name in ("lethe-uniform", "lethe-pages")),
-]
+REPLAYED = [("lethe-uniform", "flashinfer"), ("snapkv-breakpoint", "flashinfer"), ("lazy-pages", "flashinfer")]
+REPLAYED += [("lethe-pages", "fa3")]  # pages of one token are replayed where every third step is scored
 EVERY = {"lethe": {"score_every": 3}}
 JOBS = [(WALKS[0], 24), (CHAINS[1], 44), (WALKS[1], 34)]
 LONGER = {"lethe-pages": [(prompt, 2 * tokens) for prompt, tokens in JOBS]}
@@ -78,20 +76,34 @@ def compared(server):
 
 @pytest.fixture(scope="module")
 def eager(start):
-    """What an eager server of the portable backend answers and keeps, by the name of its settings."""
-    found = {}
+    """What an eager server of the portable backend answers and keeps, by the name of its settings.
+
+    One server goes over all settings of pages of one token; with larger pages each has its own.
+    """
+    found, alive = {}, {}
 
     def answers(name):
-        if name not in found:
-            server = serve(start, name, "torch_native")
-            found[name] = *replies(server, LONGER.get(name, JOBS)), compared(server)
-            if name == "lethe-uniform":
-                server.post("/kv_evict", EVERY)
-                found["every"] = replies(server, at_once=1)
+        if name in found:
+            return found[name]
+        settings, page = SETTINGS[name]
+        if page in alive:
+            server, before = alive[page], compared(alive[page])
+            server.post("/kv_evict", settings)
+        else:
+            server, before = serve(start, name, "torch_native", more={"pool": {"states": "all"}}), 0
+        found[name] = *replies(server, LONGER.get(name, JOBS)), compared(server) - before
+        if name == "lethe-uniform":
+            server.post("/kv_evict", EVERY)
+            found["every"] = replies(server, at_once=1)
+        if page == "1":
+            alive[page] = server
+        else:
             server.stop()
         return found[name]
 
-    return answers
+    yield answers
+    for server in alive.values():
+        server.stop()
 
 
 @pytest.mark.parametrize(("name", "backend"), REPLAYED)

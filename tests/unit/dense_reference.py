@@ -48,6 +48,8 @@ class History:
         Per layer, the positions from ``prefix`` on that it still has.
     since
         Length at the last round, or when the request was first followed: windows do not reach beyond it.
+    prompt
+        Tokens whose queries were those of a prefill: of these every n-th counts, back from the last.
     unseen
         Positions before it were written before anything was observed; nothing is known of their uses until then.
     """
@@ -61,6 +63,7 @@ class History:
     rounds: list[Round] = field(default_factory=list)
     since: int = 0
     unseen: int = 0
+    prompt: int = 0
 
     def __post_init__(self) -> None:
         self.kept = [set(range(self.prefix, self.length)) for _ in self.keys]
@@ -109,7 +112,9 @@ def decayed_sum(gamma: float, every: int = 1, diversity: float = 0.0) -> Rule:
     """Lethe's equation 5 in closed form, less a part of keydiff; gamma 1 is H2O, gamma 0 TOVA."""
 
     def rule(history: History, layer: int, tokens: list[int]) -> Array:
-        scored = [s.mean[layer, tokens] for s in history.steps if s.length % every == 0]
+        prompt = history.prompt
+        phases = [prompt - s.length if s.length <= prompt else s.length for s in history.steps]
+        scored = [s.mean[layer, tokens] for s, n in zip(history.steps, phases, strict=True) if n % every == 0]
         weight = gamma ** (every * np.arange(len(scored), dtype=np.float64)[::-1])
         score = weight @ np.array(scored) if scored else np.zeros(len(tokens))
         return score / score.max() + diversity * keydiff(history, layer, tokens) if diversity else score

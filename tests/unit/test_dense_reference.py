@@ -179,6 +179,7 @@ def follow(name, page, private=False):
         keys, queries = (a.astype(np.float64) for a in STREAMS[row])
         histories[row] = dense.History(keys, queries, prefix, prompt - observed)
         histories[row].unseen = prompt - observed if private else 0
+        histories[row].prompt = prompt if private else 0
         for _ in range(observed):
             histories[row].decode()
         if private:

@@ -80,6 +80,27 @@ def test_all_requests_of_a_batch_are_scored_at_each_nth_step_since_it_was_new():
     assert scored(phase, [((), True)] + [((), False)] * 2) == [False, False, True], "a new batch has a phase of its own"
 
 
+def test_a_live_change_of_something_else_leaves_the_phase_alone():
+    """It would leave tokens unstarted for longer than n steps, with the scores of those who had their cells before."""
+    server = Server(portable_backend(SUM._replace(every=4)), every=4)
+    server.admit()
+    for number in range(16):
+        server.step((1,), LethePolicy())
+        if number % 3 == 1:
+            server.world.ledger.phase.configure(4, by_length=False)
+    cells = server.world.lists([1]).cells[:, 0, : int(server.world.lists([1]).length[:, 0].min()) - 3]
+    assert float(server.world.cells.score[cells.long()].max()) < 9, "scores of others"
+
+
+def test_another_n_starts_a_phase():
+    phase = Phase()
+    phase.configure(3, by_length=False)
+    phase.advance((), new=False)
+    assert not phase.scores
+    phase.configure(5, by_length=False)
+    assert phase.scores and phase.every == 5
+
+
 def test_every_step_is_scored_by_default():
     assert scored(Phase(), [((5,), True), ((6,), False), ((7, 1), False)]) == [True] * 3
 

@@ -5,6 +5,7 @@ The device here is ``meta``: its tensors have no values, so every tensor that re
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from flashinfer_double import BUDGETS, World, meta
@@ -12,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from lethe_sglang.cache.ledger import Ledger
 from lethe_sglang.cache.rounds import run_round
+from lethe_sglang.cache.upload import upload
 from lethe_sglang.config import from_mapping
 from lethe_sglang.policies import policy_names
 from lethe_sglang.policies.random import RandomPolicy
@@ -94,3 +96,10 @@ def test_an_upload_is_seen(upload, monkeypatch):
 
     monkeypatch.setattr(RandomPolicy, "rank", ranked)
     assert len(launch(RandomPolicy())) == 2
+
+
+def test_what_arrives_is_laid_out_line_by_line():
+    """The lines of a model of one layer come in columns, and kernels read lines."""
+    lines = np.asfortranarray([[1, 2, 3], [4, 5, 6]])
+    found = upload(lines, torch.device("cpu"))
+    assert found.is_contiguous() and found.dtype == torch.int32 and found.tolist() == lines.tolist()
