@@ -127,13 +127,13 @@ class Run:
 
         self._check_out()
         tokenizer = AutoTokenizer.from_pretrained(self.model)
-        documents = self._documents(tokenizer)
-        samples = Journal(self.out / "samples.jsonl").read()
+        documents, prompts = self._documents(tokenizer), self._prompts(tokenizer)
+        known = self._samples(prompts)
         arms = ["full", *self.experiment.arms]
-        if len(samples) < self.experiment.corpora.get(OWN, 0) or any(self._missing(a, documents) for a in arms):
+        if len(known) < len(prompts) or any(self._missing(arm, documents + known) for arm in arms):
             with Server(self._command(), self.port, self.out / "server.log") as server, explained(server):
                 check_server(server, evicts=True)
-                documents += self._sampled(server, tokenizer)
+                documents += self._sampled(server, prompts, tokenizer.eos_token_id)
                 self._note(documents)
                 for arm in arms:
                     self._force(server, arm, documents)
@@ -150,6 +150,13 @@ class Run:
             )
         if not kept:
             Journal(path).add([wanted])
+        arms, asked = Journal(self.out / "arms.jsonl"), self.experiment.arms
+        before = {line["name"]: line["options"] for line in arms.read()}
+        if changed := [name for name, options in asked.items() if before.get(name, options) != options]:
+            raise ConfigError(
+                f"--out {self.out}: arms.{changed[0]} was configured differently there; give it another name"
+            )
+        arms.add([{"name": name, "options": options} for name, options in asked.items() if name not in before])
 
     def _command(self) -> list[str]:
         experiment = self.experiment
@@ -188,14 +195,22 @@ class Run:
             [{"name": d.name, "values": [list(span) for span in d.values]} for d in documents if d.name not in known]
         )
 
-    def _sampled(self, server: Server, tokenizer: Any) -> list[Document]:
-        """Let the model write replies of its own, with the full cache, once; they are forced like all others."""
-        count, journal = self.experiment.corpora.get(OWN, 0), Journal(self.out / "samples.jsonl")
+    def _prompts(self, tokenizer: Any) -> dict[str, list[int]]:
+        count = self.experiment.corpora.get(OWN, 0)
         prompts = dict(islice(questions(tokenizer, self.experiment.split), count))
         if len(prompts) < count:
             raise ConfigError(f"corpora.{OWN}: got {count}, but there are {len(prompts)} questions")
-        known = {line["name"]: line["reply"] for line in journal.read()}
-        never = {str(tokenizer.eos_token_id): -100.0}
+        return prompts
+
+    def _samples(self, prompts: dict[str, list[int]]) -> list[Document]:
+        known = {line["name"]: line["reply"] for line in Journal(self.out / "samples.jsonl").read()}
+        return [Document(name, prompt, known[name]) for name, prompt in prompts.items() if name in known]
+
+    def _sampled(self, server: Server, prompts: dict[str, list[int]], eos: int) -> list[Document]:
+        """Let the model write replies of its own, with the full cache, once; they are forced like all others."""
+        journal = Journal(self.out / "samples.jsonl")
+        known = {document.name for document in self._samples(prompts)}
+        never = {str(eos): -100.0}  # a reply that ends early would be a document of another length
 
         def sample(name: str) -> None:
             sampling = {"temperature": 0.8, "max_new_tokens": self.experiment.tokens, "logit_bias": never}
@@ -205,8 +220,7 @@ class Run:
             journal.add([{"name": name, "reply": reply["output_ids"]}])
 
         self._each(sample, [name for name in prompts if name not in known], "sampling")
-        known = {line["name"]: line["reply"] for line in journal.read()}
-        return [Document(name, prompt, known[name]) for name, prompt in prompts.items()]
+        return self._samples(prompts)
 
     # -- forcing ------------------------------------------------------------------------------------------------------
 

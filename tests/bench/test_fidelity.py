@@ -204,6 +204,26 @@ def test_a_run_goes_on_where_it_was_stopped_and_ends_with_a_table(fake, tmp_path
     assert "| less random |" in text and "| lethe | -" in text.partition("## Paired")[2]
 
 
+@pytest.mark.parametrize("name", ["own", "prose", "recall"])
+def test_a_document_that_the_last_arm_lacks_is_forced_whatever_its_corpus(fake, tmp_path, name):
+    assert fake() == 0
+    lost = next((tmp_path / "out" / "random").glob(f"{name}-*.npy"))
+    lost.unlink()
+    Served.asked.clear()
+    assert fake() == 0
+    assert Served.asked == [f"random-{lost.stem}"] and lost.exists()
+
+
+def test_an_arm_that_is_configured_differently_needs_another_name(fake, tmp_path, capsys):
+    assert fake() == 0
+    (tmp_path / "small.yaml").write_text(FILE.replace("lethe: {}", "lethe: {lethe: {half_life: 9}}"))
+    assert fake() == 2
+    assert "arms.lethe was configured differently there; give it another name" in capsys.readouterr().err
+    (tmp_path / "small.yaml").write_text(FILE + "  short: {lethe: {half_life: 9}}\n")
+    Served.asked.clear()
+    assert fake() == 0 and len(Served.asked) == 5
+
+
 def test_results_of_another_experiment_are_not_mixed(fake, tmp_path, capsys):
     assert fake() == 0
     (tmp_path / "small.yaml").write_text(FILE.replace("tokens: 1200", "tokens: 1100"))
