@@ -20,7 +20,7 @@ import torch
 from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend, FlashAttentionMetadata
 
 from lethe_sglang.attention.length_classes import LengthClasses
-from lethe_sglang.attention.scored import ScoredBackend, ScoredDecode
+from lethe_sglang.attention.scored import ScoredBackend, ScoredDecode, check_extras
 from lethe_sglang.kernels.common import Batch, Lists
 from lethe_sglang.kernels.reference import Pages
 
@@ -128,16 +128,8 @@ class LetheFlashAttentionBackend(ScoredBackend, FlashAttentionBackend):  # type:
     def forward_decode(
         self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **kwargs: Any
     ) -> torch.Tensor:
-        """One query per request over its pages; see the base class for shapes.
-
-        Raises
-        ------
-        ValueError
-            For attention sinks, score modifiers and the like, which the score does not know.
-        """
-        extra = [name for name, value in kwargs.items() if value is not None and value is not False]
-        if extra:
-            raise ValueError(f"--kv-evict: layer {layer.layer_id} uses {', '.join(extra)}; use --kv-evict none")
+        """One query per request over its pages; see the base class for shapes."""
+        check_extras(layer, kwargs)
         if not self.scored.scores:
             output = super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
             self._show_pages(layer, forward_batch)

@@ -14,7 +14,7 @@ of own cells again); one that has the weights at hand hands over these (:meth:`S
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -226,6 +226,18 @@ class ScoredDecode:
 def key_scale(layer: Any) -> float:
     """Return the factor of a stored key: 1 unless the KV cache is fp8 with scales."""
     return 1.0 if layer.k_scale_float is None else float(layer.k_scale_float)
+
+
+def check_extras(layer: Any, extras: Mapping[str, Any]) -> None:
+    """Refuse what a model hands attention beside query, key and value: sinks, score modifiers and the like.
+
+    Raises
+    ------
+    ValueError
+        Naming the layer and what it uses, which the score does not know.
+    """
+    if used := [name for name, value in extras.items() if value is not None and value is not False]:
+        raise ValueError(f"--kv-evict: layer {layer.layer_id} uses {', '.join(used)}; use --kv-evict none")
 
 
 def check_layer(layer: Any) -> None:

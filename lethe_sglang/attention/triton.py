@@ -16,7 +16,7 @@ from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from lethe_sglang.attention.length_classes import LengthClasses
-from lethe_sglang.attention.scored import ScoredBackend, ScoredDecode, check_layer
+from lethe_sglang.attention.scored import ScoredBackend, ScoredDecode, check_extras, check_layer
 from lethe_sglang.kernels.common import Lists, Parts
 
 if TYPE_CHECKING:
@@ -87,16 +87,8 @@ class LetheTritonBackend(ScoredBackend, TritonAttnBackend):  # type: ignore[misc
     def forward_decode(
         self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **kwargs: Any
     ) -> torch.Tensor:
-        """One query per request over its layer's list; see the base class for shapes.
-
-        Raises
-        ------
-        ValueError
-            For attention sinks, score modifiers and the like, which the score does not know.
-        """
-        extra = [name for name, value in kwargs.items() if value is not None]
-        if extra:
-            raise ValueError(f"--kv-evict: layer {layer.layer_id} uses {', '.join(extra)}; use --kv-evict none")
+        """One query per request over its layer's list; see the base class for shapes."""
+        check_extras(layer, kwargs)
         if save_kv_cache:
             where = KVWriteLoc.for_batch(forward_batch)
             self._set_kv_buffer(forward_batch, layer, where, k, v, layer.k_scale, layer.v_scale)
