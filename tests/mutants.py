@@ -237,7 +237,7 @@ MUTANTS = {
         "lethe_sglang/engine/runtime.py", "bound = prefix - tree + request", "bound = request", f"{UNIT} -k bound"
     ),
     "breakpoint forgets the rest of the prompt": Mutant(
-        "lethe_sglang/engine/breakpoints.py", "floor + state.rest", "floor", "tests/unit/test_breakpoint.py -k rest"
+        "lethe_sglang.cache.breakpoints.py", "floor + state.rest", "floor", "tests/unit/test_breakpoint.py -k rest"
     ),
     "a waiting request is read after a change": Mutant(
         "lethe_sglang/engine/runtime.py",

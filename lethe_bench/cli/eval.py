@@ -69,6 +69,12 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     fidelity.add_argument("--out", metavar="DIR", type=Path, help="results directory (default: out/fidelity/NAME)")
     fidelity.add_argument("--port", metavar="N", type=integer(1, 65535), default=31000, help="port of the server")
+    fidelity.add_argument(
+        "--in-process",
+        metavar="N",
+        type=integer(1),
+        help="start no server: force replies in N processes, many times faster, with the same results",
+    )
     fidelity.add_argument("--against", metavar="ARM", help="arm that others are compared with (default: the first)")
     _add_harness_parser(actions)
 
@@ -158,11 +164,18 @@ def _fidelity(args: argparse.Namespace) -> int:
     against = next(iter(experiment.arms)) if args.against is None else args.against
     if against not in experiment.arms:
         raise ConfigError(f"--against {against}: no such arm; legal: {', '.join(experiment.arms)}")
-    check_ports(args.port, 1)
     out = args.out or Path("out") / "fidelity" / experiment.name
+    if args.in_process is None:
+        check_ports(args.port, 1)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        Run(experiment=experiment, model=models.directory(args.model, say), out=out, port=args.port, say=say).all()
+        parts = {"experiment": experiment, "model": models.directory(args.model, say), "out": out}
+        if args.in_process is None:
+            Run(**parts, port=args.port, say=say).all()
+        else:
+            from lethe_bench.fidelity.inprocess import InProcess
+
+            InProcess(**parts, jobs=args.in_process).all()
         print(report.write(out, against, experiment))
     except PermissionError as error:
         raise ConfigError(f"--out {out}: {error.strerror}; give a directory that can be written to") from None

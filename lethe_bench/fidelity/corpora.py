@@ -20,6 +20,14 @@ PROMPT = 64
 """Tokens of a document of prose or code that are its prompt."""
 
 
+class Value(NamedTuple):
+    """A value in a reply: its tokens from ``start`` to before ``end``, and what kind of recall it asks for."""
+
+    start: int
+    end: int
+    kind: str
+
+
 class Document(NamedTuple):
     """A prompt and the reply that is forced.
 
@@ -30,13 +38,13 @@ class Document(NamedTuple):
     prompt, reply
         Token ids.
     values
-        Tokens of the reply that can only be known from far before: start and end of each value.
+        Tokens of the reply that can only be known from far before.
     """
 
     name: str
     prompt: list[int]
     reply: list[int]
-    values: Sequence[tuple[int, int]] = ()
+    values: Sequence[Value] = ()
 
 
 def belongs(name: str, split: Split) -> bool:
@@ -119,7 +127,8 @@ _COLOURS = [
 def recall(tokenizer: Any, split: Split, tokens: int) -> Iterator[Document]:
     """Yield replies that state values early, go on to other things, and need the values at their end.
 
-    Three kinds of value: a number stated once; one that is stated and then changed; an item of a list by its rank.
+    Three kinds of value (``Value.kind``): a number stated once; one that is stated and then changed; an item of a
+    list by its rank. They are such that a small model with the full cache recalls them.
     """
     filler, number = tokenizer.encode(_opticks()), 0
     while True:
@@ -130,42 +139,33 @@ def recall(tokenizer: Any, split: Split, tokens: int) -> Iterator[Document]:
 
 def _recall(tokenizer: Any, name: str, filler: list[int], tokens: int) -> Document:
     rng = random.Random(name)
-    things = [f"{colour} {thing}" for colour in _COLOURS for thing in _THINGS]
-    names = rng.sample(things, 6)
-    codes = [f"{rng.randint(1000, 9999)}" for _ in range(8)]
-    items = rng.sample(_THINGS, 4)
+    names = [" ".join(words) for words in zip(rng.sample(_COLOURS, 4), rng.sample(_THINGS, 4), strict=True)]
+    codes = [f"{rng.randint(1000, 9999)}" for _ in range(5)]
+    listed = [(f"\n{rank}.", f" {animal}", "ranked") for rank, animal in enumerate(rng.sample(_ANIMALS, 3), 1)]
     early = [f"The code of the {name} is {code}." for name, code in zip(names, codes, strict=False)]
-    early.append(
-        f"My list is: first the {items[0]}, second the {items[1]}, third the {items[2]}, fourth the {items[3]}."
-    )
-    changed = f"The code of the {names[4]} is now {codes[6]}. The code of the {names[5]} is now {codes[7]}."
-    current = [*codes[:4], codes[6], codes[7]]
-    asked = [(f" The code of the {name} is", f" {code}") for name, code in zip(names, current, strict=True)]
-    asked += [
-        (f" The {rank} of my list is the", f" {item}")
-        for rank, item in zip(("second", "fourth"), items[1::2], strict=True)
-    ]
+    changed = f"The code of the {names[3]} is now {codes[4]}."
+    current = zip(names, [*codes[:3], codes[4]], ["stated"] * 3 + ["changed"], strict=True)
+    asked = [(f" The code of the {name} is", f" {code}", kind) for name, code, kind in current]
     rng.shuffle(asked)
-    head = tokenizer.encode(" ".join(early) + "\n\n")
+    animals = "".join(rank + animal for rank, animal, _ in listed)
+    head = tokenizer.encode("\n".join(early) + f"\n\nMy animals:{animals}\n\n")
     middle = tokenizer.encode(f"\n\n{changed}\n\n")
-    end: list[int] = tokenizer.encode("\n\nLet me recall.")
-    spans = []
-    for question, answer in asked:
+    end, spans = list[int](), []
+    for question, answer, kind in [("\n\nLet me recall.", "", ""), *asked, ("\n\nMy animals:", "", ""), *listed]:
         end += tokenizer.encode(question)
-        value = tokenizer.encode(answer)
-        spans.append((len(end), len(end) + len(value)))
-        end += [*value, *tokenizer.encode(".")]
+        if answer:
+            value = tokenizer.encode(answer)
+            spans.append((len(end), len(end) + len(value), kind))
+            end += [*value, *([] if kind == "ranked" else tokenizer.encode("."))]
     room = tokens - len(head) - len(middle) - len(end)
     if room < 32:
         raise ConfigError(f"tokens: got {tokens}, too few for recall; the smallest legal value is {tokens - room + 32}")
     start = rng.randrange(len(filler) - room)
     first = room // 3
     before = [*head, *filler[start : start + first], *middle, *filler[start + first : start + room]]
-    question = (
-        "Write down some codes and a list, then copy a chapter of a book, and then recall the codes and the list."
-    )
-    prompt = _chat(tokenizer, question)
-    return Document(name, prompt, [*before, *end], [(a + len(before), b + len(before)) for a, b in spans])
+    question = "Write down some codes and animals, then copy a chapter of a book, and then recall codes and animals."
+    values = [Value(start + len(before), end + len(before), kind) for start, end, kind in spans]
+    return Document(name, _chat(tokenizer, question), [*before, *end], values)
 
 
 def _chat(tokenizer: Any, question: str) -> list[int]:
@@ -198,6 +198,24 @@ _SUBJECTS = [
     "a winter in the mountains",
     "how to bake a cake",
     "an old map",
+]
+_ANIMALS = [
+    "dog",
+    "cat",
+    "horse",
+    "cow",
+    "lion",
+    "tiger",
+    "bear",
+    "wolf",
+    "eagle",
+    "snake",
+    "frog",
+    "rabbit",
+    "mouse",
+    "duck",
+    "goat",
+    "sheep",
 ]
 _FORMS = ["Write a long story about", "Explain in great detail", "Write a long essay about", "Write a dialogue about"]
 

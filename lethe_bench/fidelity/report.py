@@ -77,7 +77,7 @@ def read(out: Path) -> Results:
     if not kept:
         raise ConfigError(f"{out}: no results there; give a directory made by lethe eval fidelity")
     lines = Journal(out / "documents.jsonl").read()
-    values = {line["name"]: [n for start, end in line["values"] for n in range(start, end)] for line in lines}
+    values = {line["name"]: [n for start, end, _ in line["values"] for n in range(start, end)] for line in lines}
     arms = {
         folder.name: {path.stem: np.load(path) for path in sorted(folder.glob("*.npy"))}
         for folder in sorted(out.iterdir())

@@ -18,6 +18,7 @@ from lethe_bench.accuracy.experiment import Arm
 from lethe_bench.accuracy.live import check_server, switch
 from lethe_bench.fidelity.corpora import CORPORA, Document, questions
 from lethe_bench.servers import Server, ServerError, explained, launch_command
+from lethe_sglang.cache.ledger import stagger_of
 from lethe_sglang.config import ConfigError, EvictionConfig, from_mapping
 from lethe_sglang.config.loading import parse_yaml
 from lethe_sglang.config.policy_section import laid_over
@@ -85,6 +86,12 @@ def load(path: Path) -> Experiment:
     return experiment
 
 
+def facts(document: Document) -> dict[str, Any]:
+    """Return what a report has to know of a document."""
+    prompt = {"prompt": len(document.prompt), "stagger": stagger_of(document.prompt)}
+    return {"name": document.name, **prompt, "values": [list(value) for value in document.values]}
+
+
 @dataclass(kw_only=True)
 class Run:
     """One pass over what is missing.
@@ -125,20 +132,27 @@ class Run:
         """
         from transformers import AutoTokenizer
 
-        self._check_out()
+        self.check_out()
         tokenizer = AutoTokenizer.from_pretrained(self.model)
-        documents, prompts = self._documents(tokenizer), self._prompts(tokenizer)
-        known = self._samples(prompts)
+        documents, prompts = self.documents(tokenizer), self.prompts(tokenizer)
+        known = self.samples(prompts)
         arms = ["full", *self.experiment.arms]
-        if len(known) < len(prompts) or any(self._missing(arm, documents + known) for arm in arms):
+        if len(known) < len(prompts) or any(self.missing(arm, documents + known) for arm in arms):
             with Server(self._command(), self.port, self.out / "server.log") as server, explained(server):
                 check_server(server, evicts=True)
                 documents += self._sampled(server, prompts, tokenizer.eos_token_id)
-                self._note(documents)
+                self.note(documents)
                 for arm in arms:
                     self._force(server, arm, documents)
 
-    def _check_out(self) -> None:
+    def check_out(self) -> None:
+        """Begin a results directory, or go on with it.
+
+        Raises
+        ------
+        ConfigError
+            If it holds results of another experiment.
+        """
         settings = self.experiment.model_dump(mode="json", exclude={"arms", "at_once"})
         path = self.out / "experiment.json"
         kept = Journal(path).read()
@@ -176,7 +190,14 @@ class Run:
 
     # -- documents ----------------------------------------------------------------------------------------------------
 
-    def _documents(self, tokenizer: Any) -> list[Document]:
+    def documents(self, tokenizer: Any) -> list[Document]:
+        """Make the documents of all corpora but the model's own samples.
+
+        Raises
+        ------
+        ConfigError
+            If a corpus has too few of that length.
+        """
         experiment, found = self.experiment, list[Document]()
         for name, count in experiment.corpora.items():
             if name != OWN:
@@ -188,28 +209,35 @@ class Run:
                 found += some
         return found
 
-    def _note(self, documents: Sequence[Document]) -> None:
+    def note(self, documents: Sequence[Document]) -> None:
+        """Keep what a report has to know of documents."""
         journal = Journal(self.out / "documents.jsonl")
         known = {line["name"] for line in journal.read()}
-        journal.add(
-            [{"name": d.name, "values": [list(span) for span in d.values]} for d in documents if d.name not in known]
-        )
+        journal.add([facts(document) for document in documents if document.name not in known])
 
-    def _prompts(self, tokenizer: Any) -> dict[str, list[int]]:
+    def prompts(self, tokenizer: Any) -> dict[str, list[int]]:
+        """Return the prompts of the model's own samples by name, as token ids.
+
+        Raises
+        ------
+        ConfigError
+            If there are too few.
+        """
         count = self.experiment.corpora.get(OWN, 0)
         prompts = dict(islice(questions(tokenizer, self.experiment.split), count))
         if len(prompts) < count:
             raise ConfigError(f"corpora.{OWN}: got {count}, but there are {len(prompts)} questions")
         return prompts
 
-    def _samples(self, prompts: dict[str, list[int]]) -> list[Document]:
+    def samples(self, prompts: dict[str, list[int]]) -> list[Document]:
+        """Return the own samples that exist already."""
         known = {line["name"]: line["reply"] for line in Journal(self.out / "samples.jsonl").read()}
         return [Document(name, prompt, known[name]) for name, prompt in prompts.items() if name in known]
 
     def _sampled(self, server: Server, prompts: dict[str, list[int]], eos: int) -> list[Document]:
         """Let the model write replies of its own, with the full cache, once; they are forced like all others."""
         journal = Journal(self.out / "samples.jsonl")
-        known = {document.name for document in self._samples(prompts)}
+        known = {document.name for document in self.samples(prompts)}
         never = {str(eos): -100.0}  # a reply that ends early would be a document of another length
 
         def sample(name: str) -> None:
@@ -220,7 +248,7 @@ class Run:
             journal.add([{"name": name, "reply": reply["output_ids"]}])
 
         self._each(sample, [name for name in prompts if name not in known], "sampling")
-        return self._samples(prompts)
+        return self.samples(prompts)
 
     # -- forcing ------------------------------------------------------------------------------------------------------
 
@@ -228,13 +256,14 @@ class Run:
         """Return the file of an arm's steps on a document."""
         return self.out / arm / f"{document}.npy"
 
-    def _missing(self, arm: str, documents: Sequence[Document]) -> list[Document]:
+    def missing(self, arm: str, documents: Sequence[Document]) -> list[Document]:
+        """Return the documents whose steps an arm lacks."""
         return [document for document in documents if not self.result(arm, document.name).exists()]
 
     def _force(self, server: Server, arm: str, documents: Sequence[Document]) -> None:
         from lethe_bench.fidelity.processor import Forced
 
-        missing = self._missing(arm, documents)
+        missing = self.missing(arm, documents)
         if not missing:
             return
         (self.out / arm).mkdir(exist_ok=True)

@@ -8,6 +8,7 @@ All decisions use host numbers only; identities of kept tokens stay on the devic
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import sub
@@ -102,6 +103,15 @@ class RequestState:
         self.steps += 1
         self.stock_sum += own
         self.held_sum += own - self.layout.dead_len
+
+
+STAGGER_BY = 64
+"""Last tokens of a prompt that say when its first round comes: that may not depend on what else is served."""
+
+
+def stagger_of(prompt: Sequence[int]) -> int:
+    """Return the stagger of a request from its prompt, token ids in any kind of sequence."""
+    return zlib.crc32(np.asarray(prompt[-STAGGER_BY:], dtype=np.int64).tobytes())
 
 
 class Observed(NamedTuple):

@@ -12,12 +12,14 @@ _CONSTANT = "no longer an option, the allocator settles it; leave it out"
 _BREAKPOINT = "no longer an option, it is the paper's value; leave it out"
 _RULES = ("concentration", "pyramid", "d2o", "cake", "zipvl")
 _DECAY = "write lethe.half_life, with decay = 0.5 ** (1 / half_life): a decay of 0.998 is a half_life of 346"
-_CREDIT = "gone, it improved nothing that was measured; lethe.diversity did"
+_CREDIT = "gone, it improved nothing that was measured; lethe.key_share did"
+_DIVERSITY = "write lethe.key_share: the part of the kept tokens that are chosen for their keys, such as 0.5"
 _PAPER = "no longer an option, it is {} as in the paper's code; leave it out"
 
 REPLACED: dict[str, str] = {
     "rasr": "the section of policy lethe is called lethe",
-    **{f"rasr.{key}": f"write lethe.{key}" for key in ("half_life", "score_every", "diversity")},
+    **{f"rasr.{key}": f"write lethe.{key}" for key in ("half_life", "score_every")},
+    **{f"{section}.diversity": _DIVERSITY for section in ("rasr", "lethe")},
     **{f"{section}.decay": _DECAY for section in ("rasr", "lethe")},
     **{f"{section}.credit": _CREDIT for section in ("rasr", "lethe")},
     "rkv.kernel": _PAPER.format("7"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lethe_sglang.allocation.budgets import scale
+from lethe_sglang.cache import breakpoints
 from lethe_sglang.cache.layout import (
     RoundPlan,
     RowLayout,
@@ -21,12 +21,11 @@ from lethe_sglang.cache.layout import (
     protected,
     request_bound,
 )
-from lethe_sglang.cache.ledger import Ledger, RequestState
+from lethe_sglang.cache.ledger import Ledger, RequestState, stagger_of
 from lethe_sglang.cache.pool import PackedKVPool
 from lethe_sglang.cache.rounds import RoundResult, groups, run_round
 from lethe_sglang.config import ConfigError, EvictionConfig, RequestOverride, parse_request
 from lethe_sglang.config.changes import changes
-from lethe_sglang.engine import breakpoints
 from lethe_sglang.engine.counters import Counters
 from lethe_sglang.engine.ranks import Ranks
 from lethe_sglang.engine.reconfigure import check, settled
@@ -35,9 +34,6 @@ from lethe_sglang.observers.measure import Measurer
 
 if TYPE_CHECKING:
     from lethe_sglang.attention.length_classes import LengthClasses
-
-STAGGER_BY = 64
-"""Last tokens of a prompt that say when its first round comes: that may not depend on what else is served."""
 
 
 class Runtime:
@@ -288,7 +284,7 @@ class Runtime:
                 committed=committed,
                 rest=rest,
                 pinned=pinned_cells(prefix, rest, self.config.retain.sinks, self.config.retain.own_sinks),
-                stagger=zlib.crc32(repr(req.origin_input_ids[-STAGGER_BY:]).encode()),
+                stagger=stagger_of(req.origin_input_ids),
             )
             state.version = self.version
         elif state.version != self.version:

@@ -76,3 +76,25 @@ def over_maximum(values: Tensor, valid: Tensor) -> Tensor:
     """Divide by the largest valid value of the last axis (values that are all 0 stay 0); shapes ``[..., n]``."""
     top = values.masked_fill(~valid, 0.0).amax(-1, keepdim=True)
     return values / top.clamp(min=1e-12)
+
+
+def places(values: Tensor, valid: Tensor) -> Tensor:
+    """Return each candidate's place by descending value, from 0; those that tie go by the later one.
+
+    Parameters
+    ----------
+    values, valid
+        float32 and bool ``[..., n]``; what is not valid comes last.
+
+    Returns
+    -------
+    torch.Tensor
+        float32 ``[..., n]``.
+    """
+    import torch
+
+    n = values.shape[-1]
+    last_first = values.masked_fill(~valid, float("-inf")).flip(-1)
+    order = n - 1 - last_first.argsort(dim=-1, descending=True, stable=True)
+    numbers = torch.arange(n, dtype=values.dtype, device=values.device)
+    return torch.empty_like(values).scatter_(-1, order, numbers.expand_as(values))

@@ -8,7 +8,10 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from lethe_sglang.policies.base import Accumulation, Candidates, Policy, Tensor
-from lethe_sglang.policies.features import likeness, over_maximum
+from lethe_sglang.policies.features import likeness, places
+
+BEHIND = 0.41
+"""Part of a place by which the list of keys is behind that of scores: no share of whole percents makes the two tie."""
 
 
 @dataclass(frozen=True)
@@ -20,16 +23,17 @@ class LethePolicy(Policy):
 
         S_t[j] = gamma * S_{t-1}[j] + (1/H) * sum_h A_h,t[j]        gamma = 0.5 ** (1 / half_life)
 
-    The paper gives no gamma; 346 steps are 0.998 per step. With a ``diversity`` d, which is not of the paper, tokens
-    are ranked by ``S_t[j] / max_i S_t[i] - d * cos(k_j, mean key)``, the cosine as in KeyDiff. What many keys resemble,
-    such as a delimiter or a counter, is read at every step and repeated soon; a value that nothing has read yet has a
-    key of its own. A very large d is ``keydiff``.
+    The paper gives no gamma. What attention sums lose is a value that nothing has read yet; its key, though, is unlike
+    the others. With a ``key_share`` x, which is not of the paper, of the tokens that are kept about 1 - x come from the
+    top of the list by score and x from the top of the list by unlikeness of the key. With the places ``p_s`` and
+    ``p_k`` in these lists, from 0, tokens are ranked by ``-min(p_s / (1 - x), (p_k + 0.41) / x)``. Unlikeness is that of
+    KeyDiff, ``-cos(k_j, mean key)``.
     """
 
     source: ClassVar[str] = "arXiv 2511.06029"
 
     half_life: float = Field(
-        default=346.0,
+        default=128.0,
         gt=0,
         description="Attention this many decode steps old counts half: gamma = 0.5 ** (1 / half_life) per step. "
         "Decode steps, > 0.",
@@ -40,17 +44,18 @@ class LethePolicy(Policy):
         description="Score every n-th decode step, all requests of the batch at once, with gamma ** n; the other steps "
         "cost what stock's do. Decode steps, >= 1, at most the recent window; 1 is the paper.",
     )
-    diversity: float = Field(
-        default=0.0,
+    key_share: float = Field(
+        default=0.5,
         ge=0,
-        description="What a key unlike the others counts against the score: rank = score / largest score - diversity * "
-        "cosine to the mean key of the layer's candidates. >= 0; 0 is the paper, a very large one is keydiff.",
+        lt=1,
+        description="Part of the kept tokens that are chosen for keys unlike the mean key of the layer's candidates, "
+        "the rest for their score. 0 <= key_share < 1; 0 is the paper.",
     )
 
     @property
     def uses_keys(self) -> bool:  # type: ignore[override]
-        """Keys are looked at for the diversity only."""
-        return self.diversity > 0
+        """Keys are looked at for their share only."""
+        return self.key_share > 0
 
     @property
     def accumulation(self) -> Accumulation:
@@ -62,8 +67,9 @@ class LethePolicy(Policy):
         return likeness(keys, valid)
 
     def rank(self, candidates: Candidates) -> Tensor:
-        """By score, and by difference from the mean key where diversity counts."""
+        """By the better of two places: that by score, and that by difference from the mean key."""
         score = candidates.need("score")
-        if not self.diversity:
+        if not self.key_share:
             return score
-        return over_maximum(score, candidates.valid) - self.diversity * candidates.need("feature")
+        by_key = places(-candidates.need("feature"), candidates.valid) + BEHIND
+        return -(places(score, candidates.valid) / (1 - self.key_share)).minimum(by_key / self.key_share)

@@ -44,7 +44,7 @@ def test_every_experiment_that_ships_loads_and_its_arms_run(path):
 
 def test_the_main_experiment_is_the_table_that_was_asked_for():
     found = load(next(path for path in CONFIGS if path.stem == "reasoner"))
-    assert len(found.every_arm()) == 1 + 11 * 3 + 3  # lethe.diversity at each budget
+    assert len(found.every_arm()) == 1 + 11 * 3 + 3  # lethe as in the paper at each budget
     assert sum(task.problems for task in found.tasks) == 500
     assert {task.tokens for task in found.tasks} == {(200, 400)}
     items = {task: len(made) for task, made in found.items().items()}

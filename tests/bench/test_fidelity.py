@@ -108,17 +108,19 @@ def test_documents_are_the_same_every_time_and_no_split_has_another_s(name):
 def test_values_are_stated_early_and_asked_for_at_the_end():
     for document in islice(corpora.recall(Letters(), "development", 2000), 8):
         text = Letters().decode(document.reply)
-        kinds = set()
-        for start, end in document.values:
-            value, asked = text[start:end].strip(), text[:start].rpartition(".")[2].strip()
-            kinds.add(asked.startswith("The code"))
-            before = text[: text.index("Let me recall")]
+        before = text[: text.index("Let me recall")]
+        assert sorted(kind for _, _, kind in document.values) == ["changed", *["ranked"] * 3, *["stated"] * 3]
+        for start, end, kind in document.values:
+            value = text[start:end].strip()
+            asked = text[:start].rpartition("\n" if kind == "ranked" else ".")[2].strip()
+            assert start > 1500
+            if kind == "ranked":
+                assert f"\n{asked} {value}\n" in before and asked in ("1.", "2.", "3.")
+                continue
             thing = asked.removeprefix("The code of the ").removesuffix(" is")
-            if asked.startswith("The code"):
-                said = [line for line in before.replace("\n", " ").split(".") if f"of the {thing} is" in line]
-                assert said[-1].endswith(value), "the newest of the values that were stated is asked for"
-            assert start > 1500 and value in before
-        assert kinds == {True, False} and len(document.values) == 8
+            said = [line for line in before.replace("\n", ".").split(".") if f"of the {thing} is" in line]
+            assert len(said) == 1 + (kind == "changed")
+            assert said[-1].endswith(value), "the newest of the values that were stated is asked for"
 
 
 def test_a_reply_too_short_for_recall_is_refused_with_the_smallest_length():

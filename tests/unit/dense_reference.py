@@ -108,16 +108,31 @@ class History:
 Rule = Callable[[History, int, list[int]], Array]
 
 
-def decayed_sum(gamma: float, every: int = 1, diversity: float = 0.0) -> Rule:
-    """Lethe's equation 5 in closed form, less a part of keydiff; gamma 1 is H2O, gamma 0 TOVA."""
+def decayed_sum(gamma: float, every: int = 1) -> Rule:
+    """Lethe's equation 5 in closed form; gamma 1 is H2O, gamma 0 TOVA."""
 
     def rule(history: History, layer: int, tokens: list[int]) -> Array:
         prompt = history.prompt
         phases = [prompt - s.length if s.length <= prompt else s.length for s in history.steps]
         scored = [s.mean[layer, tokens] for s, n in zip(history.steps, phases, strict=True) if n % every == 0]
         weight = gamma ** (every * np.arange(len(scored), dtype=np.float64)[::-1])
-        score = weight @ np.array(scored) if scored else np.zeros(len(tokens))
-        return score / score.max() + diversity * keydiff(history, layer, tokens) if diversity else score
+        return weight @ np.array(scored) if scored else np.zeros(len(tokens))
+
+    return rule
+
+
+def by_places(first: Rule, key_share: float) -> Rule:
+    """The better of a token's places in two lists: that of a rule, and that of keydiff."""
+
+    def rule(history: History, layer: int, tokens: list[int]) -> Array:
+        lists = [(first, 1 - key_share, 0.0), (keydiff, key_share, 0.41)]
+        better = np.full(len(tokens), np.inf)
+        for one, share, behind in lists:
+            rank = one(history, layer, tokens)
+            ordered = sorted(range(len(tokens)), key=lambda i, rank=rank: (rank[i], tokens[i]), reverse=True)
+            for place, i in enumerate(ordered):
+                better[i] = min(better[i], (place + behind) / share)
+        return -better
 
     return rule
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from lethe_sglang.allocation.breakpoint import breakpoint_budgets, breakpoint_counts
+from lethe_sglang.cache.breakpoints import Pending, plan
 from lethe_sglang.cache.ledger import Ledger
-from lethe_sglang.engine.breakpoints import Pending, plan
 
 
 def counts(values, ratio=10.0, segments=4, sinks=0):

@@ -206,7 +206,7 @@ class TestMessages:
                 {"policy": "snapkv", "snapkv": {"kernel": 4}},
                 "snapkv.kernel: got 4, which has no middle; use an odd n",
             ),
-            ({"lethe": None}, "lethe: got null, expected a mapping with keys among half_life, score_every, diversity"),
+            ({"lethe": None}, "lethe: got null, expected a mapping with keys among half_life, score_every, key_share"),
             ({"policy": "h2o", "h2o": 3}, "h2o: got 3, expected nothing, it has no options"),
             ({"policy": 3}, "policy: got 3, expected a non-empty string"),
             ({"policy": "none"}, "unknown policy 'none'; legal: lethe, h2o, tova"),
@@ -348,8 +348,10 @@ class TestLoading:
         assert resolve(None, str(presets()[name])) == config
 
     def test_the_presets_are_the_five_that_are_promised(self):
-        assert set(presets()) == {"breakpoint", "cpu-demo", "default", "diverse", "long-reasoning", "small-budget"}
-        assert resolve(None, "breakpoint").budget.allocation == "breakpoint"
+        assert set(presets()) == {"cpu-demo", "default", "long-reasoning", "paper", "small-budget"}
+        paper = resolve(None, "paper")
+        assert paper.budget.allocation == "breakpoint" and not paper.built_policy.uses_keys
+        assert paper.built_policy.accumulation.decay == pytest.approx(0.998, abs=2e-6)
         assert resolve(None, "cpu-demo").scored == 33
 
     def test_the_default_preset_is_the_schema_and_shows_every_option(self):
@@ -394,7 +396,7 @@ class TestLoading:
         assert "\n" not in str(caught.value)
 
     def test_a_missing_file_is_answered_with_the_presets(self):
-        with pytest.raises(ConfigError, match=r"no such file.*presets: breakpoint, cpu-demo, default"):
+        with pytest.raises(ConfigError, match=r"no such file.*presets: cpu-demo, default"):
             resolve(None, "long-resoning")
 
     def test_what_is_no_readable_text_is_refused(self, tmp_path):

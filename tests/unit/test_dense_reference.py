@@ -26,16 +26,16 @@ REQUESTS = {1: (0, 29), 2: (16, 19), 3: (0, 10)}  # row: (shared prefix, prompt)
 STEPS, LONGEST, STALE = 58, 96, 3.25
 
 CASES = {
-    "lethe": ({"lethe": {"half_life": 6.58}}, dense.decayed_sum(0.5 ** (1 / 6.58))),
-    "lethe, default decay": ({}, dense.decayed_sum(0.5 ** (1 / 346))),
-    "lethe, every third step": ({"lethe": {"half_life": 10, "score_every": 3}}, dense.decayed_sum(0.5**0.1, 3)),
-    "lethe, diversity": (
-        {"lethe": {"half_life": 6.58, "diversity": 0.5}},
-        dense.decayed_sum(0.5 ** (1 / 6.58), diversity=0.5),
+    "lethe": ({"lethe": {"half_life": 6.58, "key_share": 0}}, dense.decayed_sum(0.5 ** (1 / 6.58))),
+    "lethe, slow decay": ({"lethe": {"half_life": 346, "key_share": 0}}, dense.decayed_sum(0.5 ** (1 / 346))),
+    "lethe, every third step": (
+        {"lethe": {"half_life": 10, "score_every": 3, "key_share": 0}},
+        dense.decayed_sum(0.5**0.1, 3),
     ),
-    "lethe, little diversity": (
-        {"lethe": {"half_life": 13.5, "diversity": 0.2}},
-        dense.decayed_sum(0.5 ** (1 / 13.5), diversity=0.2),
+    "lethe, default": ({}, dense.by_places(dense.decayed_sum(0.5 ** (1 / 128)), 0.5)),
+    "lethe, few by key": (
+        {"lethe": {"half_life": 13.5, "key_share": 0.2}},
+        dense.by_places(dense.decayed_sum(0.5 ** (1 / 13.5)), 0.2),
     ),
     "h2o": ({}, dense.decayed_sum(1.0)),
     "tova": ({}, dense.decayed_sum(0.0)),

@@ -107,7 +107,7 @@ def triton(runner, world, rows):
 @pytest.mark.parametrize("page", [1, 8])
 @pytest.mark.parametrize("make", [flashinfer, triton])
 def test_steps_and_rounds_never_wait_for_the_device(make, page):
-    server, policy = Server(make, page=page), from_mapping({"lethe": {"diversity": 1.0}}).built_policy
+    server, policy = Server(make, page=page), from_mapping({"lethe": {"key_share": 0.5}}).built_policy
     server.admit()
     rounds = 0
     with Guard() as guard:

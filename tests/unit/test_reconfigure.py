@@ -208,7 +208,7 @@ def test_captured_graphs_hold_how_a_policy_scores():
         runtime, {"policy": "snapkv"}
     )
     assert refusal(runtime, {"lethe": {"half_life": 9}})
-    change(runtime, {"lethe": {"diversity": 0.5}})  # how it ranks is not captured
+    change(runtime, {"lethe": {"key_share": 0.25}})  # how it ranks is not captured
 
 
 def test_layers_that_share_a_plan_keep_one_length():

@@ -1,0 +1,144 @@
+"""Fidelity without a server: the same numbers (``replay.py``) at many times the speed, a process a document."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from lethe_bench.fidelity.corpora import Document
+from lethe_bench.fidelity.network import Network
+from lethe_bench.fidelity.replay import Replay, full
+from lethe_bench.fidelity.run import Run
+from lethe_sglang.allocation import profile as profiles
+from lethe_sglang.allocation.budgets import from_config
+from lethe_sglang.config import EvictionConfig
+from lethe_sglang.files import Journal
+
+SAMPLED_TOGETHER = 15
+"""Own samples that are written in one batch."""
+
+
+@dataclass(kw_only=True)
+class InProcess(Run):
+    """As :class:`Run`, without a server.
+
+    Attributes
+    ----------
+    jobs
+        Processes, each with the model and one document; each has one thread if there are several.
+    """
+
+    jobs: int = 1
+
+    def all(self) -> None:
+        """Force every reply that an arm lacks.
+
+        Raises
+        ------
+        ConfigError
+            If the directory holds results of another experiment, or an arm cannot be replayed.
+        """
+        from transformers import AutoTokenizer
+
+        self.check_out()
+        tokenizer = AutoTokenizer.from_pretrained(self.model)
+        prompts = self.prompts(tokenizer)
+        self._write_samples(prompts, tokenizer.eos_token_id)
+        documents = [*self.samples(prompts), *self.documents(tokenizer)]
+        self.note(documents)
+        configs = self.experiment.configs()
+        tasks = list[tuple[Document, dict[str, EvictionConfig]]]()
+        for document in documents:
+            if lacking := {arm: config for arm, config in configs.items() if self.missing(arm, [document])}:
+                tasks.append((document, lacking))
+        for arm in configs:
+            (self.out / arm).mkdir(exist_ok=True)
+        progress = tqdm(total=sum(len(arms) for _, arms in tasks), file=sys.stderr, disable=not tasks)
+        context = multiprocessing.get_context("spawn")
+        started = (str(self.model), 1 if self.jobs > 1 else torch.get_num_threads())
+        with progress, ProcessPoolExecutor(self.jobs, context, start_worker, started) as pool:
+            work = [pool.submit(force, document, arms, str(self.out)) for document, arms in tasks]
+            try:
+                for done in as_completed(work):
+                    progress.update(done.result())
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _write_samples(self, prompts: dict[str, list[int]], eos: int) -> None:
+        journal = Journal(self.out / "samples.jsonl")
+        known = {document.name for document in self.samples(prompts)}
+        missing = [name for name in prompts if name not in known]
+        if not missing:
+            return
+        network = Network(self.model)
+        for start in tqdm(range(0, len(missing), SAMPLED_TOGETHER), desc="sampling", file=sys.stderr):
+            names = missing[start : start + SAMPLED_TOGETHER]
+            replies = network.sample([prompts[name] for name in names], self.experiment.tokens, eos)
+            journal.add([{"name": name, "reply": reply} for name, reply in zip(names, replies, strict=True)])
+
+
+_network: Network | None = None
+
+
+def start_worker(model: str, threads: int) -> None:
+    """Load the model, once a process."""
+    global _network
+    torch.set_num_threads(threads)
+    _network = Network(Path(model))
+
+
+def force(document: Document, arms: dict[str, EvictionConfig], out: str) -> int:
+    """Force one document under arms and keep its steps; returns how many arms that was."""
+    assert _network is not None
+    for arm, steps in forced(_network, document, arms):
+        path = Path(out) / arm / f"{document.name}.npy"
+        draft = path.with_suffix(".draft")
+        with draft.open("wb") as file:
+            np.save(file, steps)
+        draft.replace(path)
+    return len(arms)
+
+
+@torch.inference_mode()
+def forced(
+    network: Network, document: Document, arms: dict[str, EvictionConfig]
+) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Yield each arm's steps on a document: ``processor.MEASURES``, float32 ``[T, 4]``."""
+    until = {config.budget.tokens + 2 * config.rounds.interval for config in arms.values()}
+    known = min(len(document.prompt) + max(until), len(document.prompt) + len(document.reply))
+    whole = full(network, document.prompt, document.reply, known)
+    for arm, config in arms.items():
+        yield (
+            arm,
+            measured(document.reply, whole.logits, Replay(network, config, budgets(config, network), whole).run()),
+        )
+
+
+def budgets(config: EvictionConfig, network: Network) -> tuple[int, ...]:
+    """Return k_l of an arm."""
+    profile = profiles.load(Path(config.budget.profile)) if config.budget.reads_profile else None
+    return from_config(config, network.layers, profile)
+
+
+def measured(reply: Sequence[int], full: torch.Tensor, arm: torch.Tensor) -> NDArray[np.float32]:
+    """Compare the log-probabilities of the last steps, ``[n, V]``, with all of the full cache, ``[T, V]``."""
+    steps, changed = torch.zeros((len(reply), 4)), len(reply) - len(arm)
+    nll = -full.gather(1, torch.tensor(reply).unsqueeze(1)).squeeze(1)
+    steps[:, 1], steps[:, 2], steps[:, 3] = 1.0, nll, nll
+    if len(arm):
+        late = full[changed:]
+        steps[changed:, 0] = (late.exp() * (late - arm)).sum(-1)
+        steps[changed:, 1] = (late.argmax(-1) == arm.argmax(-1)).float()
+        steps[changed:, 2] = -arm.gather(1, torch.tensor(reply[changed:]).unsqueeze(1)).squeeze(1)
+    found: NDArray[np.float32] = steps.numpy()
+    return found

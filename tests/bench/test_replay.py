@@ -1,0 +1,184 @@
+"""Forced replies without a server: attention over what is kept, scores of many steps at once, rounds of the product."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from test_fidelity import Letters, small_gguf
+
+from lethe_bench import models
+from lethe_bench.fidelity import replay
+from lethe_bench.fidelity.corpora import Document
+from lethe_bench.fidelity.inprocess import forced
+from lethe_bench.fidelity.network import Network
+from lethe_bench.fidelity.replay import Replay, full
+from lethe_sglang.allocation.budgets import from_config
+from lethe_sglang.cli import main as program
+from lethe_sglang.config import ConfigError, from_mapping
+
+TOKENS = torch.randint(1, 40, (60,), generator=torch.Generator().manual_seed(3)).tolist()
+PROMPT, REPLY = TOKENS[:10], TOKENS[10:]
+BASE = {"budget": {"tokens": 12}, "rounds": {"interval": 5}, "retain": {"sinks": 2}}
+POLICIES = {
+    "lethe": {"lethe": {"half_life": 20.0}},
+    "every third": {"lethe": {"score_every": 3}},
+    "morphkv": {"policy": "morphkv", "morphkv": {"window": 4, "fusion": "max"}},
+    "snapkv": {"policy": "snapkv", "snapkv": {"window": 3, "kernel": 3}},
+    "tova": {"policy": "tova"},
+    "lazy": {"policy": "lazy", "lazy": {"threshold": 0.05}},
+    "gkv": {"policy": "gkv"},
+    "keydiff": {"policy": "keydiff"},
+    "random": {"policy": "random"},
+    "list": {"budget": {"allocation": "list", "layers": [9, 15]}},
+    "breakpoint": {"budget": {"allocation": "breakpoint"}},
+}
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    model = small_gguf(path / "small.gguf")
+    with torch.no_grad():
+        for weights in model.parameters():  # attention that is sharp, so that what is kept matters
+            weights.mul_(6.0 if weights.dim() == 2 else 1.0)
+    model.save_pretrained(path)
+    return Network(path)
+
+
+def config_of(change):
+    merged = {name: {**BASE.get(name, {}), **change.get(name, {})} for name in BASE}
+    if "layers" in merged["budget"]:
+        del merged["budget"]["tokens"]
+    return from_mapping({**change, **merged})
+
+
+def made(network, change, known=60):
+    document = full(network, PROMPT, REPLY, known)
+    config = config_of(change)
+    return Replay(network, config, from_config(config, network.layers), document)
+
+
+@torch.inference_mode()
+def test_the_full_cache_is_what_the_model_says(network):
+    document = full(network, PROMPT, REPLY, 25)
+    network.model.set_attn_implementation("eager")
+    expected = network.model(torch.tensor([TOKENS]), output_attentions=True, output_hidden_states=True)
+    network.model.set_attn_implementation("lethe_replay")
+    torch.testing.assert_close(document.logits, expected.logits[0, 9:59].log_softmax(-1), rtol=1e-4, atol=1e-5)
+    seen = torch.stack([layer[0, :, :25, :25].mean(0) for layer in expected.attentions])
+    torch.testing.assert_close(document.attention, seen, rtol=1e-4, atol=1e-6)
+    assert document.keys.shape == (2, 25, 2, 8)
+
+
+@torch.inference_mode()
+def test_the_full_cache_is_attended_in_strips(network, monkeypatch):
+    whole = full(network, PROMPT, REPLY, 40)
+    monkeypatch.setattr(replay, "STRIP", 7)
+    for one, other in zip(full(network, PROMPT, REPLY, 40)[2:], whole[2:], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@torch.inference_mode()
+def test_steps_at_once_are_steps_one_by_one(network, name, monkeypatch):
+    at_once = made(network, POLICIES[name])
+    together = at_once.run()
+    assert len(at_once.rounds) >= 4
+    one_by_one = made(network, POLICIES[name])
+    chunk = Replay._chunk
+
+    def steps(self, start, end):
+        parts = [chunk(self, at, at + 1) for at in range(start, end)]
+        return None if parts[0] is None else torch.cat(parts)
+
+    monkeypatch.setattr(Replay, "_chunk", steps)
+    torch.testing.assert_close(one_by_one.run(), together, rtol=1e-3, atol=1e-4)
+    assert one_by_one.rounds == at_once.rounds and one_by_one.state.kept == at_once.state.kept
+    for one, other in zip(one_by_one._lists(55), at_once._lists(55), strict=True):
+        assert one.tolist() == other.tolist()
+
+
+@torch.inference_mode()
+def test_what_an_arm_attends_to_is_what_it_kept(network):
+    """Streaming keeps by position alone: one mask over the whole document says the same."""
+    arm = made(network, {"policy": "streaming"})
+    found = arm.run()
+    config, mask, kept, rounds = arm.config, torch.ones((59, 59)).tril().bool(), set(range(10, 59)), [*arm.rounds]
+    for position in range(59):
+        if position in rounds:
+            own = sorted(p for p in kept if p < position - config.recent)
+            kept -= set(own[: -config.scored])
+        mask[position] &= torch.tensor([p < 10 or p in kept for p in range(59)])
+    network.model.set_attn_implementation("eager")
+    bias = torch.zeros((1, 1, 59, 59)).masked_fill(~mask, torch.finfo(torch.float32).min)
+    expected = network.model(torch.tensor([TOKENS[:59]]), attention_mask=bias).logits[0].log_softmax(-1)
+    network.model.set_attn_implementation("lethe_replay")
+    torch.testing.assert_close(found, expected[59 - len(found) :], rtol=1e-3, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_what_was_not_computed_before_is_computed_and_says_the_same(network):
+    short, long = made(network, {}, known=12), made(network, {})
+    assert short.document.keys.shape[1] == 12
+    torch.testing.assert_close(short.run(), long.run(), rtol=1e-3, atol=1e-4)
+
+
+def test_steps_before_the_first_round_are_the_full_cache_s(network):
+    [(name, steps)] = forced(network, Document("prose-1", PROMPT, REPLY), {"lethe": config_of({})})
+    assert name == "lethe" and steps.shape == (50, 4) and steps.dtype == np.float32
+    changed = np.flatnonzero(np.abs(steps[:, 0]) > 1e-5)
+    with torch.inference_mode():
+        first = made(network, {})
+        first.run()
+    assert changed[0] >= first.rounds[0] - 10 and steps[changed, 0].max() > 1e-3
+    assert (steps[: changed[0], 1] == 1).all() and (steps[: changed[0], 2] == steps[: changed[0], 3]).all()
+
+
+def test_a_private_prompt_is_refused(network):
+    with pytest.raises(ConfigError, match=r"retain.prompt: got evict.*set it to keep"):
+        next(forced(network, Document("prose-1", PROMPT, REPLY), {"a": from_mapping({"retain": {"prompt": "evict"}})}))
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+FILE = """
+name: small
+tokens: 64
+corpora: {own: 2}
+base: {budget: {tokens: 12}, rounds: {interval: 5}, retain: {sinks: 2}}
+arms:
+  lethe: {}
+  random: {policy: random}
+"""
+
+
+class Few(Letters):
+    """Letters as tokens of the small model."""
+
+    def encode(self, text, add_special_tokens=True):
+        return [1 + ord(letter) % 39 for letter in text]
+
+
+def test_a_run_without_a_server_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    small_gguf(tmp_path / "small.gguf")
+    model = models.directory(str(tmp_path / "small.gguf"), print)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda path: Few())
+    (tmp_path / "small.yaml").write_text(FILE)
+    out = tmp_path / "out"
+    command = ["eval", "fidelity", str(tmp_path / "small.yaml"), "--model", str(model), "--out", str(out)]
+    assert program.main([*command, "--in-process", "1"]) == 0
+    assert str(out / "fidelity.md") in capsys.readouterr().out
+    made = {path.relative_to(out): path.read_bytes() for path in sorted(out.glob("*/*.npy"))}
+    assert len(made) == 4 and not list(out.glob("*/*.draft"))
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert [len(sample["reply"]) for sample in samples] == [64, 64] and samples[0]["reply"] != samples[1]["reply"]
+    lost = next(iter(made))
+    (out / lost).unlink()
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*/*.npy")}
+    assert program.main([*command, "--in-process", "2"]) == 0
+    assert (out / lost).read_bytes() == made[lost]
+    assert all(path.stat().st_mtime_ns == when for path, when in before.items())
