@@ -26,8 +26,8 @@ class LethePolicy(Policy):
     The paper gives no gamma. What attention sums lose is a value that nothing has read yet; its key, though, is unlike
     the others. With a ``key_share`` x, which is not of the paper, of the tokens that are kept about 1 - x come from the
     top of the list by score and x from the top of the list by unlikeness of the key. With the places ``p_s`` and
-    ``p_k`` in these lists, from 0, tokens are ranked by ``-min(p_s / (1 - x), (p_k + 0.41) / x)``. Unlikeness is that of
-    KeyDiff, ``-cos(k_j, mean key)``.
+    ``p_k`` in these lists, from 0, tokens are ranked by ``-min(p_s / (1 - x), (p_k + 0.41) / x)``. Unlikeness is
+    KeyDiff's, ``-cos(k_j, mean key)``.
     """
 
     source: ClassVar[str] = "arXiv 2511.06029"
