@@ -107,16 +107,28 @@ def pooled_mean(strata: Sequence[Sequence[float]]) -> Mean:
     ValueError
         If there is no value.
     """
-    groups = [np.asarray(values, dtype=np.float64) for values in strata if len(values)]
-    total = sum(len(values) for values in groups)
-    if not total:
-        raise ValueError("a mean needs at least one value")
-    rng = np.random.default_rng(0)
-    sums = np.zeros(DRAWS)
-    for values in groups:
-        sums += values[rng.integers(0, len(values), size=(DRAWS, len(values)))].sum(axis=1)
-    low, high = np.quantile(sums / total, (0.025, 0.975))
-    return Mean(float(sum(values.sum() for values in groups) / total), float(low), float(high))
+    return total_mean([strata])
+
+
+def total_mean(parts: Sequence[Sequence[Sequence[float]]]) -> Mean:
+    """Sum of the means of several parts, each pooled over its strata, with a bootstrap interval of the sum.
+
+    Raises
+    ------
+    ValueError
+        If a part has no value.
+    """
+    rng, sums, total = np.random.default_rng(0), np.zeros(DRAWS), 0.0
+    for part in parts:
+        groups = [np.asarray(values, dtype=np.float64) for values in part if len(values)]
+        count = sum(map(len, groups))
+        if not count:
+            raise ValueError("a mean needs at least one value")
+        total += float(sum(values.sum() for values in groups)) / count
+        for values in groups:
+            sums += values[rng.integers(0, len(values), size=(DRAWS, len(values)))].sum(axis=1) / count
+    low, high = np.quantile(sums, (0.025, 0.975))
+    return Mean(total, float(low), float(high))
 
 
 def paired_means(strata: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Paired:

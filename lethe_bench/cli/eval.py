@@ -6,6 +6,8 @@ import argparse
 import difflib
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,12 +15,18 @@ from lethe_bench import models
 from lethe_bench.accuracy.experiment import Experiment
 from lethe_bench.accuracy.loading import load
 from lethe_bench.cli.checks import check_ports, say
-from lethe_bench.cli.options import check_model, integer
+from lethe_bench.cli.options import check_model, check_out, integer, number
 from lethe_bench.servers import ServerError
+from lethe_sglang.allocation.profile import load as load_profile
+from lethe_sglang.allocation.profile import save
+from lethe_sglang.cli.show_profile import render
 from lethe_sglang.config import ConfigError
 from lethe_sglang.processes import ending_on_signals
+from lethe_sglang.profiling.run import with_rule
 
 if TYPE_CHECKING:
+    from lethe_bench.fidelity.run import Experiment as Forced
+
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
@@ -53,6 +61,12 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     report = actions.add_parser("report", help="write report.md and pictures into a results directory")
     report.add_argument("directory", metavar="DIR", type=Path, help="results directory")
+    _add_fidelity_parser(actions)
+    _add_layers_parser(actions)
+    _add_harness_parser(actions)
+
+
+def _add_fidelity_parser(actions: Subparsers) -> None:
     fidelity = actions.add_parser(
         "fidelity",
         help="measure how far eviction moves a model's next-token distribution",
@@ -60,6 +74,27 @@ def add_parser(subparsers: Subparsers) -> None:
         "step, and write fidelity.md. What is done already is not done again; Ctrl-C is safe.",
         allow_abbrev=False,
     )
+    _add_forced_options(fidelity)
+    fidelity.add_argument("--against", metavar="ARM", help="arm that others are compared with (default: the first)")
+
+
+def _add_layers_parser(actions: Subparsers) -> None:
+    layers = actions.add_parser(
+        "layers",
+        help="measure what each layer costs when it alone is pruned, and add that to a profile",
+        description="Force the same replies with the full cache and once per layer with that layer alone pruned, and "
+        "write a profile whose rule fidelity shares the budget by what that costs. Ctrl-C is safe.",
+        allow_abbrev=False,
+    )
+    _add_forced_options(layers)
+    layers.add_argument(
+        "--profile", metavar="FILE", type=Path, required=True, help="a profile of the model, as lethe profile writes it"
+    )
+    layers.add_argument("--new", metavar="FILE", type=Path, required=True, help="where the new profile goes")
+    layers.add_argument("--alpha", metavar="A", type=number(-16, 16), default=1.0, help="exponent of the shares")
+
+
+def _add_forced_options(fidelity: argparse.ArgumentParser) -> None:
     fidelity.add_argument("file", metavar="FILE", type=Path, help="YAML file of the experiment (configs/fidelity/)")
     fidelity.add_argument(
         "--model",
@@ -75,8 +110,6 @@ def add_parser(subparsers: Subparsers) -> None:
         type=integer(1),
         help="start no server: force replies in N processes, many times faster, with the same results",
     )
-    fidelity.add_argument("--against", metavar="ARM", help="arm that others are compared with (default: the first)")
-    _add_harness_parser(actions)
 
 
 def _add_harness_parser(actions: Subparsers) -> None:
@@ -107,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
     ConfigError
         If an option or a file cannot be used.
     """
-    actions = {"run": _run, "report": _report, "fidelity": _fidelity, "lm-eval": _harness}
+    actions = {"run": _run, "report": _report, "fidelity": _fidelity, "layers": _layers, "lm-eval": _harness}
     try:
         with ending_on_signals():
             return actions[args.action](args)
@@ -158,28 +191,57 @@ def _report(args: argparse.Namespace) -> int:
 
 def _fidelity(args: argparse.Namespace) -> int:
     from lethe_bench.fidelity import report
-    from lethe_bench.fidelity.run import Run, load
+    from lethe_bench.fidelity.run import load
 
     experiment = load(args.file)
     against = next(iter(experiment.arms)) if args.against is None else args.against
     if against not in experiment.arms:
         raise ConfigError(f"--against {against}: no such arm; legal: {', '.join(experiment.arms)}")
     out = args.out or Path("out") / "fidelity" / experiment.name
+    with _writable(out):
+        _force(args, experiment, models.directory(args.model, say), out)
+        print(report.write(out, against, experiment))
+    return 0
+
+
+def _layers(args: argparse.Namespace) -> int:
+    from lethe_bench.fidelity import layers
+    from lethe_bench.fidelity.run import load as load_experiment
+
+    old, experiment = load_profile(args.profile, f"--profile {args.profile}"), load_experiment(args.file)
+    check_out(args.new)
+    config = next(iter(experiment.configs().values()))
+    one_each = layers.arms(experiment, old.model.layers)
+    out = args.out or Path("out") / "fidelity" / f"{experiment.name}-layers"
+    with _writable(out):
+        _force(args, one_each, models.directory(args.model, say), out)
+    found = layers.measured(out, old.model.layers, config.budget.tokens)
+    profile = with_rule(old.model_copy(update={"fidelity": found}), "fidelity", args.alpha, config)
+    save(profile, args.new)
+    print(render(profile))
+    print(f"written to {args.new}")
+    return 0
+
+
+def _force(args: argparse.Namespace, experiment: Forced, model: Path, out: Path) -> None:
+    """Force what is missing, on a server or in processes of our own."""
+    from lethe_bench.fidelity.inprocess import InProcess
+    from lethe_bench.fidelity.run import Run
+
     if args.in_process is None:
         check_ports(args.port, 1)
+        Run(experiment=experiment, model=model, out=out, port=args.port, say=say).all()
+    else:
+        InProcess(experiment=experiment, model=model, out=out, jobs=args.in_process).all()
+
+
+@contextmanager
+def _writable(out: Path) -> Iterator[None]:
     try:
         out.mkdir(parents=True, exist_ok=True)
-        parts = {"experiment": experiment, "model": models.directory(args.model, say), "out": out}
-        if args.in_process is None:
-            Run(**parts, port=args.port, say=say).all()
-        else:
-            from lethe_bench.fidelity.inprocess import InProcess
-
-            InProcess(**parts, jobs=args.in_process).all()
-        print(report.write(out, against, experiment))
+        yield
     except PermissionError as error:
         raise ConfigError(f"--out {out}: {error.strerror}; give a directory that can be written to") from None
-    return 0
 
 
 def _harness(args: argparse.Namespace) -> int:

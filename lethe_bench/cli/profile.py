@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from lethe_bench.cli import server_args
 from lethe_bench.cli.options import check_model, check_out, integer, number
-from lethe_sglang.allocation.profile import Profile, Rule, load, save
+from lethe_sglang.allocation.profile import MEASURED_BY, Profile, Rule, load, save
 from lethe_sglang.cli.show_profile import render
 from lethe_sglang.config import ConfigError, resolve
 from lethe_sglang.processes import ending_on_signals
@@ -139,8 +139,8 @@ def _pass(args: argparse.Namespace, given: dict[str, Any]) -> Pass:
     config = resolve(None, args.config, args.budget)
     words = server_args.split(given.pop("server_args", ""), "lethe profile", _OWN)
     rule = args.rule or Pass.rule
-    if rule == "sensitivity":
-        raise ConfigError("--rule sensitivity: not measured here; lethe sensitivity adds it to a profile")
+    if rule in MEASURED_BY:
+        raise ConfigError(f"--rule {rule}: not measured here; {MEASURED_BY[rule]} adds it to a profile")
     check_model(args.model_path)
     if args.out is not None:
         check_out(args.out)

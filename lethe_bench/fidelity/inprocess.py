@@ -7,7 +7,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from tqdm import tqdm
 from lethe_bench.fidelity.corpora import Document
 from lethe_bench.fidelity.network import Network
 from lethe_bench.fidelity.replay import Replay, full
+from lethe_bench.fidelity.report import ROUNDS
 from lethe_bench.fidelity.run import Run
 from lethe_sglang.allocation import profile as profiles
 from lethe_sglang.allocation.budgets import from_config
@@ -55,6 +58,8 @@ class InProcess(Run):
         self._write_samples(prompts, tokenizer.eos_token_id)
         documents = [*self.samples(prompts), *self.documents(tokenizer)]
         self.note(documents)
+        corpora = [[d for d in documents if d.name.startswith(f"{corpus}-")] for corpus in self.experiment.corpora]
+        documents = [d for row in zip_longest(*corpora) for d in row if d is not None]  # stopped early, it is even
         configs = self.experiment.configs()
         tasks = list[tuple[Document, dict[str, EvictionConfig]]]()
         for document in documents:
@@ -64,12 +69,14 @@ class InProcess(Run):
             (self.out / arm).mkdir(exist_ok=True)
         progress = tqdm(total=sum(len(arms) for _, arms in tasks), file=sys.stderr, disable=not tasks)
         context = multiprocessing.get_context("spawn")
+        journal = Journal(self.out / ROUNDS)
         started = (str(self.model), 1 if self.jobs > 1 else torch.get_num_threads())
         with progress, ProcessPoolExecutor(self.jobs, context, start_worker, started) as pool:
             work = [pool.submit(force, document, arms, str(self.out)) for document, arms in tasks]
             try:
                 for done in as_completed(work):
-                    progress.update(done.result())
+                    journal.add(found := done.result())
+                    progress.update(len(found))
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
@@ -97,31 +104,32 @@ def start_worker(model: str, threads: int) -> None:
     _network = Network(Path(model))
 
 
-def force(document: Document, arms: dict[str, EvictionConfig], out: str) -> int:
-    """Force one document under arms and keep its steps; returns how many arms that was."""
+def force(document: Document, arms: dict[str, EvictionConfig], out: str) -> list[dict[str, Any]]:
+    """Force one document under arms and keep its steps; returns when each arm had rounds, in steps."""
     assert _network is not None
-    for arm, steps in forced(_network, document, arms):
+    found = []
+    for arm, steps, rounds in forced(_network, document, arms):
         path = Path(out) / arm / f"{document.name}.npy"
         draft = path.with_suffix(".draft")
         with draft.open("wb") as file:
             np.save(file, steps)
         draft.replace(path)
-    return len(arms)
+        found.append({"arm": arm, "name": document.name, "rounds": rounds})
+    return found
 
 
 @torch.inference_mode()
 def forced(
     network: Network, document: Document, arms: dict[str, EvictionConfig]
-) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """Yield each arm's steps on a document: ``processor.MEASURES``, float32 ``[T, 4]``."""
+) -> Iterator[tuple[str, NDArray[np.float32], list[int]]]:
+    """Yield each arm's steps on a document, ``processor.MEASURES`` as float32 ``[T, 4]``, and those behind a round."""
     until = {config.budget.tokens + 2 * config.rounds.interval for config in arms.values()}
     known = min(len(document.prompt) + max(until), len(document.prompt) + len(document.reply))
     whole = full(network, document.prompt, document.reply, known)
     for arm, config in arms.items():
-        yield (
-            arm,
-            measured(document.reply, whole.logits, Replay(network, config, budgets(config, network), whole).run()),
-        )
+        replay = Replay(network, config, budgets(config, network), whole)
+        steps = measured(document.reply, whole.logits, replay.run())
+        yield arm, steps, [length + 1 - whole.prompt for length in replay.rounds]
 
 
 def budgets(config: EvictionConfig, network: Network) -> tuple[int, ...]:

@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lethe_bench.statistics import paired_means, pooled_mean
+from lethe_bench.statistics import Mean, pooled_mean, total_mean
 from lethe_sglang.config import ConfigError
 from lethe_sglang.config.policy_section import laid_over
 from lethe_sglang.files import Journal, write_atomically
 
 if TYPE_CHECKING:
     from lethe_bench.fidelity.run import Experiment
+
+ROUNDS = "rounds.jsonl"
+"""Of a results directory: which steps of a document are the first behind a round of an arm, where that is known."""
 
 KL, AGREEMENT, NLL, FULL_NLL = range(4)
 """Columns of a document's steps, float32 ``[T, 4]`` (``processor.MEASURES``)."""
@@ -39,8 +42,8 @@ MEASURES = (
     Measure("NLL above full", lambda steps: float((steps[:, NLL] - steps[:, FULL_NLL]).mean())),
 )
 RECALL = (
-    Measure("NLL of values", lambda steps: float(steps[:, NLL].mean())),
-    Measure("with the full cache", lambda steps: float(steps[:, FULL_NLL].mean())),
+    Measure("NLL of values above full", lambda steps: float((steps[:, NLL] - steps[:, FULL_NLL]).mean())),
+    Measure("NLL with the full cache", lambda steps: float(steps[:, FULL_NLL].mean())),
 )
 """Of the steps alone that are tokens of a value."""
 
@@ -109,6 +112,8 @@ def _cell(measure: Measure, numbers: list[float]) -> str:
 def against(results: Results, reference: str, skip: int = 0) -> str:
     """Return Markdown: every arm less a reference, document by document, with 95 % intervals.
 
+    The sum is that of both means: documents of all corpora are drawn for the one, those of recall for the other.
+
     Raises
     ------
     ConfigError
@@ -116,22 +121,26 @@ def against(results: Results, reference: str, skip: int = 0) -> str:
     """
     if reference not in results.arms:
         raise ConfigError(f"--against {reference}: no such arm; give one of {', '.join(results.arms)}")
-    lines = [f"| less {reference} | KL of all corpora (nats) | NLL of values |", "| --- | --- | --- |"]
+    titles = (f"less {reference}", "KL of all corpora (nats)", "NLL of values above full", "sum")
+    lines = [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
     for arm in results.arms:
-        cells = []
+        parts = []
         for measure, corpora in ((MEASURES[0], list(results.experiment["corpora"])), (RECALL[0], ["recall"])):
             strata = []
             for corpus in corpora:
                 names = results.names(corpus, arm, reference)
-                first, second = (results.numbers(measure, which, names, skip) for which in (arm, reference))
-                strata += [(first, second)] * bool(names)
+                first, second = (np.array(results.numbers(measure, which, names, skip)) for which in (arm, reference))
+                strata += [(first - second).tolist()] * bool(names)
             if strata:
-                gain = paired_means(strata)
-                cells.append(f"{gain.gain:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})")
-            else:
-                cells.append("")
+                parts.append(strata)
+        cells = [_signed(total_mean([strata])) for strata in parts]
+        cells += [_signed(total_mean(parts))] if len(parts) == 2 else [""] * (3 - len(cells))
         lines += [f"| {arm} | {' | '.join(cells)} |"] * (arm != reference)
     return "\n".join(lines)
+
+
+def _signed(found: Mean) -> str:
+    return f"{found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
 
 
 def write(out: Path, reference: str, experiment: Experiment) -> Path:

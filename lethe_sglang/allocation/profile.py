@@ -38,8 +38,11 @@ PER_QUERY = tuple(STATISTICS)[:8]
 PER_PROMPT = tuple(STATISTICS)[8:]
 """Statistics of the tokens of a whole answer."""
 
-Rule = Literal["concentration", "sensitivity", "hoyer", "pyramid", "d2o", "cake", "zipvl"]
+Rule = Literal["concentration", "fidelity", "sensitivity", "recurrence", "hoyer", "pyramid", "d2o", "cake", "zipvl"]
 """How the layers' statistics become their shares (``allocation.rules``)."""
+
+MEASURED_BY = {"sensitivity": "lethe sensitivity", "fidelity": "lethe eval layers"}
+"""Rules that need what ``lethe profile`` does not measure, and the command that adds it to a profile."""
 
 Layers = tuple[float, ...]
 
@@ -124,6 +127,30 @@ class Sensitivity(Part):
     lost: tuple[Annotated[float, Field(ge=0, le=1)], ...]
 
 
+class Fidelity(Part):
+    """What pruning one layer alone costs in replies that are forced, against the full cache.
+
+    Attributes
+    ----------
+    kept
+        Tokens the pruned layer keeps, recent window included.
+    tokens
+        Tokens of a reply.
+    documents
+        Replies compared.
+    kl
+        Per layer, mean of ``KL(full || pruned)`` over steps, in nats.
+    recall
+        Per layer, rise of the negative log-likelihood of values stated early, in nats a token; 0 if no reply has any.
+    """
+
+    kept: int = Field(ge=1)
+    tokens: int = Field(ge=1)
+    documents: int = Field(ge=1)
+    kl: Layers
+    recall: Layers
+
+
 class Budgets(Part):
     """What the rule makes of a budget of ``tokens``, to look at: servers derive theirs from the statistics."""
 
@@ -150,6 +177,7 @@ class Profile(Part):
     cost: Cost
     statistics: dict[str, Statistic]
     sensitivity: Sensitivity | None = None
+    fidelity: Fidelity | None = None
     budgets: Budgets
 
     @model_validator(mode="after")
@@ -162,13 +190,15 @@ class Profile(Part):
             rows += [(f"statistics.{name}", row) for row in found]
         if self.sensitivity is not None:
             rows += [("sensitivity.changed", self.sensitivity.changed), ("sensitivity.lost", self.sensitivity.lost)]
+        if self.fidelity is not None:
+            rows += [("fidelity.kl", self.fidelity.kl), ("fidelity.recall", self.fidelity.recall)]
         for name, row in rows:
             if len(row) != self.model.layers:
                 raise ValueError(f"{name}: got {len(row)} values for {self.model.layers} layers")
         if not all(0 <= h <= 1 for h in self.mean("hoyer")):
             raise ValueError("statistics.hoyer: outside of 0 to 1")
-        if self.rule == "sensitivity" and self.sensitivity is None:
-            raise ValueError("rule sensitivity: the profile has none; measure it with lethe sensitivity")
+        if self.rule in MEASURED_BY and getattr(self, self.rule) is None:
+            raise ValueError(f"rule {self.rule}: the profile has none; measure it with {MEASURED_BY[self.rule]}")
         return self
 
     def mean(self, statistic: str) -> Layers:

@@ -28,6 +28,19 @@ def concentration(profile: Profile) -> Sequence[float]:
     return profile.mean("concentration")
 
 
+def fidelity(profile: Profile) -> Sequence[float]:
+    """Return each layer's part of what pruning a layer alone costs, in the distribution and in values: ours."""
+    assert profile.fidelity is not None  # the artifact is checked for it
+    measured = ([max(cost, 0.0) for cost in costs] for costs in (profile.fidelity.kl, profile.fidelity.recall))
+    parts = [[cost / sum(costs) for cost in costs] for costs in measured if sum(costs) > 0]
+    return [sum(layer) for layer in zip(*parts, strict=True)] or [1.0] * profile.model.layers
+
+
+def recurrence(profile: Profile) -> Sequence[float]:
+    """Return the share of tokens that became important again: ours."""
+    return profile.mean("recurrence")
+
+
 def sensitivity(profile: Profile) -> Sequence[float]:
     """``S_l + mean of S``, S what pruning that layer alone changes: half the budget is shared evenly."""
     assert profile.sensitivity is not None  # the artifact is checked for it
@@ -76,7 +89,9 @@ def zipvl(profile: Profile) -> Sequence[float]:
 
 RULES: dict[Rule, Callable[[Profile], Sequence[float]]] = {
     "concentration": concentration,
+    "fidelity": fidelity,
     "sensitivity": sensitivity,
+    "recurrence": recurrence,
     "hoyer": hoyer,
     "pyramid": pyramid,
     "d2o": d2o,

@@ -21,9 +21,14 @@ def render(profile: Profile, name: str = "profile") -> str:
     """Write a profile as a table: one row a layer, mean and, where it tells something, spread over prompts."""
     model, prompts, cost = profile.model, profile.prompts, profile.cost
     budgets = profile.budgets
-    sensitive = profile.sensitivity
-    found = () if sensitive is None else ("changed", "lost")
-    header = ["layer", *_COLUMNS, *found, f"budget of {budgets.tokens}"]
+    sensitive, forced = profile.sensitivity, profile.fidelity
+    found = [
+        (part, name)
+        for part, names in ((sensitive, ("changed", "lost")), (forced, ("kl", "recall")))
+        if part
+        for name in names
+    ]
+    header = ["layer", *_COLUMNS, *(name for _, name in found), f"budget of {budgets.tokens}"]
     rows = []
     for layer in range(model.layers):
         cells = []
@@ -31,7 +36,7 @@ def render(profile: Profile, name: str = "profile") -> str:
             statistic = profile.statistics[column]
             spread = f" ±{number(statistic.spread[layer])}" if column == "hoyer" else ""
             cells.append(number(statistic.mean[layer]) + spread)
-        cells += [number(getattr(sensitive, column)[layer]) for column in found]
+        cells += [number(getattr(part, column)[layer]) for part, column in found]
         rows.append([str(layer), *cells, str(budgets.layers[layer])])
     numerics = model.dtype + (f", {model.quantization}" if model.quantization else "")
     versions = ", ".join(f"{package} {version}" for package, version in profile.versions.items())
@@ -43,7 +48,8 @@ def render(profile: Profile, name: str = "profile") -> str:
         f"measured in {cost.measuring_seconds:.0f} s ({cost.total_seconds:.0f} s with loading), "
         f"{cost.statistics_bytes / 2**20:.1f} MiB of statistics; {versions}",
         f"budget by {profile.rule}{f' ** {profile.alpha:g}' if profile.alpha != 1 else ''}"
-        + (f"; changed, lost: {sensitive.prompts} answers, one layer pruned to {sensitive.kept}" if sensitive else ""),
+        + (f"; changed, lost: {sensitive.prompts} answers, one layer pruned to {sensitive.kept}" if sensitive else "")
+        + (f"; kl, recall: {forced.documents} forced replies, one layer pruned to {forced.kept}" if forced else ""),
         "",
     ]
     return "\n".join([*about, *table([header, *rows])])

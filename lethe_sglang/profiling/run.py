@@ -15,7 +15,7 @@ from typing import Any
 from lethe_sglang import __version__
 from lethe_sglang.allocation.budgets import layer_budgets
 from lethe_sglang.allocation.fingerprint import ModelFingerprint, digest, fingerprint_of
-from lethe_sglang.allocation.profile import Budgets, Cost, Profile, PromptsInfo, Rule, Settings, save
+from lethe_sglang.allocation.profile import MEASURED_BY, Budgets, Cost, Profile, PromptsInfo, Rule, Settings, save
 from lethe_sglang.allocation.rules import weights
 from lethe_sglang.config import ConfigError, EvictionConfig
 from lethe_sglang.profiling import cache
@@ -307,8 +307,8 @@ def with_rule(profile: Profile, rule: Rule, alpha: float, config: EvictionConfig
     ConfigError
         If the rule needs what was not measured.
     """
-    if rule == "sensitivity" and profile.sensitivity is None:
-        raise ConfigError("--rule sensitivity: the profile has none; measure it with lethe sensitivity")
+    if rule in MEASURED_BY and getattr(profile, rule) is None:
+        raise ConfigError(f"--rule {rule}: the profile has none; measure it with {MEASURED_BY[rule]}")
     changed = profile.model_copy(update={"rule": rule, "alpha": alpha})
     layers = tuple(k + config.recent for k in layer_budgets(config.scored, weights(changed), config.floor))
     return changed.model_copy(update={"budgets": Budgets(tokens=config.budget.tokens, layers=layers)})
