@@ -217,14 +217,20 @@ _ANIMALS = [
     "goat",
     "sheep",
 ]
-_FORMS = ["Write a long story about", "Explain in great detail", "Write a long essay about", "Write a dialogue about"]
+_FORMS = [
+    "Write a long story about",
+    "Explain in great detail",
+    "Write a long essay about",
+    "Write a dialogue about",
+    "Write a long letter about",
+]
 
 
 def questions(tokenizer: Any, split: Split) -> Iterator[tuple[str, list[int]]]:
     """Yield prompts of the model's own samples: a name, and a chat's token ids."""
     for form in _FORMS:
         for subject in _SUBJECTS:
-            if belongs(name := f"own-{form.split()[1]}-{form.split()[-1]}-{subject}".replace(" ", "_"), split):
+            if belongs(name := f"own-{form} {subject}".replace(" ", "_"), split):
                 yield name, _chat(tokenizer, f"{form} {subject}.")
 
 

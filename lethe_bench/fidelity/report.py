@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lethe_bench.accuracy.plots import available
 from lethe_bench.statistics import Mean, pooled_mean, total_mean
 from lethe_sglang.config import ConfigError
 from lethe_sglang.config.policy_section import laid_over
@@ -143,10 +144,51 @@ def _signed(found: Mean) -> str:
     return f"{found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
 
 
+def summary(results: Results, skip: int = 0) -> dict[str, dict[str, Mean]]:
+    """Return each arm's KL over all corpora and, if there is one of recall, its NLL of values above full."""
+    found = dict[str, dict[str, Mean]]()
+    for arm in results.arms:
+        names = {corpus: results.names(corpus, arm) for corpus in results.experiment["corpora"]}
+        strata = [results.numbers(MEASURES[0], arm, some, skip) for some in names.values() if some]
+        if strata:
+            found[arm] = {"kl": pooled_mean(strata)}
+            if some := names.get("recall"):
+                found[arm]["recall"] = pooled_mean([results.numbers(RECALL[0], arm, some, skip)])
+    return found
+
+
+def draw(out: Path, results: Results, found: dict[str, dict[str, Mean]]) -> list[str]:
+    """Draw the pictures into the directory, if matplotlib is there; returns their Markdown."""
+    if not available():
+        return []
+    from lethe_bench.fidelity import plots
+
+    pictures = []
+    if both := {arm: (means["kl"], means["recall"]) for arm, means in found.items() if "recall" in means}:
+        plots.tradeoff(out / "tradeoff.svg", both)
+        pictures.append("![KL and what recall loses, an arm a point](tradeoff.svg)")
+    known = {(line["arm"], line["name"]): line["rounds"] for line in Journal(out / ROUNDS).read()}
+    position, distance = {}, {}
+    for arm, documents in results.arms.items():
+        if documents:
+            position[arm] = plots.by_position([steps[:, KL] for steps in documents.values()])
+        if some := [name for name in documents if (arm, name) in known]:
+            distance[arm] = plots.by_distance([documents[n][:, KL] for n in some], [known[arm, n] for n in some])
+    panels = {"token of the reply": position, "steps since the last round": distance}
+    plots.curves(out / "curves.svg", {title: lines for title, lines in panels.items() if lines})
+    return [*pictures, "![KL along a reply and since the last round](curves.svg)"]
+
+
 def write(out: Path, reference: str, experiment: Experiment) -> Path:
-    """Write ``fidelity.md``; steps before the first round any arm may have are not counted. Returns the file."""
+    """Write ``fidelity.md``, ``fidelity.json`` and pictures; returns the first.
+
+    Steps before the first round any arm may have are not counted.
+    """
     skip = max(config.budget.tokens for config in experiment.configs().values())
     results = read(out)
+    found = summary(results, skip)
+    values = {arm: {name: mean._asdict() for name, mean in means.items()} for arm, means in found.items()}
+    write_atomically(out / "fidelity.json", json.dumps({**results.experiment, "skip": skip, "arms": values}, indent=1))
     settings = ", ".join(f"{name} {value}" for name, value in results.experiment.items() if name != "base")
     parts = (
         f"# Fidelity to the full cache: {experiment.name}",
@@ -154,6 +196,7 @@ def write(out: Path, reference: str, experiment: Experiment) -> Path:
         "\n".join(
             f"- {arm}: `{json.dumps(laid_over(experiment.base, options))}`" for arm, options in experiment.arms.items()
         ),
+        *draw(out, results, found),
         table(results, skip),
         "## Paired",
         against(results, reference, skip),

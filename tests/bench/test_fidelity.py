@@ -105,6 +105,13 @@ def test_documents_are_the_same_every_time_and_no_split_has_another_s(name):
     assert not {tuple(document.reply) for document in development} & {tuple(document.reply) for document in test}
 
 
+def test_questions_have_names_of_their_own_and_either_split_has_enough():
+    found = {split: list(corpora.questions(Letters(), split)) for split in ("development", "test")}
+    assert len({name for split in found.values() for name, _ in split}) == 100
+    assert len({tuple(ids) for split in found.values() for _, ids in split}) == 100
+    assert min(map(len, found.values())) >= 30
+
+
 def test_values_are_stated_early_and_asked_for_at_the_end():
     for document in islice(corpora.recall(Letters(), "development", 2000), 8):
         text = Letters().decode(document.reply)
