@@ -38,7 +38,7 @@ PER_QUERY = tuple(STATISTICS)[:8]
 PER_PROMPT = tuple(STATISTICS)[8:]
 """Statistics of the tokens of a whole answer."""
 
-Rule = Literal["concentration", "fidelity", "sensitivity", "recurrence", "hoyer", "pyramid", "d2o", "cake", "zipvl"]
+Rule = Literal["concentration", "sensitivity", "hoyer", "pyramid", "d2o", "cake", "zipvl", "fidelity", "recurrence"]
 """How the layers' statistics become their shares (``allocation.rules``)."""
 
 MEASURED_BY = {"sensitivity": "lethe sensitivity", "fidelity": "lethe eval layers"}

@@ -89,14 +89,14 @@ def zipvl(profile: Profile) -> Sequence[float]:
 
 RULES: dict[Rule, Callable[[Profile], Sequence[float]]] = {
     "concentration": concentration,
-    "fidelity": fidelity,
     "sensitivity": sensitivity,
-    "recurrence": recurrence,
     "hoyer": hoyer,
     "pyramid": pyramid,
     "d2o": d2o,
     "cake": cake,
     "zipvl": zipvl,
+    "fidelity": fidelity,
+    "recurrence": recurrence,
 }
 
 

@@ -7,17 +7,20 @@ import json
 import numpy as np
 import pytest
 import torch
+from profiles import MODEL, profile
 from test_fidelity import Letters, small_gguf
 
 from lethe_bench import models
 from lethe_bench.fidelity import replay
 from lethe_bench.fidelity.corpora import Document
-from lethe_bench.fidelity.inprocess import forced
+from lethe_bench.fidelity.inprocess import InProcess, forced
 from lethe_bench.fidelity.network import Network
 from lethe_bench.fidelity.replay import Replay, full
 from lethe_sglang.allocation.budgets import from_config
+from lethe_sglang.allocation.profile import load, save
 from lethe_sglang.cli import main as program
 from lethe_sglang.config import ConfigError, from_mapping
+from lethe_sglang.files import Journal
 
 TOKENS = torch.randint(1, 40, (60,), generator=torch.Generator().manual_seed(3)).tolist()
 PROMPT, REPLY = TOKENS[:10], TOKENS[10:]
@@ -183,3 +186,45 @@ def test_a_run_without_a_server_goes_on_where_it_was_stopped(tmp_path, monkeypat
     assert program.main([*command, "--in-process", "2"]) == 0
     assert (out / lost).read_bytes() == made[lost]
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
+
+
+def test_what_a_layer_costs_alone_becomes_the_rule_of_a_profile(tmp_path, monkeypatch, capsys, network):
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda path: Few())
+    two = profile(MODEL.model_copy(update={"layers": 2}))
+    save(two, tmp_path / "old.yaml")
+    (tmp_path / "small.yaml").write_text(FILE)
+    asked = {}
+
+    class Pretended(InProcess):
+        def all(self):
+            asked.update(self.experiment.configs())
+            Journal(self.out / "experiment.json").add([{"corpora": {"own": 1, "recall": 1}, "tokens": 64}])
+            for name, values in (("own-1", []), ("recall-1", [[60, 62, "stated"]])):
+                Journal(self.out / "documents.jsonl").add([{"name": name, "values": values}])
+                for layer in range(2):
+                    (self.out / f"layer-{layer}").mkdir(exist_ok=True)
+                    steps = np.zeros((64, 4), dtype=np.float32)
+                    steps[12:, 0], steps[60:62, 2] = 0.1 + 0.3 * layer, 0.5 - 0.25 * layer
+                    np.save(self.out / f"layer-{layer}" / f"{name}.npy", steps)
+
+    monkeypatch.setattr("lethe_bench.fidelity.inprocess.InProcess", Pretended)
+    options = ["--profile", str(tmp_path / "old.yaml"), "--new", str(tmp_path / "new.yaml"), "--in-process", "1"]
+    places = ["--model", network.model.config._name_or_path, "--out", str(tmp_path / "out")]
+    assert program.main(["eval", "layers", str(tmp_path / "small.yaml"), *options, *places]) == 0
+    assert [asked[f"layer-{n}"].budget.layers for n in range(2)] == [(12, 576), (576, 12)]
+    assert {config.recent for config in asked.values()} == {4}, "the window of the experiment"
+    new = load(tmp_path / "new.yaml")
+    assert new.rule == "fidelity" and new.fidelity.kl == pytest.approx((0.1, 0.4))
+    assert new.fidelity.recall == pytest.approx((0.5, 0.25))
+    assert (new.fidelity.kept, new.fidelity.tokens, new.fidelity.documents) == (12, 64, 2)
+    assert new.model_copy(update={"rule": two.rule, "fidelity": None, "budgets": two.budgets}) == two
+    said = capsys.readouterr().out
+    assert "budget by fidelity; kl, recall: 2 forced replies, one layer pruned to 12" in said
+
+
+def test_layers_are_pruned_from_one_budget(tmp_path, capsys):
+    save(profile(), tmp_path / "old.yaml")
+    (tmp_path / "small.yaml").write_text(FILE.replace("lethe: {}", "lethe: {budget: {allocation: breakpoint}}"))
+    options = ["--profile", str(tmp_path / "old.yaml"), "--new", str(tmp_path / "new.yaml")]
+    assert program.main(["eval", "layers", str(tmp_path / "small.yaml"), *options]) == 2
+    assert "budget.allocation: got breakpoint, but the layers are pruned one at a time" in capsys.readouterr().err

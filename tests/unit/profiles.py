@@ -9,6 +9,7 @@ from lethe_sglang.allocation.profile import (
     STATISTICS,
     Budgets,
     Cost,
+    Fidelity,
     Profile,
     PromptsInfo,
     Sensitivity,
@@ -54,6 +55,7 @@ def profile(
         cost=Cost(measuring_seconds=3.0, total_seconds=20.0, statistics_bytes=1000),
         statistics=statistics,
         sensitivity=None if changed is None else Sensitivity(kept=32, prompts=20, changed=changed, lost=lost),
+        fidelity=None if changed is None else Fidelity(kept=32, tokens=200, documents=6, kl=changed, recall=lost),
         budgets=Budgets(tokens=64, layers=(64,) * layers),
     )
 

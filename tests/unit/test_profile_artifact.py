@@ -11,12 +11,13 @@ import yaml
 from profiles import MODEL, profile
 
 from lethe_sglang.allocation import from_config, layer_budgets
-from lethe_sglang.allocation.profile import STATISTICS, Rule, load, save
+from lethe_sglang.allocation.profile import STATISTICS, Fidelity, Rule, load, save
 from lethe_sglang.allocation.rules import RULES, weights
 from lethe_sglang.cli import main as cli
 from lethe_sglang.config import ConfigError, from_mapping, resolve
 from lethe_sglang.files import write_atomically
 
+FORCED = {"kept": 50, "tokens": 200, "documents": 6}
 HOYER = (0.9, 0.5, 0.7, 0.8)
 
 
@@ -79,6 +80,11 @@ class TestArtifact:
             (lambda d: d["budgets"].update(layers=[9]), "budgets.layers: got 1 values for 4 layers"),
             (lambda d: d.update(rule="profiled"), "rule: Input should be 'concentration', 'sensitivity', 'hoyer'"),
             (lambda d: d.update(rule="sensitivity"), "rule sensitivity: the profile has none; measure it with lethe"),
+            (lambda d: d.update(rule="fidelity"), "rule fidelity: the profile has none; measure it with lethe eval"),
+            (
+                lambda d: d.update(fidelity={**FORCED, "kl": [0.0] * 4, "recall": [0.0] * 3}),
+                "fidelity.recall: got 3 values for 4 layers",
+            ),
             (lambda d: d.update(alpha=17), "alpha: Input should be less than or equal to 16"),
             (lambda d: d.update(extra=1), "extra: Extra inputs are not permitted"),
         ],
@@ -147,6 +153,24 @@ class TestRules:
         assert found == pytest.approx([1.0, 1 / 3, 0.5, 5 / 6])
         assert weights(profile(rule="sensitivity", changed=(0.0,) * 4)) == (1.0,) * 4, "nothing changed at all"
 
+    def test_fidelity_shares_by_what_pruning_costs_in_both_measures(self):
+        measured = profile().model_copy(update={"rule": "fidelity"})
+
+        def found(kl, recall):
+            return weights(measured.model_copy(update={"fidelity": Fidelity(**FORCED, kl=kl, recall=recall)}))
+
+        parts = [0.4 + 0.75, 0.1 + 0.25, 0.5, 0.0]
+        assert found((4.0, 1.0, 5.0, -0.1), (0.3, 0.1, -0.2, 0.0)) == pytest.approx(
+            [p / max(parts) for p in parts], abs=1e-6
+        )
+        assert found((4.0, 1.0, 5.0, 2.0), (0.0,) * 4) == pytest.approx([0.8, 0.2, 1.0, 0.4]), "no values were recalled"
+        assert found((0.0,) * 4, (-0.1,) * 4) == (1.0,) * 4, "nothing costs anything"
+
+    def test_recurrence_gives_more_where_tokens_come_back(self):
+        assert weights(profile(rule="recurrence", recurrence=(0.1, 0.2, 0.4, 0.3))) == pytest.approx(
+            [0.25, 0.5, 1, 0.75]
+        )
+
     def test_d2o_gives_less_to_layers_of_concentrated_attention(self):
         found = weights(profile(rule="d2o", concentration=(3.0, 1.0, 2.0, 5.0)))
         assert found == pytest.approx([math.exp(-x) for x in (0.5, 0.0, 0.25, 1.0)])
@@ -191,6 +215,7 @@ class TestRules:
             entropy=HOYER,
             coverage_95=(10.0, 40.0, 20.0, 5.0),
             changed=HOYER,
+            recurrence=HOYER,
         )
         config = from_mapping({"budget": {"tokens": 100, "allocation": "profile"}})
         budgets = from_config(config, 4, measured)
@@ -243,6 +268,7 @@ class TestRewriting:
             (["-o", "n.yaml", "--num-prompts", "3"], "--num-prompts: nothing is measured with --from; leave it out"),
             (["-o", "n.yaml", "--raw"], "--raw: nothing is measured with --from; leave it out"),
             ([], "--out: needed with --from"),
+            (["-o", "n.yaml", "--rule", "fidelity"], "--rule fidelity: the profile has none; measure it with lethe ev"),
             (
                 ["-o", "n.yaml", "--rule", "sensitivity"],
                 "--rule sensitivity: the profile has none; measure it with lethe s",

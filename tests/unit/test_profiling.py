@@ -232,6 +232,7 @@ class TestCommandLine:
             (["--model-path", "m", "--budget", "5"], "--kv-evict-budget 5: budget.tokens"),
             (["--model-path", "m", "--out", "/dev/null/p.yaml"], "--out /dev/null/p.yaml: File exists; give a file"),
             (["--model-path", "m", "--rule", "sensitivity"], "--rule sensitivity: not measured here; lethe sens"),
+            (["--model-path", "m", "--rule", "fidelity"], "--rule fidelity: not measured here; lethe eval layers"),
             (["--model-path", "m", "--prompts", "nowhere.jsonl"], "--prompts nowhere.jsonl: cannot be read"),
         ],
     )
