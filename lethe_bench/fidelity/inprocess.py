@@ -118,17 +118,18 @@ def force(document: Document, arms: dict[str, EvictionConfig], out: str) -> list
     return found
 
 
-@torch.inference_mode()
 def forced(
     network: Network, document: Document, arms: dict[str, EvictionConfig]
 ) -> Iterator[tuple[str, NDArray[np.float32], list[int]]]:
     """Yield each arm's steps on a document, ``processor.MEASURES`` as float32 ``[T, 4]``, and those behind a round."""
     until = {config.budget.tokens + 2 * config.rounds.interval for config in arms.values()}
     known = min(len(document.prompt) + max(until), len(document.prompt) + len(document.reply))
-    whole = full(network, document.prompt, document.reply, known)
+    with torch.inference_mode():
+        whole = full(network, document.prompt, document.reply, known)
     for arm, config in arms.items():
-        replay = Replay(network, config, budgets(config, network), whole)
-        steps = measured(document.reply, whole.logits, replay.run())
+        with torch.inference_mode():
+            replay = Replay(network, config, budgets(config, network), whole)
+            steps = measured(document.reply, whole.logits, replay.run())
         yield arm, steps, [length + 1 - whole.prompt for length in replay.rounds]
 
 

@@ -37,7 +37,6 @@ class Network:
         assert self._attend is not None
         return self._attend(module.layer_idx, query[0], key[0], value[0], kwargs["scaling"]).unsqueeze(0), None
 
-    @torch.inference_mode()
     def forward(
         self, tokens: Sequence[int], start: int, attend: Attend, first: int = 0, last: int | None = None
     ) -> torch.Tensor:
@@ -51,8 +50,9 @@ class Network:
         self._attend = attend
         ids = torch.tensor([tokens])
         places = torch.arange(start, start + len(tokens)).unsqueeze(0)
-        hidden = self.model.base_model(input_ids=ids, position_ids=places, use_cache=False).last_hidden_state[0]
-        logits: torch.Tensor = self.model.lm_head(hidden[first:last]).float().log_softmax(-1)
+        with torch.inference_mode():
+            hidden = self.model.base_model(input_ids=ids, position_ids=places, use_cache=False).last_hidden_state[0]
+            logits: torch.Tensor = self.model.lm_head(hidden[first:last]).float().log_softmax(-1)
         return logits
 
     def sample(
