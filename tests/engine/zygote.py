@@ -7,23 +7,26 @@ nothing, has no thread and has loaded no plugin.
     warm.py              starts programs, for the tests
       zygote             imports, then forks a program for each request
         program
-          spawner        forks in place of multiprocessing's new interpreters; has run nothing of the program
-          its children
+          spawner        forks in place of new interpreters; has run nothing of the program
+          its children   of multiprocessing, and modules that it runs with ``subprocess``
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
+import functools
 import gc
+import inspect
 import json
 import multiprocessing.util
 import os
 import runpy
 import socket
+import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -35,6 +38,9 @@ IMPORTED = (
     "sglang.srt.models.registry",
 )
 
+SOURCES = Path(__file__).parents[2] / "lethe_sglang" / "engine" / "upstream.json"
+"""What every start reads the source of; a fork finds it read, unless it is not what it was any more."""
+
 PR_SET_CHILD_SUBREAPER = 36
 _HIGH = 500
 """Descriptors that are passed on wait above this number until those that they replace are closed."""
@@ -44,6 +50,10 @@ def zygote() -> dict:
     """Answer requests; returns, in a fork, what that fork is to run."""
     for name in IMPORTED:
         import_module(name)
+    inspect.getsource = functools.cache(inspect.getsource)
+    for target in json.loads(SOURCES.read_text()):
+        with contextlib.suppress(AttributeError):  # of a module that is not imported; it may have to wait for a plugin
+            inspect.getsource(inspect.unwrap(functools.reduce(getattr, target.split(".")[1:], sys.modules["sglang"])))
     assert len(os.listdir("/proc/self/task")) == 1, "a thread would not survive a fork"
     assert "lethe_sglang" not in sys.modules
     gc.freeze()
@@ -63,14 +73,21 @@ def zygote() -> dict:
 def run(command: list[str], environment: dict[str, str], out: str, errors: str, folder: str) -> None:
     """Become a program."""
     os.setsid()
-    os.chdir(folder)
     for number, file in enumerate((os.devnull, out, errors)):
         os.dup2(os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
     for number in (1, 2):
         os.ftruncate(number, 0)
+    _execute(command, environment, folder)
+
+
+def _execute(command: list[str], environment: dict[str, str], folder: str) -> None:
+    """Do what a command line says behind the interpreter."""
+    os.chdir(folder)
     _set_environment(environment)
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
-    _spawn_from(Spawner())
+    spawner = Spawner()
+    _spawn_from(spawner)
+    _run_modules_from(spawner)
     sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     main = sys.modules["__main__"] = ModuleType("__main__")
     match command:
@@ -105,9 +122,31 @@ def _spawn_from(spawner: Spawner) -> None:
     def spawn(path, arguments, descriptors):
         if arguments[-1] != "--multiprocessing-fork":
             return original(path, arguments, descriptors)
-        return spawner.spawn(arguments[-2], descriptors)
+        return spawner.spawn({int(number): int(number) for number in descriptors}, code=arguments[-2])
 
     multiprocessing.util.spawnv_passfds = spawn
+
+
+def _run_modules_from(spawner: Spawner) -> None:
+    """Let ``subprocess`` fork ``[sys.executable, "-m", MODULE, ...]`` from the spawner, if nothing unusual is asked."""
+    original = subprocess.Popen._execute_child
+    signature = inspect.signature(original)
+
+    def execute(self, *given):
+        asked = signature.bind(self, *given).arguments
+        command = asked["args"]
+        unusual = asked["shell"] or asked["preexec_fn"] or asked["pass_fds"] or not asked["close_fds"]
+        if unusual or not isinstance(command, list) or command[:2] != [sys.executable, "-m"]:
+            return original(self, *given)
+        pipes = [asked[name] for name in ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")]
+        standard = {number: own if own != -1 else number for number, own in enumerate((pipes[0], pipes[3], pipes[5]))}
+        folder, session = asked["cwd"] or str(Path.cwd()), asked["start_new_session"]
+        words = list(map(str, command[1:]))
+        self.pid = spawner.spawn(standard, asked["env"], command=words, folder=str(folder), session=session)
+        self._child_created = True
+        self._close_pipe_fds(*pipes)
+
+    subprocess.Popen._execute_child = execute
 
 
 class Spawner:
@@ -126,11 +165,11 @@ class Spawner:
         self._line.close()
         _answer(line, program)
 
-    def spawn(self, code: str, descriptors: Sequence[int]) -> int:
-        """Start a child that runs ``code`` with the same descriptors and environment; returns its number."""
-        numbers = sorted(set(map(int, descriptors)))
-        message = json.dumps({"code": code, "numbers": numbers, "environment": dict(os.environ)}).encode()
-        socket.send_fds(self._line, [len(message).to_bytes(4, "big")], numbers)
+    def spawn(self, descriptors: dict[int, int], environment: dict[str, str] | None = None, **what) -> int:
+        """Start a child with descriptors of this process under numbers of its own; returns the child's number."""
+        whole = dict(os.environ if environment is None else environment)
+        message = json.dumps({"numbers": list(descriptors), "environment": whole, **what}).encode()
+        socket.send_fds(self._line, [len(message).to_bytes(4, "big")], list(descriptors.values()))
         self._line.sendall(message)
         return int.from_bytes(_exactly(self._line, 4), "big")
 
@@ -154,9 +193,11 @@ def _answer(line: socket.socket, program: int) -> None:
         if not between:
             child = os.fork()
             if not child:
+                if request.get("session"):
+                    os.setsid()  # before anybody knows its number and may kill the group
+                os.write(writer, os.getpid().to_bytes(4, "big"))
                 os.close(reader), os.close(writer), line.close()
                 _become_child(request, received, program)
-            os.write(writer, child.to_bytes(4, "big"))
             os._exit(0)
         os.waitpid(between, 0)
         line.sendall(os.read(reader, 4))
@@ -174,9 +215,12 @@ def _become_child(request: dict, received: list[int], program: int) -> None:
     for descriptor, number in zip(waiting, request["numbers"], strict=True):
         os.dup2(descriptor, number)
         os.close(descriptor)
-    _set_environment(request["environment"])
-    sys.argv = ["-c", "--multiprocessing-fork"]
-    exec(request["code"], {"__name__": "__main__"})
+    if "command" in request:
+        _execute(request["command"], request["environment"], request["folder"])
+    else:
+        _set_environment(request["environment"])
+        sys.argv = ["-c", "--multiprocessing-fork"]
+        exec(request["code"], {"__name__": "__main__"})
     sys.exit()
 
 
