@@ -28,16 +28,6 @@ STRICT = {
     "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",  # an answer would take a second; the tests ask for tokens anyway
 }
 START_SECONDS = 420
-LONGEST = (
-    "test_serving",
-    "test_cuda_graphs",
-    "test_cuda_backends",
-    "test_pressure",
-    "test_docs",
-    "test_profile",
-    "test_quickstart",
-    "test_reconfigure",
-)
 WARM = Warm(STRICT)
 
 
@@ -118,15 +108,6 @@ class Server(servers.Server):
         log = self.log.read_text(errors="replace")
         for bad in ("Mem Leak", "memory leak", "double free", "Traceback", "stale"):
             assert bad not in log, f"{bad!r} in the log:\n{self.tail()}"
-
-
-def pytest_configure(config):
-    config.option.loadscopereorder = False  # of xdist: it would begin with the files that have the most tests
-
-
-def pytest_collection_modifyitems(items):
-    """Begin with the files that take longest, so that two workers end together."""
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")
