@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 
-from lethe_sglang.kernels.table import read
+from lethe_sglang.kernels.table import Lines, read
 from lethe_sglang.observers.base import Observer
 
 if TYPE_CHECKING:
@@ -17,6 +17,17 @@ if TYPE_CHECKING:
 
 class ShadowMismatch(AssertionError):
     """A gathered cell differs from the uncompressed cell at its logical position."""
+
+
+class Step(NamedTuple):
+    """What all layers of a decode step share, by request ``[B]``; ``real`` numbers those that are no padding."""
+
+    real: torch.Tensor
+    rows: torch.Tensor
+    seq_lens: torch.Tensor
+    place: torch.Tensor
+    line: Lines
+    followed: torch.Tensor
 
 
 class Shadow(Observer):
@@ -43,6 +54,7 @@ class Shadow(Observer):
         self.free: list[int] = []
         self.copy = cells.key.new_zeros((2, cells.num_layers, 0, 0, *cells.key.shape[1:]))
         self.slots = req_to_token.new_zeros((0, 0))  # of every position at the row's prefill
+        self.step: Step | None = None
         self.checks = 0
         self.cells = 0
 
@@ -74,6 +86,18 @@ class Shadow(Observer):
             self.copy[0, layer, place, :length] = self.store.key[cells]
             self.copy[1, layer, place, :length] = self.store.value[cells]
 
+    def _begin(self, forward_batch: Any) -> Step | None:
+        """Return what the layers of a decode step share; None if it has padding only."""
+        real = forward_batch.req_pool_indices.nonzero().squeeze(1)
+        rows, seq_lens = forward_batch.req_pool_indices[real].to(torch.int64), forward_batch.seq_lens[real]
+        numbers = rows.tolist()
+        if not numbers:
+            return None
+        place = self._place(numbers, int(seq_lens.max()))
+        # First decode step: the tree may have replaced part of the prefix, and the row is not followed yet.
+        followed = torch.tensor([row in self.ledger.requests for row in numbers], device=rows.device).unsqueeze(1)
+        return Step(real, rows, seq_lens, place, read(self.ledger.table[rows].to(torch.int64)), followed)
+
     def on_decode_layer(
         self, layer: int, forward_batch: Any, cells: torch.Tensor, length: torch.Tensor, attention: torch.Tensor | None
     ) -> None:
@@ -85,22 +109,18 @@ class Shadow(Observer):
             Naming the request's row, layer and logical positions.
         """
         assert self.store.position is not None
-        real = forward_batch.req_pool_indices != 0
-        rows, seq_lens = forward_batch.req_pool_indices[real].to(torch.int64), forward_batch.seq_lens[real]
-        cells, length = cells[real], length[real]
-        if not len(rows):
+        if layer == 0:
+            self.step = self._begin(forward_batch)
+        if self.step is None:
             return
-        place = self._place(rows.tolist(), int(seq_lens.max()))
+        real, rows, seq_lens, place, line, followed = self.step
+        cells, length = cells[real], length[real]
         newest = layer * self.store.blocks + self.req_to_token[rows, seq_lens - 1].to(torch.int64)
         self.copy[0, layer, place, seq_lens - 1] = self.store.key[newest]
         self.copy[1, layer, place, seq_lens - 1] = self.store.value[newest]
 
-        line = read(self.ledger.table[rows].to(torch.int64))
         prefix, tail, kept = line.prefix.unsqueeze(1), line.tail.unsqueeze(1), line.kept[:, layer : layer + 1]
         j = torch.arange(cells.shape[1], device=cells.device).unsqueeze(0)
-        # First decode step: the tree may have replaced part of the prefix, and the row is not followed yet.
-        known = [row in self.ledger.requests for row in rows.tolist()]
-        followed = torch.tensor(known, device=cells.device).unsqueeze(1)
         own = (j >= prefix) & (j < length.unsqueeze(1)) & followed
         packed = self.store.position[cells].to(torch.int64)
         position = torch.where(j < prefix + kept, packed, tail + j - prefix - kept).masked_fill(~own, 0)
