@@ -35,12 +35,13 @@ def run(server, policy: str) -> None:
     assert [o["text"] for o in server.generate_all(prompts, 2, **work)] == alone
     checks = server.lethe()["shadow"]["checks"]
 
+    work["tokens"] = 48
     threads = [threading.Thread(target=server.generate, args=(text,), kwargs=work) for text in prompts]
     for thread in threads:
         thread.start()
     deadline = time.monotonic() + 60
     while server.lethe()["requests_running"] < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
+        time.sleep(0.02)
     server.post("/pause_generation", {"mode": "retract"})
     server.post("/continue_generation")
     for thread in threads:

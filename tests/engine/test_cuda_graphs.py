@@ -136,15 +136,22 @@ def test_steps_that_are_not_scored_are_replayed_from_graphs_of_their_own(start, 
     server.stop()
 
 
+def wait_for_rounds(server, more):
+    goal, deadline = server.lethe()["rounds"] + more, time.monotonic() + 60
+    while server.lethe()["rounds"] < goal:
+        assert time.monotonic() < deadline, "no rounds"
+        time.sleep(0.05)
+
+
 def survive(server, first):
     """A batch that is retracted, and one that is aborted, leave the graphs as they were."""
     with ThreadPoolExecutor(3) as pool:
         running = [pool.submit(ask, server, f"x{n}", WALKS[n + 2], 60) for n in range(2)]
-        time.sleep(2)
+        wait_for_rounds(server, 2)
         server.post("/pause_generation", {"mode": "retract"})
         server.post("/continue_generation")
         gone = pool.submit(ask, server, "gone", CHAINS[0], 150)
-        time.sleep(2)
+        wait_for_rounds(server, 3)
         server.post("/abort_request", {"rid": "gone"})
         assert all(reply.result() for reply in running)
         gone.result()

@@ -11,7 +11,7 @@ import pytest
 from conftest import MODEL, WARM
 from problems import prompt, walk
 
-PROBLEM, ANSWER = walk(3, steps=60)
+PROBLEM, ANSWER = walk(3, steps=44)
 CPU_DEMO = ("--kv-evict", "lethe", "--kv-evict-config", "cpu-demo")
 
 

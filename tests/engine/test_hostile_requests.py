@@ -21,7 +21,7 @@ OPEN_DOOR = (
 
 
 def replies(server) -> list[str]:
-    return [reply["text"] for reply in server.generate_all(PROMPTS[:8], 4, tokens=130)]
+    return [reply["text"] for reply in server.generate_all(PROMPTS[:8], 8, tokens=130)]
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ SINKS, RECENT = 4, 15
 def stock(start):
     """Greedy outputs of stock SGLang at its defaults: the reference."""
     server = start("--max-total-tokens", "4096").wait()
-    outputs = server.generate_all(PROMPTS, 4)
+    outputs = server.generate_all(PROMPTS, 8)
     server.stop()
     return outputs
 
@@ -65,7 +65,7 @@ def server(request, start):
 
 
 def test_budget_above_length_gives_the_tokens_of_stock(stock, server):
-    ours = server.generate_all(PROMPTS, 4, kv_evict={"budget": 2048})
+    ours = server.generate_all(PROMPTS, 8, kv_evict={"budget": 2048})
     assert [o["text"] for o in ours] == [s["text"] for s in stock]
     assert server.lethe()["rounds"] > len(PROMPTS), "packing was not forced"
 
@@ -75,7 +75,7 @@ def test_packing_without_evicting_is_bit_identical_to_no_round_at_all(server):
         arms = []
         for arm in ("none", {"budget": 2048}):
             server.flush()
-            arms.append(server.generate(text, kv_evict=arm, logprobs=True))
+            arms.append(server.generate(text, tokens=160, kv_evict=arm, logprobs=True))
         assert arms[0]["ids"] == arms[1]["ids"]
         assert arms[0]["logprobs"] == arms[1]["logprobs"]
     assert server.lethe()["last_finished"]["rounds"] > 2
@@ -96,7 +96,7 @@ def test_eviction_is_real_bounded_and_answers_stay_right(server):
 
 
 def test_every_gathered_cell_equalled_the_uncompressed_one(server):
-    server.generate_all(PROMPTS, 8)
+    server.generate_all(PROMPTS, 16, tokens=150)
     shadow = server.lethe()["shadow"]
     assert shadow["checks"] > 5000 and shadow["cells"] > 300_000
 
@@ -127,14 +127,15 @@ def test_a_sharer_of_a_pruned_requests_prefix_is_unchanged(stock, server):
 
 def test_nothing_with_holes_enters_the_tree(server):
     server.flush()
-    output = server.generate(WALKS[1])["text"]
+    output = server.generate(WALKS[1], tokens=200)["text"]
+    assert len(output) == 200
     replay = server.generate(WALKS[1] + output[:200], tokens=4)
     assert replay["meta"]["cached_tokens"] <= len(WALKS[1]) + 1
 
 
 def test_sinks_and_the_recent_window_are_never_evicted(server):
     server.flush()
-    server.generate(WALKS[2])
+    server.generate(WALKS[2], tokens=230)
     report = server.lethe()
     log = [entry for entry in report["kept"] if entry["rid"] == report["last_finished"]["rid"]]
     assert len(log) >= 10
@@ -202,13 +203,15 @@ def test_a_prompt_is_kept_through_a_retraction_that_lost_it_from_the_tree(server
 
 
 def test_pause_and_continue_keep_the_output(server):
-    expected = server.generate(WALKS[4])["text"]
+    expected = server.generate(WALKS[4], tokens=150)["text"]
     for mode in ("in_place", "retract"):
-        out = {}
-        thread = threading.Thread(target=lambda out=out: out.update(server.generate(WALKS[4])))
+        out, rounds = {}, server.lethe()["rounds"]
+        thread = threading.Thread(target=lambda out=out: out.update(server.generate(WALKS[4], tokens=150)))
         thread.start()
-        time.sleep(0.8)
+        while server.lethe()["rounds"] < rounds + 2:
+            time.sleep(0.02)
         server.post("/pause_generation", {"mode": mode})
+        assert not out, "nothing was running any more when generation was paused"
         time.sleep(0.3)
         server.post("/continue_generation")
         thread.join(timeout=120)
@@ -238,16 +241,15 @@ def test_beam_search_is_a_400_and_costs_nobody_a_reply(stock, server, kv_evict):
         server.generate(WALKS[0], tokens=60, kv_evict=kv_evict, beam_width=3)
     assert error.value.code == 400
     assert "leave sampling_params.beam_width out" in json.loads(error.value.read())["error"]["message"]
-    assert [server.generate(p, kv_evict={"budget": 2048})["text"] for p in PROMPTS[:2]] == [
-        s["text"] for s in stock[:2]
-    ]
+    ours = server.generate_all(PROMPTS[:2], 2, kv_evict={"budget": 2048})
+    assert [o["text"] for o in ours] == [s["text"] for s in stock[:2]]
 
 
 def test_a_smaller_budget_of_one_request_is_honoured(server):
     server.flush()
-    server.generate(WALKS[0], tokens=200, kv_evict={"budget": 24})
+    server.generate(WALKS[0], tokens=140, kv_evict={"budget": 24})
     small = server.lethe()["last_finished"]["evicted_per_layer"][0]
-    server.generate(WALKS[0], tokens=200, kv_evict={"budget": 96})
+    server.generate(WALKS[0], tokens=140, kv_evict={"budget": 96})
     assert small > server.lethe()["last_finished"]["evicted_per_layer"][0]
 
 
