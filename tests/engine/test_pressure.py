@@ -140,7 +140,7 @@ def test_breakpoint_allocation_respects_the_mean_and_serves(start, tmp_path):
     server = start("--config", str(server_yaml)).wait()  # SGLang's own --config file carries the plugin's flags
     problem, answer = walk(1, steps=60)
     assert server.generate(prompt(problem), tokens=400)["text"] == answer
-    server.generate_all(PROMPTS[:8], 8)
+    server.generate_all(PROMPTS[:8], 8, tokens=150)
     report = server.lethe()
     assert report["allocation"] == "breakpoint" and report["rounds"] > 20
     counts = [[len(layer) for layer in entry["kept"]] for entry in report["kept"]]
