@@ -8,13 +8,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 BENCH = DOCS / "results" / "cpu-pool-4096" / "bench.json"
+FIDELITY = DOCS / "results" / "fidelity" / "quarter.json"
+GREY, BLUE = "#8a8f98", "#1f6fb2"
 
 SUPPORT = """# What works with what
 
@@ -70,57 +72,123 @@ def upstream() -> str:
     return UPSTREAM + "\n".join(lines) + "\n"
 
 
+class Chart(NamedTuple):
+    """A panel: its title, a bar a row (label, colour, value with interval), pixels a unit, and how numbers look."""
+
+    title: str
+    rows: Sequence[tuple[str, str, dict[str, float]]]
+    scale: float
+    form: str
+
+
 def throughput() -> str:
     """Draw output throughput and requests running, each as a multiple of stock SGLang's, from ``bench.json``."""
     ratios = json.loads(BENCH.read_text())["ratios"]
-    rows = [
-        ("stock SGLang", None, "#8a8f98"),
-        ("plugin, evicting nothing", "idle / stock", "#8fb3d9"),
-        ("plugin, 192 tokens a layer", "lethe / stock", "#1f6fb2"),
-    ]
-    panels = [("Output tokens per second", "output throughput"), ("Requests running at once", "requests running, mean")]
-    lines = [_text(16, 26, "A full KV pool of 4,096 tokens: multiples of stock SGLang", size=15, weight="bold")]
-    top = 52
-    for title, key in panels:
-        lines.append(_text(16, top, title, size=13, weight="bold"))
-        for i, (label, pair, colour) in enumerate(rows):
-            value = {"median": 1.0, "smallest": 1.0, "largest": 1.0} if pair is None else ratios[pair][key]
-            lines += _bar(top + 12 + 26 * i, label, value, colour)
-        top += 112
-    notes = (
-        "32 requests of 64 + 1,024 tokens, a toy model of 0.6M parameters, 2 CPU cores, no GPU.",
-        "Bars: median of 3 interleaved runs; lines: smallest to largest. Data: docs/results/cpu-pool-4096.",
+    one = {"value": 1.0, "low": 1.0, "high": 1.0}
+
+    def rows(key: str) -> list[tuple[str, str, dict[str, float]]]:
+        idle, evicting = (
+            dict(
+                zip(
+                    one,
+                    (ratios[f"{arm} / stock"][key][name] for name in ("median", "smallest", "largest")),
+                    strict=True,
+                )
+            )
+            for arm in ("idle", "lethe")
+        )
+        return [
+            ("stock SGLang", GREY, one),
+            ("plugin, evicting nothing", "#8fb3d9", idle),
+            ("plugin, 192 tokens a layer", BLUE, evicting),
+        ]
+
+    return _drawn(
+        "A full KV pool of 4,096 tokens: multiples of stock SGLang",
+        [
+            Chart("Output tokens per second", rows("output throughput"), 100.0, "{:.2f}x"),
+            Chart("Requests running at once", rows("requests running, mean"), 100.0, "{:.2f}x"),
+        ],
+        (
+            "32 requests of 64 + 1,024 tokens, a toy model of 0.6M parameters, 2 CPU cores, no GPU.",
+            "Bars: median of 3 interleaved runs; lines: smallest to largest. Data: docs/results/cpu-pool-4096.",
+        ),
     )
+
+
+ARMS = {
+    "lethe-fidelity": "lethe, layers by their cost",
+    "lethe": "lethe",
+    "paper": "lethe as published",
+    "h2o": "h2o",
+    "snapkv": "snapkv",
+    "tova": "tova",
+    "keydiff": "keydiff",
+    "rkv": "rkv",
+    "streaming": "streaming",
+    "random": "random",
+}
+
+
+def fidelity() -> str:
+    """Draw what policies lose of SmolLM2 at a quarter of its own tokens, from the study's ``fidelity.json``."""
+    arms = json.loads(FIDELITY.read_text())["arms"]
+
+    def rows(measure: str) -> list[tuple[str, str, dict[str, float]]]:
+        return [
+            (
+                label,
+                BLUE if arm.startswith("lethe") else GREY,
+                {"value": arms[arm][measure]["mean"], **arms[arm][measure]},
+            )
+            for arm, label in ARMS.items()
+        ]
+
+    largest = {measure: max(row[2]["high"] for row in rows(measure)) for measure in ("kl", "recall")}
+    return _drawn(
+        "A quarter of its own tokens: what SmolLM2-135M loses",
+        [
+            Chart("Distance of the next-token distribution, nats", rows("kl"), 340 / largest["kl"], "{:.3f}"),
+            Chart("Values stated early, loss in nats a token", rows("recall"), 340 / largest["recall"], "{:.2f}"),
+        ],
+        (
+            "Forced replies of 1,000 tokens, test split; lines: 95 % intervals over documents.",
+            "Data: docs/results/fidelity.",
+        ),
+    )
+
+
+def _drawn(title: str, charts: Sequence[Chart], notes: Sequence[str]) -> str:
+    lines, top, said = [_text(16, 26, title, size=15, weight="bold")], 52, []
+    for chart in charts:
+        lines.append(_text(16, top, chart.title, size=13, weight="bold"))
+        for i, (label, colour, value) in enumerate(chart.rows):
+            lines += _bar(top + 12 + 26 * i, label, value, colour, chart)
+        top += 34 + 26 * len(chart.rows)
+        numbers = (f"{label} {chart.form.format(value['value'])}" for label, _, value in chart.rows)
+        said.append(f"{chart.title}: {', '.join(numbers)}")
     for note in notes:
         lines.append(_text(16, top - 6, note, size=11, fill="#555"))
         top += 16
     body = "\n".join(f"  {line}" for line in lines)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 {top}" width="640" height="{top}" '
-        f'font-family="Helvetica, Arial, sans-serif" role="img" aria-label="{_described(ratios)}">\n'
+        f'font-family="Helvetica, Arial, sans-serif" role="img" aria-label="{"; ".join(said)}">\n'
         f'  <rect width="640" height="{top}" fill="#ffffff"/>\n{body}\n</svg>\n'
     )
 
 
-def _described(ratios: dict[str, Any]) -> str:
-    pairs = [
-        (name, ratios[f"{arm} / stock"]["output throughput"])
-        for name, arm in (("plugin", "idle"), ("evicting", "lethe"))
-    ]
-    return "Output throughput over stock: " + ", ".join(f"{name} {value['median']:.2f}" for name, value in pairs)
-
-
-def _bar(top: int, label: str, value: dict[str, float], colour: str) -> list[str]:
-    left, scale = 200, 100.0
-    width, low, high = (round(value[name] * scale, 1) for name in ("median", "smallest", "largest"))
-    middle = top + 10
+def _bar(top: int, label: str, value: dict[str, float], colour: str, chart: Chart) -> list[str]:
+    left, middle = 200, top + 10
+    width, low, high = (round(max(value[name], 0) * chart.scale, 1) for name in ("value", "low", "high"))
     lines = [
         _text(left - 8, top + 14, label, size=12, anchor="end"),
         f'<rect x="{left}" y="{top}" width="{width}" height="20" fill="{colour}"/>',
     ]
     if high > low:
         lines.append(f'<path d="M{left + low} {middle}H{left + high}" stroke="#222" stroke-width="1.5"/>')
-    lines.append(_text(left + max(width, high) + 6, top + 14, f"{value['median']:.2f}x", size=12, weight="bold"))
+    number = chart.form.format(value["value"])
+    lines.append(_text(left + max(width, high) + 6, top + 14, number, size=12, weight="bold"))
     return lines
 
 
@@ -138,6 +206,7 @@ GENERATED: dict[Path, Callable[[], str]] = {
     DOCS / "support.md": support,
     DOCS / "upstream.md": upstream,
     DOCS / "img" / "throughput.svg": throughput,
+    DOCS / "img" / "fidelity.svg": fidelity,
 }
 """What is written, and by which function."""
 
