@@ -142,10 +142,21 @@ class Server:
 
     def post(self, path: str, body: dict[str, Any], timeout: float = 600) -> str:
         """Return the text of the answer to a POST request with a JSON body."""
+        with self._open(path, body, timeout) as reply:
+            return str(reply.read().decode())
+
+    def stream(self, path: str, body: dict[str, Any], timeout: float = 600) -> Iterator[dict[str, Any]]:
+        """Yield the events of a streamed answer to a POST request with a JSON body, as they come."""
+        with self._open(path, body, timeout) as reply:
+            for line in reply:
+                data = line.decode().removeprefix("data:").strip()
+                if data and data != "[DONE]":
+                    yield json.loads(data)
+
+    def _open(self, path: str, body: dict[str, Any], timeout: float) -> Any:
         headers = {"content-type": "application/json"}
         request = urllib.request.Request(f"{self.url}{path}", data=json.dumps(body).encode(), headers=headers)
-        with self._opener.open(request, timeout=timeout) as reply:
-            return str(reply.read().decode())
+        return self._opener.open(request, timeout=timeout)
 
     def stop(self, grace: float = GRACE_SECONDS) -> None:
         """End all processes of the server and wait until its port is free; without effect the second time.

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lethe_bench.accuracy.plots import available
+from lethe_bench.fidelity import trajectory
 from lethe_bench.statistics import Mean, pooled_mean, total_mean
 from lethe_sglang.config import ConfigError
 from lethe_sglang.config.policy_section import laid_over
@@ -200,7 +201,8 @@ def write(out: Path, reference: str, experiment: Experiment) -> Path:
         table(results, skip),
         "## Paired",
         against(results, reference, skip),
+        trajectory.section(out, reference, list(experiment.arms), skip),
     )
     path = out / "fidelity.md"
-    write_atomically(path, "\n\n".join(parts) + "\n")
+    write_atomically(path, "\n\n".join(filter(None, parts)) + "\n")
     return path

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from lethe_bench.accuracy.experiment import Arm
 from lethe_bench.accuracy.live import check_server, switch
+from lethe_bench.fidelity import trajectory
 from lethe_bench.fidelity.corpora import CORPORA, Document, questions
 from lethe_bench.servers import Server, ServerError, explained, launch_command
 from lethe_sglang.cache.ledger import stagger_of
@@ -33,6 +34,7 @@ _LEGAL = {
     "tokens": "an integer from 64 to 16384",
     "corpora": f"a mapping from {', '.join((OWN, *CORPORA))} to numbers of documents >= 1",
     "split": "development or test",
+    "trajectories": "an integer >= 0",
     "at_once": "an integer >= 1",
     "arms": "a mapping from names to configurations",
 }
@@ -45,6 +47,7 @@ class Experiment(Section):
     split: Literal["development", "test"] = "development"
     tokens: int = Field(default=1000, ge=64, le=16384)
     corpora: dict[str, int] = Field(default={OWN: 12, "prose": 12, "code": 12, "recall": 12})
+    trajectories: int = Field(default=0, ge=0)
     at_once: int = Field(default=6, ge=1)
     base: dict[str, Any] = Field(default_factory=dict)
     arms: dict[str, dict[str, Any]] = Field(min_length=1)
@@ -137,13 +140,16 @@ class Run:
         documents, prompts = self.documents(tokenizer), self.prompts(tokenizer)
         known = self.samples(prompts)
         arms = ["full", *self.experiment.arms]
-        if len(known) < len(prompts) or any(self.missing(arm, documents + known) for arm in arms):
+        asked = trajectory.prompts(tokenizer, self.experiment.split, self.experiment.trajectories)
+        unanswered = any(trajectory.missing(self.out, arm, asked) for arm in arms)
+        if unanswered or len(known) < len(prompts) or any(self.missing(arm, documents + known) for arm in arms):
             with Server(self._command(), self.port, self.out / "server.log") as server, explained(server):
                 check_server(server, evicts=True)
                 documents += self._sampled(server, prompts, tokenizer.eos_token_id)
                 self.note(documents)
                 for arm in arms:
                     self._force(server, arm, documents)
+                    self._answer(server, arm, asked)
 
     def check_out(self) -> None:
         """Begin a results directory, or go on with it.
@@ -153,7 +159,7 @@ class Run:
         ConfigError
             If it holds results of another experiment.
         """
-        settings = self.experiment.model_dump(mode="json", exclude={"arms", "at_once"})
+        settings = self.experiment.model_dump(mode="json", exclude={"arms", "at_once", "trajectories"})
         path = self.out / "experiment.json"
         kept = Journal(path).read()
         wanted = {**settings, "model": self.model.name}
@@ -284,6 +290,18 @@ class Run:
                 raise ServerError(f"the reply of {document.name} was not forced; see {server.log}")
 
         self._each(force, missing, arm)
+
+    def _answer(self, server: Server, arm: str, prompts: dict[str, list[int]]) -> None:
+        """Let an arm write replies of its own, and keep how far the full cache is from each."""
+        missing = trajectory.missing(self.out, arm, prompts)
+        if missing and arm != "full":
+            switch(server, Arm(arm, 0, self.experiment.arms[arm], self.experiment.configs()[arm]))
+
+        def answer(name: str) -> None:
+            path = trajectory.path_of(self.out, arm, name)
+            trajectory.keep(server, path, prompts[name], self.experiment.tokens, evicts=arm != "full")
+
+        self._each(answer, missing, f"{arm}, own trajectories")
 
     def _each(self, work: Callable[[Any], None], items: Sequence[Any], what: str) -> None:
         with ThreadPoolExecutor(self.experiment.at_once) as pool:
