@@ -58,6 +58,7 @@ RECONF = "tests/engine/test_reconfigure.py"
 FLASH, PAGED = "tests/unit/test_flashattention_backend.py", "lethe_sglang/attention/flashattention.py"
 PAGE8 = f"{SERVE} -k page8"
 STORM = "tests/engine/test_pressure.py -k storm"
+PATHS, TRAJECTORY = "tests/bench/test_trajectory.py", "lethe_bench/fidelity/trajectory.py"
 MUTANTS = {
     "sinks are not pinned": Mutant(ROUNDS, "n.pinned.expand(rank", "(0 * n.pinned).expand(rank", UNIT),
     "blocks that moved are freed": Mutant(
@@ -776,6 +777,50 @@ MUTANTS = {
         "repr(req.origin_input_ids[-STAGGER_BY:])",
         "repr(kv.req_pool_idx)",
         f"{UNIT} -k prompt_alone",
+    ),
+    "k3 is of the other direction": Mutant(
+        TRAJECTORY, "np.expm1(r) - r", "np.expm1(-r) + r", f"{PATHS} -k sampled_tokens"
+    ),
+    "a prefill is read from its beginning": Mutant(
+        TRAJECTORY,
+        "steps, first = steps[max(len(steps) - count, 0) :], first[max(len(first) - count, 0) :]",
+        "steps, first = steps[:count], first[:count]",
+        f"{PATHS} -k from_its_end",
+    ),
+    "the prefix cache answers for a reply": Mutant(
+        TRAJECTORY, '"logprob_start_len": len(prompt) - 1', '"logprob_start_len": -1', f"{PATHS} -k prefilled_once"
+    ),
+    "own replies are sampled at another temperature": Mutant(
+        TRAJECTORY, '{"temperature": 1, ', '{"temperature": 0.8, ', f"{PATHS} -k temperature_1"
+    ),
+    "the first steps of own replies count": Mutant(
+        TRAJECTORY, "np.load(path)[skip:]", "np.load(path)", f"{PATHS} -k writes_replies"
+    ),
+    "the full cache's own replies are evicted from": Mutant(
+        "lethe_bench/fidelity/run.py", 'evicts=arm != "full"', "evicts=True", f"{PATHS} -k temperature_1"
+    ),
+    "trajectories make another experiment": Mutant(
+        "lethe_bench/fidelity/run.py", '"at_once", "trajectories"}', '"at_once"}', f"{PATHS} -k added"
+    ),
+    "own replies are measured with the arm before": Mutant(
+        "lethe_bench/fidelity/run.py",
+        'if missing and arm != "full"',
+        "if False",
+        f"{PATHS} -k added",
+    ),
+    "the quickstart keeps everything": Mutant(
+        "scripts/quickstart.py",
+        "str(tokens // 4)",
+        "str(tokens)",
+        "tests/engine/test_quickstart.py -k english",
+        engine=True,
+    ),
+    "Lethe keeps what nothing reads": Mutant(
+        "lethe_sglang/policies/lethe.py",
+        'score = candidates.need("score")',
+        'score = -candidates.need("score")',
+        "tests/engine/test_fidelity.py",
+        engine=True,
     ),
 }
 
