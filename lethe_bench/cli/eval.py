@@ -231,6 +231,8 @@ def _force(args: argparse.Namespace, experiment: Forced, model: Path, out: Path)
     if args.in_process is None:
         check_ports(args.port, 1)
         Run(experiment=experiment, model=model, out=out, port=args.port, say=say).all()
+    elif experiment.trajectories:
+        raise ConfigError("trajectories: they need a server, which writes the replies; leave them or --in-process out")
     else:
         InProcess(experiment=experiment, model=model, out=out, jobs=args.in_process).all()
 

@@ -228,6 +228,11 @@ def test_a_number_of_trajectories_that_cannot_be_is_refused(fake, capsys, given,
     assert re.search(says, capsys.readouterr().err)
 
 
+def test_trajectories_are_refused_where_no_server_runs(fake, capsys):
+    assert fake(WITH, "--in-process", "1") == 2
+    assert "trajectories: they need a server" in capsys.readouterr().err
+
+
 # -- streams ----------------------------------------------------------------------------------------------------------
 
 
