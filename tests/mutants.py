@@ -55,6 +55,7 @@ LAUNCH, DISPATCH = "lethe_sglang/kernels/triton/__init__.py", "tests/kernels/tes
 GOAL, GOALS = "lethe_bench/gpu/goal.py", "tests/bench/test_gpu_goals.py"
 OBSERVED = "tests/unit/test_observed_backends.py"
 RECONF = "tests/engine/test_reconfigure.py"
+REPLAY, REPLAYED = "lethe_bench/fidelity/replay.py", "tests/bench/test_replay.py"
 FLASH, PAGED = "tests/unit/test_flashattention_backend.py", "lethe_sglang/attention/flashattention.py"
 PAGE8 = f"{SERVE} -k page8"
 STORM = "tests/engine/test_pressure.py -k storm"
@@ -238,7 +239,7 @@ MUTANTS = {
         "lethe_sglang/engine/runtime.py", "bound = prefix - tree + request", "bound = request", f"{UNIT} -k bound"
     ),
     "breakpoint forgets the rest of the prompt": Mutant(
-        "lethe_sglang.cache.breakpoints.py", "floor + state.rest", "floor", "tests/unit/test_breakpoint.py -k rest"
+        "lethe_sglang/cache/breakpoints.py", "floor + state.rest", "floor", "tests/unit/test_breakpoint.py -k rest"
     ),
     "a waiting request is read after a change": Mutant(
         "lethe_sglang/engine/runtime.py",
@@ -774,8 +775,8 @@ MUTANTS = {
     ),
     "a first round depends on the row": Mutant(
         "lethe_sglang/engine/runtime.py",
-        "repr(req.origin_input_ids[-STAGGER_BY:])",
-        "repr(kv.req_pool_idx)",
+        "stagger_of(req.origin_input_ids)",
+        "stagger_of([kv.req_pool_idx])",
         f"{UNIT} -k prompt_alone",
     ),
     "k3 is of the other direction": Mutant(
@@ -821,6 +822,43 @@ MUTANTS = {
         'score = -candidates.need("score")',
         "tests/engine/test_fidelity.py",
         engine=True,
+    ),
+    "equal prompts of two types have two first rounds": Mutant(
+        LEDGER,
+        "np.asarray(prompt[-STAGGER_BY:], dtype=np.int64).tobytes()",
+        "repr(prompt[-STAGGER_BY:]).encode()",
+        f"{UNIT} -k prompt_alone",
+    ),
+    "steps at once do not decay what was": Mutant(
+        REPLAY, "old = rule.step_decay ** int(scored.sum())", "old = 1.0", f"{REPLAYED} -k one_by_one"
+    ),
+    "steps at once see what comes later": Mutant(REPLAY, ".triu(1)", ".triu(2)", f"{REPLAYED} -k full_cache_is_what"),
+    "a replay forgets what a round evicted": Mutant(
+        REPLAY, "seq, lines.spans, self", "seq, lines.spans._replace(kept=0 * lines.kept), self", REPLAYED
+    ),
+    "steps before the first round are computed again": Mutant(
+        REPLAY, "return logits if self.rounds else None", "return logits", f"{REPLAYED} -k not_computed_before"
+    ),
+    "keys have the share of scores": Mutant(
+        "lethe_sglang/policies/lethe.py", "by_key / self.key_share", "by_key / (1 - self.key_share)", f"{REF} -k few"
+    ),
+    "recall has no part in what a layer costs": Mutant(
+        "lethe_sglang/allocation/rules.py",
+        "(profile.fidelity.kl, profile.fidelity.recall))",
+        "(profile.fidelity.kl, profile.fidelity.kl))",
+        f"{ARTIFACT} -k both_measures",
+    ),
+    "a pruned layer has a window of its own": Mutant(
+        "lethe_bench/fidelity/layers.py",
+        '"recent_ratio": (config.recent - 0.5) / mean}',
+        '"recent_ratio": 0.3}',
+        f"{REPLAYED} -k layer_costs",
+    ),
+    "questions share names": Mutant(
+        "lethe_bench/fidelity/corpora.py",
+        'f"own-{form} {subject}"',
+        'f"own-{subject}"',
+        "tests/bench/test_fidelity.py -k names",
     ),
 }
 
