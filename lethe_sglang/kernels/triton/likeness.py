@@ -63,9 +63,9 @@ def _likeness(
 _KERNEL = Tuned(
     _likeness,
     [  # few large programs: the keys that all programs at work are about to read again have to fit into the cache
+        config(BLOCK=8192, STAGES=2, num_warps=8),
         config(BLOCK=8192, STAGES=3, num_warps=8),
         config(BLOCK=16384, STAGES=3, num_warps=16),
-        config(BLOCK=8192, STAGES=2, num_warps=8),
         config(BLOCK=4096, STAGES=3),
     ],
 )
