@@ -267,7 +267,7 @@ MUTANTS = {
         "lethe_sglang/engine/runtime.py", "bound = prefix - tree + request", "bound = request", f"{UNIT} -k bound"
     ),
     "breakpoint forgets the rest of the prompt": Mutant(
-        "lethe_sglang.cache.breakpoints.py", "floor + state.rest", "floor", "tests/unit/test_breakpoint.py -k rest"
+        "lethe_sglang/cache/breakpoints.py", "floor + state.rest", "floor", "tests/unit/test_breakpoint.py -k rest"
     ),
     "a waiting request is read after a change": Mutant(
         "lethe_sglang/engine/runtime.py",
@@ -491,7 +491,7 @@ MUTANTS = {
         "lethe_bench/deployment.py", "return self.prompt + min(", "return min(", "tests/bench/test_plan.py"
     ),
     "fp8 keys are ranked as bytes": Mutant(
-        ROUNDS, "cells.keys[c].float()", "cells.key[c].float()", "tests/unit/test_flashinfer_backend.py -k fp8"
+        ROUNDS, "made(cells.keys,", "made(cells.key,", "tests/unit/test_flashinfer_backend.py -k fp8"
     ),
     "a column is read by its number": Mutant(
         "lethe_sglang/kernels/triton/indices.py",
