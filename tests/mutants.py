@@ -41,6 +41,7 @@ ROUNDS, LEDGER, LIFE = (
 COMMON, REFERENCE = "lethe_sglang/kernels/common.py", "lethe_sglang/kernels/reference.py"
 SCORED, PHASE = "lethe_sglang/attention/scored.py", "tests/unit/test_phase.py"
 PLACES = "lethe_sglang/kernels/reference_round.py"
+LIKENESS = "lethe_sglang/kernels/triton/likeness.py"
 UNIT, SERVE = "tests/unit/test_rounds.py", "tests/engine/test_serving.py"
 ARTIFACT, MEASURE, CACHE = (
     "tests/unit/test_profile_artifact.py",
@@ -180,6 +181,34 @@ MUTANTS = {
         "cell",
         "tests/kernels/test_triton_rounds.py",
     ),
+    "a GPU's mean key is of raw keys": Mutant(
+        LIKENESS, "total += k / tl.maximum(norm, 1e-12)[:, None]", "total += k", "tests/kernels/test_triton_likeness.py"
+    ),
+    "a GPU looks at keys beyond a layer's candidates": Mutant(
+        LIKENESS,
+        "there = tl.load(valid + j, mask=j < width, other=0) != 0",
+        "there = j < width",
+        "tests/kernels/test_triton_likeness.py",
+    ),
+    "a GPU's likeness is that of the last head": Mutant(
+        LIKENESS, "before + cosine / KV_HEADS", "cosine / KV_HEADS", "tests/kernels/test_triton_likeness.py"
+    ),
+    "a GPU's keys lie within 32 bits": Mutant(
+        LIKENESS,
+        "cell = tl.load(cells + j, mask=there, other=0).to(tl.int64)",
+        "cell = tl.load(cells + j, mask=there, other=0).to(tl.int32)",
+        "tests/kernels/test_triton_likeness.py -k 32_bits",
+    ),
+    "what lies in a cell of padding counts": Mutant(
+        FEATURES, ".masked_fill_(~v[:, :, None, None], 0.0)", "", "tests/kernels/test_triton_likeness.py -k references"
+    ),
+    "a policy's own feature is passed over": Mutant(
+        ROUNDS, "type(policy).key_feature is Policy.key_feature", "True", f"{REF} -k rkv"
+    ),
+    "likeness takes a launch a layer": Mutant(
+        ROUNDS, "type(policy).key_feature is Policy.key_feature", "False", "tests/bench/test_counts.py -k keydiff"
+    ),
+    "places ascend": Mutant(FEATURES, "torch.arange(n - 1, -1, -1,", "torch.arange(0, n, 1,", f"{REF} -k default"),
     "a layer that comes to be narrow is packed so at once": Mutant(
         "lethe_sglang/cache/layout.py", "[is_narrow and k <= packed for", "[is_narrow for", f"{UNIT} -k comes_to_be"
     ),
@@ -463,7 +492,7 @@ MUTANTS = {
         "lethe_bench/deployment.py", "return self.prompt + min(", "return min(", "tests/bench/test_plan.py"
     ),
     "fp8 keys are ranked as bytes": Mutant(
-        ROUNDS, "cells.keys[c].float()", "cells.key[c].float()", "tests/unit/test_flashinfer_backend.py -k fp8"
+        ROUNDS, "made(cells.keys,", "made(cells.key,", "tests/unit/test_flashinfer_backend.py -k fp8"
     ),
     "a column is read by its number": Mutant(
         "lethe_sglang/kernels/triton/indices.py",

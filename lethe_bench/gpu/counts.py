@@ -130,20 +130,25 @@ def _tensors(values: Any) -> list[torch.Tensor]:
     return [tensor for value in values for tensor in _tensors(value)]
 
 
-def count(setting: Setting, policy_name: str = "lethe") -> dict[str, Any]:
+def count(setting: Setting, policy_name: str = "lethe", **options: Any) -> dict[str, Any]:
     """Count one launch of rounds.
 
     Returns
     -------
     dict
-        ``launches`` of torch and of Triton, ``uploads``, ``host_us`` (median of ``REPEATS``), and of the cells kept
-        the share that ``moved``.
+        ``launches`` of torch and of Triton, how many of them the policy's own ``ranking`` takes, ``uploads``,
+        ``host_us`` (median of ``REPEATS``), and of the cells kept the share that ``moved``.
     """
-    policy = from_mapping({"policy": policy_name}).built_policy
-    triton: list[str] = []
+    section = {policy_name: options} if options else {}
+    policy = from_mapping({"policy": policy_name, **section}).built_policy
+    rank, ranking, triton = type(policy).rank, Counted(), list[str]()
 
     def launched(self: Any, *rest: Any) -> None:
         triton.append(self.kernel.__name__)
+
+    def ranked(self: Any, candidates: Any) -> Any:
+        with ranking:
+            return rank(self, candidates)
 
     with (
         mock.patch.object(rounds, "kernels_for", lambda device: launchers),
@@ -153,12 +158,13 @@ def count(setting: Setting, policy_name: str = "lethe") -> dict[str, Any]:
         for _ in range(SETTLED):
             server.round(server.plans())
         triton.clear()
-        with Counted() as counted:
+        with Counted() as counted, mock.patch.object(type(policy), "rank", ranked):
             server.round(server.plans())
         found = {
             "torch": sum(counted.kernels.values()),
             "triton": len(triton),
             "launches": sum(counted.kernels.values()) + len(triton),
+            "ranking": sum(ranking.kernels.values()),
             "uploads": counted.uploads,
             "kernels": dict(counted.kernels) | dict(Counter(triton)),
         }
@@ -184,6 +190,7 @@ def moved(setting: Setting, policy: Any) -> float:
             reference.repack(buffers, source, destination)
 
     server = Server(setting, policy, "cpu")
+    server.cells.key.normal_(generator=torch.Generator().manual_seed(1))
     with mock.patch.object(rounds, "kernels_for", lambda device: Watched()):
         for _ in range(SETTLED + 1):
             server.round(server.plans())

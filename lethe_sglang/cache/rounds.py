@@ -9,7 +9,8 @@ and all due requests.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -18,10 +19,8 @@ from lethe_sglang.cache.upload import columns_of, upload
 from lethe_sglang.kernels.common import Candidate, Cells, Extent
 from lethe_sglang.kernels.dispatch import kernels_for
 from lethe_sglang.kernels.table import NEVER, ROUND
-from lethe_sglang.policies.base import Candidates
-
-if TYPE_CHECKING:
-    from lethe_sglang.policies.base import Policy
+from lethe_sglang.policies.base import Candidates, Policy
+from lethe_sglang.policies.features import by_layer
 
 
 def tables_of(plans: Sequence[RoundPlan], device: torch.device) -> tuple[torch.Tensor, Extent]:
@@ -182,9 +181,10 @@ def shown(
         return values if reduce_scores is None else reduce_scores(values)
 
     feature = None
-    if policy.uses_keys:  # one layer at a time: a policy may compare every key with every other
-        pairs = zip(ordered(candidate.cells), candidate.valid, strict=True)
-        feature = over_ranks(torch.stack([policy.key_feature(cells.keys[c].float(), v) for c, v in pairs]))
+    if policy.uses_keys:
+        usual = type(policy).key_feature is Policy.key_feature
+        made = kernels_for(cells.key.device).likeness if usual else partial(by_layer, policy.key_feature)
+        feature = over_ranks(made(cells.keys, ordered(candidate.cells), candidate.valid))
     position, score, memory = candidate[2:]
     return Candidates(
         score=None if score is None else over_ranks(ordered(score)),

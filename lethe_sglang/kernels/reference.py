@@ -23,7 +23,7 @@ from lethe_sglang.kernels.common import (
     token_lists,
     update,
 )
-from lethe_sglang.kernels.reference_round import gather, place, rewrite_rows
+from lethe_sglang.kernels.reference_round import gather, likeness, place, rewrite_rows
 from lethe_sglang.kernels.table import NEVER, read
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ __all__ = [
     "fill_lists",
     "fill_pages",
     "gather",
+    "likeness",
     "place",
     "repack",
     "rewrite_rows",

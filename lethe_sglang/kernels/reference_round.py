@@ -6,6 +6,7 @@ import torch
 
 from lethe_sglang.kernels.common import Candidate, Cells, Extent, holes_of, token_lists
 from lethe_sglang.kernels.table import ROUND, Rounds, Spans
+from lethe_sglang.policies import features
 
 
 def _read(table: torch.Tensor) -> Rounds:
@@ -33,6 +34,11 @@ def gather(req_to_token: torch.Tensor, table: torch.Tensor, cells: Cells, extent
         position = torch.where(in_tail >= 0, written, cells.position[own.cells])
     score, memory = (None if state is None else state[own.cells] for state in cells.states)
     return Candidate(own.cells, j < own.length.unsqueeze(2), position, score, memory)
+
+
+def likeness(keys: torch.Tensor, cells: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Compare each candidate's key with the mean normalised key of its layer's candidates."""
+    return features.by_layer(features.likeness, keys, cells, valid)
 
 
 def rewrite_rows(req_to_token: torch.Tensor, table: torch.Tensor, extent: Extent) -> torch.Tensor:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import ConfigDict
 
+from lethe_sglang.policies.features import likeness
+
 if TYPE_CHECKING:
     from torch import Tensor as Tensor
 else:  # policies import torch where they compute: what only reads a configuration starts without it
@@ -138,10 +140,13 @@ class Policy(ABC):
     def key_feature(self, keys: Tensor, valid: Tensor) -> Tensor:
         """Reduce the candidates' keys of one layer to one number a cell (only if ``uses_keys``).
 
+        Unless a policy says otherwise, this is their likeness to the mean key (KeyDiff), for which a GPU takes one
+        launch for all layers. What a policy puts in its place runs a layer at a time.
+
         Parameters
         ----------
         keys
-            float32 ``[B, n, H, D]``: this rank's KV heads.
+            float32 ``[B, n, H, D]``: this rank's KV heads; 0 where a candidate is not valid.
         valid
             bool ``[B, n]``.
 
@@ -150,7 +155,7 @@ class Policy(ABC):
         torch.Tensor
             float32 ``[B, n]``: the mean over this rank's heads; the engine averages over ranks.
         """
-        raise NotImplementedError
+        return likeness(keys, valid)
 
     def remember(self, candidates: Candidates) -> Tensor | None:
         """Renew the memory, float32 ``[L, B, n]``, before ``rank`` sees it; None leaves it as it is."""

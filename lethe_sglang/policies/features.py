@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from lethe_sglang.policies.base import Tensor
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
 
 NEAR_DUPLICATES = 0.5
 """Cosine above which two keys are near-duplicates, as in R-KV's official code."""
@@ -32,6 +37,29 @@ def pooled(score: Tensor, valid: Tensor, kernel: int, how: str) -> Tensor:
     flat = score.masked_fill(~valid, 0.0).flatten(0, 1).unsqueeze(1)
     pool = torch.nn.functional.avg_pool1d if how == "avg" else torch.nn.functional.max_pool1d
     return pool(flat, kernel, stride=1, padding=kernel // 2).view(score.shape)
+
+
+def by_layer(feature: Callable[[Tensor, Tensor], Tensor], keys: Tensor, cells: Tensor, valid: Tensor) -> Tensor:
+    """Make a feature of the candidates' keys, a layer at a time: one may compare every key with every other.
+
+    Parameters
+    ----------
+    feature
+        A policy's ``key_feature``.
+    keys
+        ``[cells, H, D]``: the flat pool.
+    cells, valid
+        int and bool ``[L, B, n]``; what is not valid gets a key of zeros, whatever lies in that cell.
+
+    Returns
+    -------
+    torch.Tensor
+        float32 ``[L, B, n]``.
+    """
+    import torch
+
+    pairs = zip(cells, valid, strict=True)
+    return torch.stack([feature(keys[c].float().masked_fill_(~v[:, :, None, None], 0.0), v) for c, v in pairs])
 
 
 def redundancy(keys: Tensor, valid: Tensor) -> Tensor:
@@ -94,7 +122,6 @@ def places(values: Tensor, valid: Tensor) -> Tensor:
     import torch
 
     n = values.shape[-1]
-    last_first = values.masked_fill(~valid, float("-inf")).flip(-1)
-    order = n - 1 - last_first.argsort(dim=-1, descending=True, stable=True)
-    numbers = torch.arange(n, dtype=values.dtype, device=values.device)
-    return torch.empty_like(values).scatter_(-1, order, numbers.expand_as(values))
+    last_to_first = values.masked_fill(~valid, float("-inf")).argsort(dim=-1, stable=True)
+    numbers = torch.arange(n - 1, -1, -1, dtype=values.dtype, device=values.device)
+    return torch.empty_like(values).scatter_(-1, last_to_first, numbers.expand_as(values))

@@ -7,7 +7,6 @@ from typing import ClassVar
 from pydantic.dataclasses import dataclass
 
 from lethe_sglang.policies.base import Candidates, Tensor, Unscored
-from lethe_sglang.policies.features import likeness
 
 
 @dataclass(frozen=True)
@@ -20,10 +19,6 @@ class KeyDiffPolicy(Unscored):
 
     source: ClassVar[str] = "arXiv 2504.15364"
     uses_keys: ClassVar[bool] = True
-
-    def key_feature(self, keys: Tensor, valid: Tensor) -> Tensor:
-        """Cosine to the mean normalised key."""
-        return likeness(keys, valid)
 
     def rank(self, candidates: Candidates) -> Tensor:
         """By difference from the mean key."""

@@ -8,7 +8,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from lethe_sglang.policies.base import Accumulation, Candidates, Policy, Tensor
-from lethe_sglang.policies.features import likeness, places
+from lethe_sglang.policies.features import places
 
 BEHIND = 0.41
 """Part of a place by which the list of keys is behind that of scores: no share of whole percents makes the two tie."""
@@ -61,10 +61,6 @@ class LethePolicy(Policy):
     def accumulation(self) -> Accumulation:
         """Every (n-th) step, decayed."""
         return Accumulation(float(0.5 ** (1.0 / self.half_life)), self.score_every)
-
-    def key_feature(self, keys: Tensor, valid: Tensor) -> Tensor:
-        """Cosine to the mean normalised key."""
-        return likeness(keys, valid)
 
     def rank(self, candidates: Candidates) -> Tensor:
         """By the better of two places: that by score, and that by difference from the mean key."""

@@ -10,10 +10,20 @@ MOST_LAUNCHES = 12
 
 
 @pytest.mark.parametrize("per_layer", [False, True], ids=["uniform", "per layer"])
-def test_a_launch_of_rounds_is_one_upload_few_kernels_and_few_moves(per_layer):
-    found = count(Setting(requests=4, layers=6, kept=64, interval=16, per_layer=per_layer))
+@pytest.mark.parametrize(("policy", "options"), [("lethe", {"key_share": 0}), ("keydiff", {})])
+def test_a_launch_of_rounds_is_one_upload_few_kernels_and_few_moves(policy, options, per_layer):
+    found = count(Setting(requests=4, layers=6, kept=64, interval=16, per_layer=per_layer), policy, **options)
     assert found["uploads"] == 1
     assert 6 <= found["launches"] == found["torch"] + found["triton"] <= MOST_LAUNCHES
+    assert 0 < found["moved"] < 0.35, "a kept cell that is at home is moved all the same"
+
+
+@pytest.mark.parametrize("per_layer", [False, True], ids=["uniform", "per layer"])
+def test_the_default_policy_adds_one_kernel_and_what_its_two_sorts_take(per_layer):
+    found = count(Setting(requests=4, layers=6, kept=64, interval=16, per_layer=per_layer))
+    assert found["uploads"] == 1 and found["kernels"]["_likeness"] == 1 and found["kernels"]["sort"] == 2
+    assert 6 <= found["launches"] - found["ranking"] <= MOST_LAUNCHES
+    assert found["launches"] == found["torch"] + found["triton"] and found["ranking"] <= 16
     assert 0 < found["moved"] < 0.35, "a kept cell that is at home is moved all the same"
 
 

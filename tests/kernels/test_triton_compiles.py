@@ -16,12 +16,12 @@ SHARED_MEMORY = 99 * 1024
 
 PROGRAM = textwrap.dedent(
     """
-    import json, sys
+    import json, pathlib, re, subprocess, sys
     import triton, triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from lethe_sglang.kernels.table import NEVER, ROUND, column
-    from lethe_sglang.kernels.triton import indices, repack, rounds, score, select, start_states
+    from lethe_sglang.kernels.triton import indices, likeness, repack, rounds, score, select, start_states
 
     def build(name, tuned, pointers, constants, floats=()):
         kernel, config = tuned.kernel, tuned.configs[0]
@@ -39,10 +39,14 @@ PROGRAM = textwrap.dedent(
         target = GPUTarget("cuda", int(sys.argv[1]), 32)
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
         made = triton.compile(ASTSource(kernel, signature, constants, aligned), target=target, options=options)
+        pathlib.Path(binary).write_bytes(made.asm["cubin"])
+        usage = subprocess.run([tool, "-res-usage", binary], check=True, capture_output=True, text=True).stdout
         built[name] = {"shared": made.metadata.shared, "binary": len(made.asm["cubin"]),
-                       "asynchronous": "cp.async" in made.asm["ptx"]}
+                       "asynchronous": "cp.async" in made.asm["ptx"],
+                       "spilled": int(re.search(r"STACK:(\\d+)", usage)[1])}
 
-    built, rows = {}, {"rows": "i64", "seq_lens": "i64"}
+    tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    binary, built, rows = sys.argv[2], {}, {"rows": "i64", "seq_lens": "i64"}
     tables = {"req_to_token": "i32", "table": "i32", **rows, "indptr": "i32", "indices": "i32"}
     columns = {name.upper(): column(name, 28) for name in ("prefix", "tail", "kept", "packed", "excess", "holes")}
     for fill, flat in ((True, True), (False, True), (True, False), (False, False)):
@@ -83,6 +87,10 @@ PROGRAM = textwrap.dedent(
                      "DIM_PAD": triton.next_power_of_2(dim), "COMPUTE": compute}
         build(f"score-{query}-{keys}-{dim}-{group}-{rule}", score._SCORE, {"query": query, "keys": keys, **states},
               constants, ["logit_scale", "lse_scale", "threshold"])
+    looked_at = {"cells": "i32", "valid": "u8", "likeness": "fp32"}
+    for keys, dim in [("bf16", 128), ("fp8e5", 80), ("fp32", 256)]:
+        constants = {"KV_HEADS": 8, "HEAD_DIM": dim, "DIM_PAD": triton.next_power_of_2(dim)}
+        build(f"likeness-{keys}-{dim}", likeness._KERNEL, {"keys": keys, **looked_at}, constants)
     print(json.dumps(built))
     """
 )
@@ -93,12 +101,19 @@ PROGRAM = textwrap.dedent(
 def test_every_kernel_compiles(tmp_path, capability):
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     run = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(capability)], env=environment, capture_output=True, text=True, timeout=600
+        [sys.executable, "-c", PROGRAM, str(capability), str(tmp_path / "cubin")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert run.returncode == 0, run.stderr[-4000:]
     built = json.loads(run.stdout.splitlines()[-1])
-    assert len(built) == 19 + (capability >= 89)
+    assert len(built) == 22 + (capability >= 89)
     assert all(kernel["binary"] for kernel in built.values())
     assert {name: kernel["shared"] for name, kernel in built.items() if kernel["shared"] > SHARED_MEMORY} == {}
-    loops = {name: kernel["asynchronous"] for name, kernel in built.items() if name.startswith("score")}
+    assert {
+        name: kernel["spilled"] for name, kernel in built.items() if kernel["spilled"] and name[:5] != "score"
+    } == {}
+    loops = {name: kernel["asynchronous"] for name, kernel in built.items() if name.startswith(("score", "likeness"))}
     assert all(loops.values()), f"keys are not loaded ahead of their use: {loops}"

@@ -19,6 +19,8 @@ from lethe_sglang.policies.lethe import LethePolicy
 from lethe_sglang.policies.random import RandomPolicy
 from lethe_sglang.policies.streaming import StreamingPolicy
 
+BY_SCORE = LethePolicy(key_share=0)
+
 
 def own_positions(pool, row):
     """Per layer, the logical positions that decode would gather, read from the cells themselves."""
@@ -54,7 +56,7 @@ def test_many_rounds_keep_what_a_dense_reference_keeps(page, prefix, budgets):
         due = [s for s in states.values() if pool.seq[s.row] >= s.due_at]
         if due:
             before = {s.row: s.layout.tail for s in due}
-            plans = pool.round(due, LethePolicy(), sinks=2)
+            plans = pool.round(due, BY_SCORE, sinks=2)
             rounds += len(plans)
             for plan in plans:
                 assert plan.new_tail - before[plan.row] >= pool.ledger.interval
@@ -76,7 +78,7 @@ def test_a_request_never_holds_more_than_its_bound():
         state = pool.admit(1, 3, 0, budgets)
         for _ in range(200):
             if pool.seq[1] >= state.due_at:
-                pool.round([state], LethePolicy())
+                pool.round([state], BY_SCORE)
             held = -(-pool.seq[1] // page) * page - state.layout.dead_len
             assert held <= request_bound(12 + 6, 8, page)
             pool.append(1)
@@ -94,7 +96,7 @@ def test_a_kept_prompt_that_the_tree_does_not_own_is_part_of_the_bound(page, tre
     most = 0
     for _ in range(200):
         if pool.seq[1] >= state.due_at:
-            pool.round([state], LethePolicy())
+            pool.round([state], BY_SCORE)
         held = -(-pool.seq[1] // page) * page - tree - state.layout.dead_len
         assert held <= runtime.bound(request, tree)
         most = max(most, held)
@@ -136,7 +138,7 @@ def test_first_rounds_are_staggered_over_the_interval_and_the_bound_holds(page, 
         for _ in range(120):
             if pool.seq[1] >= state.due_at:
                 due.append(pool.seq[1])
-                pool.round([state], LethePolicy())
+                pool.round([state], BY_SCORE)
             held = -(-pool.seq[1] // page) * page - state.layout.dead_len
             assert held <= request_bound(budget + 6, interval, page)
             pool.append(1)
@@ -180,7 +182,7 @@ def test_packing_without_evicting_changes_nothing_that_decode_reads():
     state = pool.admit(1, 60, 8, (500, 500, 500))
     before = own_positions(pool, 1)
     free = len(pool.free)
-    pool.round([state], LethePolicy())
+    pool.round([state], BY_SCORE)
     assert own_positions(pool, 1) == before
     assert len(pool.free) == free
     assert state.layout.packed > 0
@@ -191,7 +193,7 @@ def test_sinks_survive_whatever_their_score_and_states_travel_with_their_cell():
     state = pool.admit(1, 60, 0, (4, 4, 4))
     pool.cells.score.fill_(1.0)
     pool.cells.score.view(3, -1)[:, pool.req_to_token[1, :3].long()] = -5.0
-    pool.round([state], LethePolicy(), sinks=3)
+    pool.round([state], BY_SCORE, sinks=3)
     lists = pool.lists([1])
     for layer in range(3):
         cells = lists.cells[layer, 0, :4]
@@ -207,7 +209,7 @@ def test_own_sinks_are_the_first_positions_behind_the_prefix_in_every_round(pref
     for _ in range(3):
         pool.cells.score.fill_(1.0)
         pool.cells.score.view(3, -1)[:, pool.req_to_token[1, prefix : prefix + 4].long()] = -5.0
-        pool.round([state], LethePolicy(), sinks=2, own_sinks=4)
+        pool.round([state], BY_SCORE, sinks=2, own_sinks=4)
         for positions in own_positions(pool, 1):
             assert positions[: prefix + 4] == list(range(prefix + 4))
         for _ in range(12):
@@ -218,7 +220,7 @@ def test_ties_go_to_the_later_token():
     pool = MiniPool()
     state = pool.admit(1, 40, 0, (5, 5, 5))
     pool.cells.score.fill_(0.5)
-    pool.round([state], LethePolicy(), sinks=0)
+    pool.round([state], BY_SCORE, sinks=0)
     assert own_positions(pool, 1)[0] == list(range(29, 40))
 
 
@@ -227,7 +229,7 @@ def test_a_rank_that_is_no_number_costs_neither_sinks_nor_candidates(extreme):
     pool = MiniPool()
     states = [pool.admit(row, length, 0, (5, 5, 5)) for row, length in ((1, 40), (2, 17))]
     pool.cells.score.fill_(extreme)
-    pool.round(states, LethePolicy(), sinks=2)
+    pool.round(states, BY_SCORE, sinks=2)
     for row, length in ((1, 40), (2, 17)):
         for positions in own_positions(pool, row):
             assert positions[:2] == [0, 1] and len(positions) == 5 + 6 and positions[-1] == length - 1
@@ -243,7 +245,7 @@ def test_no_position_of_a_kept_prompt_is_ever_a_candidate_whoever_owns_its_block
         while pool.seq[1] < state.due_at:
             pool.append(1)
         pool.cells.score.copy_(pool.cells.key[:, 0, 2])  # the later, the better: the prompt ranks last
-        (plan,) = pool.round([state], LethePolicy(), sinks=2)
+        (plan,) = pool.round([state], BY_SCORE, sinks=2)
         for positions, budget in zip(own_positions(pool, 1), (2, 3, 4), strict=True):
             assert positions[:protected] == list(range(protected)), "the prompt lost a token"
             assert len([p for p in positions if protected <= p < plan.new_tail]) == budget, "it is not in the budget"
@@ -276,9 +278,9 @@ def test_two_due_requests_cost_one_launch_and_keep_what_each_would_alone():
     for pool in (together, alone):
         for row in (1, 2):
             pool.admit(row, 50 + 7 * row, 0, (9, 4, 6))
-    together.round(list(together.ledger.requests.values()), LethePolicy())
+    together.round(list(together.ledger.requests.values()), BY_SCORE)
     for state in list(alone.ledger.requests.values()):
-        alone.round([state], LethePolicy())
+        alone.round([state], BY_SCORE)
     assert [own_positions(together, r) for r in (1, 2)] == [own_positions(alone, r) for r in (1, 2)]
 
 
@@ -310,14 +312,14 @@ def test_a_layer_that_comes_to_be_narrow_may_have_excess_for_which_there_is_no_r
     for _ in range(3):
         while pool.seq[1] < state.due_at:
             pool.append(1)
-        (plan,) = pool.round([state], LethePolicy())
+        (plan,) = pool.round([state], BY_SCORE)
     assert page > 1 or max(plan.kept) > plan.new_packed, "no layer has excess: the test says nothing"
     pool.ledger.configure(6, 16, False, None, narrow_layers(after))
     pool.ledger.renew(state, after, pool.seq[1])
     for _ in range(20):
         while pool.seq[1] < state.due_at:
             pool.append(1)
-        (plan,) = pool.round([state], LethePolicy())
+        (plan,) = pool.round([state], BY_SCORE)
         assert plan.new_packed <= plan.old_packed + plan.new_tail - plan.old_tail
         own_positions(pool, 1)
         pool.check_conservation()
@@ -326,11 +328,11 @@ def test_a_layer_that_comes_to_be_narrow_may_have_excess_for_which_there_is_no_r
 def test_budgets_may_change_between_rounds_and_blocks_shrink_with_them():
     pool = MiniPool(page=1)
     state = pool.admit(1, 80, 0, (30, 30, 30))
-    pool.round([state], LethePolicy())
+    pool.round([state], BY_SCORE)
     held = state.layout.packed
     for _ in range(10):
         pool.append(1)
-    pool.round([state], LethePolicy(), budgets={1: (10, 4, 7)})
+    pool.round([state], BY_SCORE, budgets={1: (10, 4, 7)})
     assert state.kept == (10, 4, 7) and state.layout.packed == 7 < held
     pool.check_conservation()
     own_positions(pool, 1)
@@ -339,7 +341,7 @@ def test_budgets_may_change_between_rounds_and_blocks_shrink_with_them():
 def test_a_closed_row_reads_as_intact_again():
     pool = MiniPool()
     state = pool.admit(1, 60, 0, (6, 6, 6))
-    pool.round([state], LethePolicy())
+    pool.round([state], BY_SCORE)
     assert int(pool.ledger.table[1].abs().sum()) > 0
     assert pool.ledger.close([1, 5]) == [state]
     pool.ledger.flush()

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from lethe_sglang.kernels.common import Batch, Lists
 
 INTEGER = (torch.int32, torch.int64)
+FLOAT = (torch.float32, torch.float16, torch.bfloat16)
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _search = False
 
 

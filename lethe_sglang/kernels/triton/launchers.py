@@ -1,6 +1,7 @@
 """The Triton launchers, all in one place."""
 
 from lethe_sglang.kernels.triton.indices import fill_lists, fill_pages
+from lethe_sglang.kernels.triton.likeness import likeness
 from lethe_sglang.kernels.triton.repack import repack
 from lethe_sglang.kernels.triton.rounds import gather, place, rewrite_rows
 from lethe_sglang.kernels.triton.score import schedule, score
@@ -11,6 +12,7 @@ __all__ = [
     "fill_lists",
     "fill_pages",
     "gather",
+    "likeness",
     "place",
     "repack",
     "rewrite_rows",

@@ -18,6 +18,8 @@ import triton.language as tl
 from lethe_sglang.kernels.common import Attention, Batch, Lists, Schedule, States
 from lethe_sglang.kernels.table import NEVER, column, layers_of
 from lethe_sglang.kernels.triton import (
+    FLOAT,
+    FP8,
     INTEGER,
     Tuned,
     bucket,
@@ -32,8 +34,6 @@ from lethe_sglang.kernels.triton import (
 if TYPE_CHECKING:
     from lethe_sglang.policies.base import Accumulation
 
-_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-_FLOAT = (torch.float32, torch.float16, torch.bfloat16)
 _TRITON = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _RULES = {"sum": 0, "max": 1, "recurrence": 2}
 _PROGRAMS_PER_SM = 8
@@ -233,9 +233,9 @@ def score(
     """
     query, keys, lse, scaling, lse_base, parts = attention
     scores, memories = states
-    expect("query", query, _FLOAT, [None, None, None])
+    expect("query", query, FLOAT, [None, None, None])
     batch, heads, head_dim = query.shape
-    expect("keys", keys, (*_FLOAT, *_FP8), [None, None, head_dim])
+    expect("keys", keys, (*FLOAT, *FP8), [None, None, head_dim])
     cells, kv_heads = keys.shape[:2]
     if kv_heads == 0 or heads % kv_heads or not 0 < head_dim <= 256:
         raise ValueError(f"{heads} query heads do not share {kv_heads} KV heads, or head_dim {head_dim} exceeds 256")
@@ -312,4 +312,4 @@ def _compute_dtype(query: torch.dtype, keys: torch.dtype) -> Any:
     """Type of the dot product's operands; it always sums in float32, and none of these conversions rounds."""
     if interpreted():  # the interpreter has no bfloat16 dot
         return tl.float32
-    return _TRITON[query if keys in _FP8 else torch.promote_types(query, keys)]
+    return _TRITON[query if keys in FP8 else torch.promote_types(query, keys)]
