@@ -16,7 +16,7 @@ def test_show_prints_the_defaults_with_their_derived_values(capsys):
     comments = [line for line in printed.splitlines() if line.startswith("#")]
     assert any(line.startswith("# R = 308 ") for line in comments)
     assert any(line.startswith("# K = 716 ") for line in comments)
-    assert any(line.startswith("# gamma = 0.997999 ") for line in comments)
+    assert any(line.startswith("# gamma = 0.994599 ") for line in comments)
     assert "# a request may ask for 313 to 4096 tokens" in comments
 
 
