@@ -54,9 +54,9 @@ def plan(ledger: Ledger, state: RequestState, committed: int, floor: int) -> Rou
 
 def count(result: RoundResult, plans: Sequence[RoundPlan]) -> list[Pending]:
     """Count what a launch has ranked, a request each; nothing waits for the device."""
-    rank = result.rank.nan_to_num().masked_fill(~result.valid, float("-inf"))
-    pinned = torch.arange(rank.shape[2], device=rank.device) < result.pinned.view(1, -1, 1)
-    counts = breakpoint_counts(rank, pinned.expand_as(rank), result.valid.sum(-1))
+    score = result.salience.nan_to_num().masked_fill(~result.valid, float("-inf"))
+    pinned = torch.arange(score.shape[2], device=score.device) < result.pinned.view(1, -1, 1)
+    counts = breakpoint_counts(score, pinned.expand_as(score), result.valid.sum(-1))
     event = None
     if counts.device.type != "cpu":
         host = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)

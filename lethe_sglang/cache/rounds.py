@@ -57,6 +57,9 @@ class RoundResult(NamedTuple):
         int64 ``[f]``: slots that go back to the allocator, whole pages, request by request in row order.
     rank
         float32 ``[L, B, n]``: the policy's ranks, in the order it saw the candidates in.
+    salience
+        float32 ``[L, B, n]``: the attention that candidates have gathered, where the policy sums it or takes the
+        largest; else the ranks.
     valid
         bool ``[L, B, n]``: false beyond a layer's candidates.
     pinned
@@ -68,6 +71,7 @@ class RoundResult(NamedTuple):
 
     freed: torch.Tensor
     rank: torch.Tensor
+    salience: torch.Tensor
     valid: torch.Tensor
     pinned: torch.Tensor
     kept_position: torch.Tensor | None
@@ -120,7 +124,9 @@ def run_round(
     made = {"position"} if remembered is None else {"position", "memory"}
     moved = [buffer for name, buffer in cells.buffers.items() if name not in made]
     kernels.repack(moved, source, destination, scratch)
-    return RoundResult(freed, rank, candidates.valid, n.pinned, kept_position)
+    rule, score = policy.accumulation, candidates.score
+    salience = rank if score is None or rule is None or rule.rule == "recurrence" else score
+    return RoundResult(freed, rank, salience, candidates.valid, n.pinned, kept_position)
 
 
 TEMPORARY_BYTES = 72

@@ -37,8 +37,8 @@ PORTABLE = {"lethe-pages": {"PYTHONPATH": str(HERE / "flashattention_on_cpu"), "
 REPLAYED = [("lethe-uniform", "flashinfer"), ("snapkv-breakpoint", "flashinfer"), ("lazy-pages", "flashinfer")]
 REPLAYED += [("lethe-pages", "fa3")]  # pages of one token are replayed where every third step is scored
 EVERY = {"lethe": {"score_every": 3}}
-JOBS = [(WALKS[0], 24), (CHAINS[1], 44), (WALKS[1], 34)]
-LONGER = {"lethe-pages": [(prompt, 2 * tokens) for prompt, tokens in JOBS]}
+JOBS = [(WALKS[0], 26), (CHAINS[1], 52), (WALKS[1], 36)]
+LONGER = {name: [(prompt, 2 * tokens) for prompt, tokens in JOBS] for name in ("lethe-pages", "lazy-pages")}
 """Whole pages leave room behind a prompt."""
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from cache_model import MiniPool
 
 from lethe_sglang.allocation.breakpoint import breakpoint_budgets, breakpoint_counts
-from lethe_sglang.cache.breakpoints import Pending, plan
+from lethe_sglang.cache.breakpoints import Pending, count, plan
 from lethe_sglang.cache.ledger import Ledger
+from lethe_sglang.cache.rounds import run_round
+from lethe_sglang.config import from_mapping
 
 
 def counts(values, ratio=10.0, segments=4, sinks=0):
@@ -57,3 +61,21 @@ def test_no_layer_gets_less_than_the_rest_of_a_kept_prompt_and_the_floor():
     state.pending = Pending(torch.tensor([200, 10, 200, 12]), None, (200, 200, 200, 200))
     kept = plan(ledger, state, committed=230, floor=5).kept
     assert min(kept) >= 15 + 5 and sum(kept) <= 4 * (40 + 15)
+
+
+@pytest.mark.parametrize(
+    ("options", "by"), [({}, "score"), ({"key_share": 0}, "score"), ({"policy": "keydiff"}, "rank")]
+)
+def test_what_is_counted_is_attention_however_tokens_are_ranked(options, by):
+    policy = options.pop("policy", "lethe")
+    ranked = from_mapping({"policy": policy, **({"lethe": options} if options else {})}).built_policy
+    pool = MiniPool()
+    state = pool.admit(1, 40, 4, (8, 8, 8))
+    plan = pool.ledger.plan(state, 40, (8, 8, 8))
+    scores = [[pool.score(1, layer, position) for position in range(4, plan.new_tail)] for layer in range(3)]
+    result = run_round([plan], pool.cells, pool.req_to_token, ranked)
+    expected = {"score": torch.tensor(scores), "rank": result.rank[:, 0]}[by]
+    torch.testing.assert_close(result.salience[:, 0], expected)
+    pending = count(result, [plan])[0]
+    pinned = torch.zeros_like(result.valid)
+    assert pending.counts.tolist() == breakpoint_counts(result.salience, pinned, result.valid.sum(-1))[:, 0].tolist()
