@@ -868,6 +868,12 @@ MUTANTS = {
     "steps before the first round are computed again": Mutant(
         REPLAY, "return logits if self.rounds else None", "return logits", f"{REPLAYED} -k not_computed_before"
     ),
+    "breakpoint counts places for attention": Mutant(
+        ROUNDS,
+        "salience = rank if score is None or",
+        "salience = rank if score is not None or",
+        "tests/unit/test_breakpoint.py -k however",
+    ),
     "keys have the share of scores": Mutant(
         "lethe_sglang/policies/lethe.py", "by_key / self.key_share", "by_key / (1 - self.key_share)", f"{REF} -k few"
     ),

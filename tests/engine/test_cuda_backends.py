@@ -23,7 +23,7 @@ SETTINGS = config(
     debug={"record_kept": True, "shadow": True},
 )
 PROMPTS = CHAINS[:2]
-TOKENS = (26, 46)
+TOKENS = (26, 54)
 """So that the last steps are of one request, which is replayed where there are graphs."""
 HERE = Path(__file__).parent
 ENVIRONMENT = {

@@ -64,11 +64,10 @@ def test_no_layer_gets_less_than_the_rest_of_a_kept_prompt_and_the_floor():
 
 
 @pytest.mark.parametrize(
-    ("options", "by"), [({}, "score"), ({"key_share": 0}, "score"), ({"policy": "keydiff"}, "rank")]
+    ("options", "by"), [({}, "score"), ({"lethe": {"key_share": 0}}, "score"), ({"policy": "keydiff"}, "rank")]
 )
 def test_what_is_counted_is_attention_however_tokens_are_ranked(options, by):
-    policy = options.pop("policy", "lethe")
-    ranked = from_mapping({"policy": policy, **({"lethe": options} if options else {})}).built_policy
+    ranked = from_mapping(options).built_policy
     pool = MiniPool()
     state = pool.admit(1, 40, 4, (8, 8, 8))
     plan = pool.ledger.plan(state, 40, (8, 8, 8))
