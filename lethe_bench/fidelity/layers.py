@@ -1,17 +1,22 @@
-"""What each layer costs when it alone is pruned, in forced replies: what a profile's rule ``fidelity`` shares by."""
+"""What each layer costs when it alone is pruned, in forced replies: what a profile's rule ``fidelity`` shares by.
+
+python -m lethe_bench.fidelity.layers PROFILE   prints the rank correlations of its statistics with what layers cost
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lethe_bench.cli.profiles import rank_correlation
 from lethe_bench.fidelity.report import KL, MEASURES, RECALL, read
 from lethe_bench.fidelity.run import Experiment
 from lethe_bench.one_layer import pruned
-from lethe_sglang.allocation.profile import Fidelity
+from lethe_sglang.allocation.profile import Fidelity, Profile, load
 from lethe_sglang.config import ConfigError, from_mapping
 from lethe_sglang.config.policy_section import laid_over
 
@@ -69,3 +74,17 @@ def measured(out: Path, layers: int, kept: int) -> Fidelity:
         kl=tuple(mean(layer, MEASURES[KL], documents) for layer in range(layers)),
         recall=tuple(mean(layer, RECALL[0], recall) for layer in range(layers)),
     )
+
+
+def correlations(profile: Profile) -> str:
+    """Return Markdown: the rank correlation of every statistic of a profile with either cost of a layer."""
+    assert profile.fidelity is not None
+    lines = ["| statistic | KL | NLL of values |", "| --- | --- | --- |"]
+    for statistic, values in profile.statistics.items():
+        found = (rank_correlation(values.mean, cost) for cost in (profile.fidelity.kl, profile.fidelity.recall))
+        lines.append(f"| `{statistic}` | {' | '.join(f'{value:+.2f}' for value in found)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(correlations(load(Path(sys.argv[1]))))
