@@ -824,7 +824,7 @@ MUTANTS = {
         TRAJECTORY, '{"temperature": 1, ', '{"temperature": 0.8, ', f"{PATHS} -k temperature_1"
     ),
     "the first steps of own replies count": Mutant(
-        TRAJECTORY, "np.load(path)[skip:]", "np.load(path)", f"{PATHS} -k writes_replies"
+        TRAJECTORY, "np.load(path)[skip:]", "np.load(path)", f"{PATHS} -k before_any_round"
     ),
     "the full cache's own replies are evicted from": Mutant(
         "lethe_bench/fidelity/run.py", 'evicts=arm != "full"', "evicts=True", f"{PATHS} -k temperature_1"

@@ -11,7 +11,7 @@ import torch
 from test_fidelity import Letters, Served
 
 from lethe_bench.fidelity import run as fidelity_run
-from lethe_bench.fidelity.trajectory import AGREEMENT, K3, R, Said, compared, decoded, measured, prefilled
+from lethe_bench.fidelity.trajectory import AGREEMENT, K3, R, Said, compared, decoded, measured, prefilled, section
 from lethe_bench.servers import Server, ServerError, some_free_port
 from lethe_sglang.cli import main as program
 
@@ -186,6 +186,14 @@ def test_every_arm_writes_replies_of_its_own_and_the_report_compares_them(fake, 
     assert means["lethe"] == pytest.approx(float(steps[:, K3].mean()), abs=1e-4)
     assert float(rows["full"][2].split()[0]) == 1 > float(rows["lethe"][2].split()[0])
     assert rows["lethe"][3:] == ["", ""] and rows["random"][3].startswith("+") and rows["random"][4].startswith("-")
+
+
+def test_steps_before_any_round_are_not_counted(tmp_path):
+    steps = np.zeros((20, 3), dtype=np.float32)
+    steps[:8, K3], steps[8:, K3] = 5.0, 0.25
+    (tmp_path / "lethe" / "trajectories").mkdir(parents=True)
+    np.save(tmp_path / "lethe" / "trajectories" / "own-1.npy", steps)
+    assert "| lethe | 1 | 0.2500 (" in section(tmp_path, "lethe", ["lethe"], 8)
 
 
 def test_replies_are_sampled_at_temperature_1_and_only_the_full_caches_keep_everything(fake):
