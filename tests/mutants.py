@@ -874,6 +874,27 @@ MUTANTS = {
         "salience = rank if score is not None or",
         "tests/unit/test_breakpoint.py -k however",
     ),
+    "an arm that cannot be replayed is found when its turn comes": Mutant(
+        "lethe_bench/fidelity/inprocess.py",
+        "            budgets(config, layers)\n",
+        "            pass\n",
+        f"{REPLAYED} -k before_anything",
+    ),
+    "attention with a window is replayed without": Mutant(
+        "lethe_bench/fidelity/network.py",
+        "if used := [name",
+        "if used := [] and [name",
+        f"{REPLAYED} -k not_computed_here",
+    ),
+    "steps are counted from the first round": Mutant(
+        "lethe_bench/fidelity/plots.py", "kl[start:end]", "kl[starts[0]:end]", f"{REPLAYED} -k curves_average"
+    ),
+    "a sum is a mean": Mutant(
+        "lethe_bench/statistics.py",
+        "total += float(sum(values.sum() for values in groups)) / count",
+        "total += float(sum(values.sum() for values in groups)) / count / len(parts)",
+        "tests/bench/test_fidelity.py -k means_of_both",
+    ),
     "keys have the share of scores": Mutant(
         "lethe_sglang/policies/lethe.py", "by_key / self.key_share", "by_key / (1 - self.key_share)", f"{REF} -k few"
     ),

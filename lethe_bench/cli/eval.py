@@ -94,17 +94,17 @@ def _add_layers_parser(actions: Subparsers) -> None:
     layers.add_argument("--alpha", metavar="A", type=number(-16, 16), default=1.0, help="exponent of the shares")
 
 
-def _add_forced_options(fidelity: argparse.ArgumentParser) -> None:
-    fidelity.add_argument("file", metavar="FILE", type=Path, help="YAML file of the experiment (configs/fidelity/)")
-    fidelity.add_argument(
+def _add_forced_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", type=Path, help="YAML file of the experiment (configs/fidelity/)")
+    parser.add_argument(
         "--model",
         metavar="MODEL",
         default="smollm2",
         help=f"{models.LEGAL} (default: smollm2, which a package carries)",
     )
-    fidelity.add_argument("--out", metavar="DIR", type=Path, help="results directory (default: out/fidelity/NAME)")
-    fidelity.add_argument("--port", metavar="N", type=integer(1, 65535), default=31000, help="port of the server")
-    fidelity.add_argument(
+    parser.add_argument("--out", metavar="DIR", type=Path, help="results directory (default: out/fidelity/NAME)")
+    parser.add_argument("--port", metavar="N", type=integer(1, 65535), default=31000, help="port of the server")
+    parser.add_argument(
         "--in-process",
         metavar="N",
         type=integer(1),

@@ -1,4 +1,4 @@
-"""Fidelity without a server: the same numbers (``replay.py``) at many times the speed, a process a document."""
+"""Fidelity without a server: the same numbers (``replay.py``), a process a document."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from tqdm import tqdm
 
 from lethe_bench.fidelity.corpora import Document
 from lethe_bench.fidelity.network import Network
+from lethe_bench.fidelity.processor import keep
 from lethe_bench.fidelity.replay import Replay, full
 from lethe_bench.fidelity.report import ROUNDS
 from lethe_bench.fidelity.run import Run
 from lethe_sglang.allocation import profile as profiles
 from lethe_sglang.allocation.budgets import from_config
-from lethe_sglang.config import EvictionConfig
+from lethe_sglang.config import ConfigError, EvictionConfig
 from lethe_sglang.files import Journal
 
 SAMPLED_TOGETHER = 15
@@ -50,8 +51,12 @@ class InProcess(Run):
         ConfigError
             If the directory holds results of another experiment, or an arm cannot be replayed.
         """
-        from transformers import AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer
 
+        configs = self.experiment.configs()
+        layers = int(AutoConfig.from_pretrained(self.model).num_hidden_layers)
+        for config in configs.values():  # refused now, not when its turn comes
+            budgets(config, layers)
         self.check_out()
         tokenizer = AutoTokenizer.from_pretrained(self.model)
         prompts = self.prompts(tokenizer)
@@ -60,7 +65,6 @@ class InProcess(Run):
         self.note(documents)
         corpora = [[d for d in documents if d.name.startswith(f"{corpus}-")] for corpus in self.experiment.corpora]
         documents = [d for row in zip_longest(*corpora) for d in row if d is not None]  # stopped early, it is even
-        configs = self.experiment.configs()
         tasks = list[tuple[Document, dict[str, EvictionConfig]]]()
         for document in documents:
             if lacking := {arm: config for arm, config in configs.items() if self.missing(arm, [document])}:
@@ -109,11 +113,7 @@ def force(document: Document, arms: dict[str, EvictionConfig], out: str) -> list
     assert _network is not None
     found = []
     for arm, steps, rounds in forced(_network, document, arms):
-        path = Path(out) / arm / f"{document.name}.npy"
-        draft = path.with_suffix(".draft")
-        with draft.open("wb") as file:
-            np.save(file, steps)
-        draft.replace(path)
+        keep(Path(out) / arm / f"{document.name}.npy", steps)
         found.append({"arm": arm, "name": document.name, "rounds": rounds})
     return found
 
@@ -124,19 +124,29 @@ def forced(
     """Yield each arm's steps on a document, ``processor.MEASURES`` as float32 ``[T, 4]``, and those behind a round."""
     until = {config.budget.tokens + 2 * config.rounds.interval for config in arms.values()}
     known = min(len(document.prompt) + max(until), len(document.prompt) + len(document.reply))
+    shares = {arm: budgets(config, network.layers) for arm, config in arms.items()}
     with torch.inference_mode():
         whole = full(network, document.prompt, document.reply, known)
     for arm, config in arms.items():
         with torch.inference_mode():
-            replay = Replay(network, config, budgets(config, network), whole)
+            replay = Replay(network, config, shares[arm], whole)
             steps = measured(document.reply, whole.logits, replay.run())
         yield arm, steps, [length + 1 - whole.prompt for length in replay.rounds]
 
 
-def budgets(config: EvictionConfig, network: Network) -> tuple[int, ...]:
-    """Return k_l of an arm."""
+def budgets(config: EvictionConfig, layers: int) -> tuple[int, ...]:
+    """Return k_l of an arm.
+
+    Raises
+    ------
+    ConfigError
+        If its prompt is not kept, as how a private prompt's scores begin is the server's; or if its budgets or its
+        profile are not of a model of so many layers.
+    """
+    if config.retain.prompt != "keep":
+        raise ConfigError("retain.prompt: got evict, which is measured on a server only; set it to keep")
     profile = profiles.load(Path(config.budget.profile)) if config.budget.reads_profile else None
-    return from_config(config, network.layers, profile)
+    return from_config(config, layers, profile)
 
 
 def measured(reply: Sequence[int], full: torch.Tensor, arm: torch.Tensor) -> NDArray[np.float32]:

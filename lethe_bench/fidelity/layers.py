@@ -1,6 +1,6 @@
 """What each layer costs when it alone is pruned, in forced replies: what a profile's rule ``fidelity`` shares by.
 
-python -m lethe_bench.fidelity.layers PROFILE   prints the rank correlations of its statistics with what layers cost
+python -m lethe_bench.fidelity.layers PROFILE   says which layers bear the cost, and which statistics tell
 """
 
 from __future__ import annotations
@@ -86,5 +86,20 @@ def correlations(profile: Profile) -> str:
     return "\n".join(lines)
 
 
+def dearest(costs: Sequence[float], count: int) -> str:
+    """Say which ``count`` layers cost most, and which part of all layers' cost is theirs."""
+    first = sorted(range(len(costs)), key=costs.__getitem__, reverse=True)[:count]
+    part = sum(costs[layer] for layer in first) / sum(max(cost, 0.0) for cost in costs)
+    return f"{', '.join(map(str, first))}: {part:.0%}"
+
+
+def main(path: Path) -> None:
+    """Print both of a profile."""
+    profile = load(path)
+    assert profile.fidelity is not None
+    print(f"KL: layers {dearest(profile.fidelity.kl, 8)}; NLL of values: layers {dearest(profile.fidelity.recall, 4)}")
+    print(correlations(profile))
+
+
 if __name__ == "__main__":
-    print(correlations(load(Path(sys.argv[1]))))
+    main(Path(sys.argv[1]))

@@ -8,11 +8,17 @@ from typing import Any
 
 import torch
 
+from lethe_sglang.config import ConfigError
+
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 """From a layer's number, its queries ``[Hq, C, D]``, keys and values ``[Hkv, C, D]`` (positions applied) and the
 softmax scale to its output, ``[C, Hq, D]``."""
 
 NAME = "lethe_replay"
+
+
+UNKNOWN = ("sliding_window", "softcap", "s_aux")
+"""What models hand attention beside query, key and value, and a replay does not compute."""
 
 
 class Network:
@@ -35,6 +41,8 @@ class Network:
         self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, None]:
         assert self._attend is not None
+        if used := [name for name in UNKNOWN if kwargs.get(name) is not None]:
+            raise ConfigError(f"--in-process: layer {module.layer_idx} uses {', '.join(used)}; measure on a server")
         return self._attend(module.layer_idx, query[0], key[0], value[0], kwargs["scaling"]).unsqueeze(0), None
 
     def forward(
@@ -51,8 +59,9 @@ class Network:
         ids = torch.tensor([tokens])
         places = torch.arange(start, start + len(tokens)).unsqueeze(0)
         with torch.inference_mode():
-            hidden = self.model.base_model(input_ids=ids, position_ids=places, use_cache=False).last_hidden_state[0]
-            logits: torch.Tensor = self.model.lm_head(hidden[first:last]).float().log_softmax(-1)
+            asked = torch.arange(len(tokens))[first:last]
+            said = self.model(input_ids=ids, position_ids=places, use_cache=False, logits_to_keep=asked)
+            logits: torch.Tensor = said.logits[0].float().log_softmax(-1)
         return logits
 
     def sample(

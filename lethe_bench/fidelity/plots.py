@@ -30,7 +30,7 @@ def tradeoff(path: Path, arms: Mapping[str, tuple[Mean, Mean]]) -> None:
         )
     axes.set(xlabel="KL(full || arm), nats a step", ylabel="NLL of values above full, nats a token")
     axes.set(xlim=(0, None), ylim=(min(0, axes.get_ylim()[0]), None))
-    _finish(figure, axes, path)
+    _finish(figure, [axes], path)
 
 
 def curves(path: Path, panels: Mapping[str, Mapping[str, tuple[NDArray[Any], NDArray[Any]]]]) -> None:
@@ -40,8 +40,7 @@ def curves(path: Path, panels: Mapping[str, Mapping[str, tuple[NDArray[Any], NDA
         for number, (arm, (x, y)) in enumerate(lines.items()):
             axes.plot(x, y, label=arm, **_style(number), linewidth=1)
         axes.set(xlabel=title, ylabel="KL(full || arm), nats", ylim=(0, None))
-        axes.grid(alpha=0.25)
-    _finish(figure, all_axes[0], path)
+    _finish(figure, all_axes, path)
 
 
 def by_position(steps: Sequence[NDArray[Any]], bins: int = 20) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -73,8 +72,9 @@ def _panels(count: int) -> tuple[Any, list[Any]]:
     return figure, list(figure.subplots(1, count, squeeze=False).flat)
 
 
-def _finish(figure: Any, axes: Any, path: Path) -> None:
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize=7, ncols=2)
+def _finish(figure: Any, all_axes: Sequence[Any], path: Path) -> None:
+    for axes in all_axes:
+        axes.grid(alpha=0.25)
+    all_axes[0].legend(fontsize=7, ncols=2)
     with importlib.import_module("matplotlib").rc_context({"svg.hashsalt": path.name}):
         figure.savefig(path, metadata={"Date": None})

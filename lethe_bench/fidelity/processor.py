@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.lib.format import open_memmap
+from numpy.typing import NDArray
 
 MEASURES = ("kl", "agreement", "nll", "full_nll")
 """Per step: ``KL(full || arm)`` in nats, whether the likeliest token is the same, and the negative log-likelihoods of
@@ -62,9 +63,15 @@ def observe(forced: dict[str, Any], step: int, token: int, found: torch.Tensor) 
         forced["full"], forced["found"] = np.load(forced["reference"], mmap_mode="r"), []
     forced["found"].append(compare(torch.from_numpy(forced["full"][step].astype(np.float32)), found.cpu(), token))
     if last:
-        with Path(draft).open("wb") as out:
-            np.save(out, np.array(forced.pop("found"), dtype=np.float32))
-        os.replace(draft, forced["result"])
+        keep(Path(forced["result"]), np.array(forced.pop("found"), dtype=np.float32))
+
+
+def keep(path: Path, steps: NDArray[np.float32]) -> None:
+    """Write a document's steps; the file is there as a whole or not at all."""
+    draft = path.with_name(f"{path.name}.draft")
+    with draft.open("wb") as out:
+        np.save(out, steps)
+    draft.replace(path)
 
 
 def compare(full: torch.Tensor, arm: torch.Tensor, token: int) -> tuple[float, float, float, float]:

@@ -1,4 +1,4 @@
-"""One request's life under eviction, forced and without a server: many times faster, and the same to the last cell.
+"""One request's life under eviction, forced and without a server: faster, and the same to the last cell.
 
 Between two rounds a request only grows, so all tokens between them go through the model at once. Everything that
 decides is the product's own: the ledger says when a round is due, ``run_round`` ranks with the policy and packs, lists
@@ -18,7 +18,7 @@ from lethe_sglang.cache import breakpoints
 from lethe_sglang.cache.layout import narrow_layers, pinned_cells
 from lethe_sglang.cache.ledger import Ledger, stagger_of
 from lethe_sglang.cache.rounds import run_round
-from lethe_sglang.config import ConfigError, EvictionConfig
+from lethe_sglang.config import EvictionConfig
 from lethe_sglang.kernels.common import Cells, token_lists, update
 from lethe_sglang.kernels.table import read
 
@@ -110,7 +110,7 @@ STRIP = 256
 
 
 class Replay:
-    """One request under one arm.
+    """One request under one arm, as a server that has no other request would treat it.
 
     Parameters
     ----------
@@ -127,16 +127,9 @@ class Replay:
     ----------
     rounds
         Committed length (tokens) at each round.
-
-    Raises
-    ------
-    ConfigError
-        If the prompt is not kept: how a private prompt's scores begin is the server's.
     """
 
     def __init__(self, network: Network, config: EvictionConfig, budgets: tuple[int, ...], document: Full) -> None:
-        if config.retain.prompt != "keep":
-            raise ConfigError("retain.prompt: got evict, which is measured on a server only; set it to keep")
         self.network, self.config, self.document = network, config, document
         self.policy, self.rounds = config.built_policy, list[int]()
         layers, _, heads, dim = document.keys.shape
@@ -158,7 +151,7 @@ class Replay:
         window = None if rule is None else rule.window
         self.ledger = Ledger(2, layers, 1, config.recent, config.rounds.interval, "cpu", window=window, narrow=narrow)
         prompt = document.tokens[: document.prompt]
-        self._append(0, document.prompt, document.keys[:, : len(prompt)], document.values[:, : len(prompt)])
+        self._append(0, len(prompt), document.keys[:, : len(prompt)], document.values[:, : len(prompt)])
         self.state = self.ledger.open(
             "",
             ROW,
@@ -190,7 +183,7 @@ class Replay:
     # -- between rounds -----------------------------------------------------------------------------------------------
 
     def _append(self, start: int, end: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write the K and V of positions, ``[L, n, Hkv, D]``, to slots of their own, and start their states."""
+        """Write the K and V of positions, ``[L, n, Hkv, D]``, to slots of their own."""
         slots = torch.arange(start, end) + 1
         self.req_to_token[ROW, start:end] = slots.int()
         for buffer, fresh in ((self.cells.key, keys), (self.cells.value, values)):

@@ -21,9 +21,7 @@ to nothing, in 16 bits more, and most with ``--rl-on-policy-target``, which roun
 
 from __future__ import annotations
 
-import io
 import json
-import os
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -32,6 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lethe_bench.fidelity import processor
 from lethe_bench.fidelity.corpora import Split, questions
 from lethe_bench.servers import Server, ServerError
 from lethe_bench.statistics import paired_means, pooled_mean
@@ -185,12 +184,8 @@ def keep(server: Server, path: Path, prompt: list[int], tokens: int, *, evicts: 
     if not evicts:
         sampling["custom_params"] = {"kv_evict": "none"}
     reply = json.loads(server.post("/generate", {"input_ids": prompt, **ASKED, "sampling_params": sampling}, 3600))
-    written = io.BytesIO()
-    np.save(written, measured(server, prompt, reply))
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".draft")
-    draft.write_bytes(written.getvalue())
-    os.replace(draft, path)
+    processor.keep(path, measured(server, prompt, reply))
 
 
 _COLUMNS = (("k3 (nats)", K3), ("same first choice", AGREEMENT))

@@ -19,6 +19,7 @@ from lethe_bench.fidelity.processor import Forced, compare, observe
 from lethe_bench.servers import ServerError
 from lethe_sglang.cli import main as program
 from lethe_sglang.config import ConfigError
+from lethe_sglang.policies import policy_names
 
 ROOT = Path(__file__).parents[2]
 WORDS = 7
@@ -263,6 +264,21 @@ def test_every_experiment_that_ships_loads(path):
     experiment = fidelity_run.load(path)
     alone = len(experiment.arms) == 1  # for lethe eval layers, which makes arms of it
     assert experiment.name == path.stem and (alone or {"random", "streaming"} <= {*experiment.arms})
+
+
+def test_the_experiment_for_any_model_asks_for_nothing_of_one():
+    experiment = fidelity_run.load(ROOT / "configs" / "fidelity" / "policies.yaml")
+    assert {config.policy for config in experiment.configs().values()} == set(policy_names())
+    assert all(c.budget.layers is None and not c.budget.reads_profile for c in experiment.configs().values())
+
+
+def test_the_sum_is_of_the_means_of_both_measures():
+    steps = np.zeros((2, 10, 4), dtype=np.float32)
+    steps[1, :, report.KL], steps[1, 8:, report.NLL] = 0.25, 2.0
+    arms = {arm: {"prose-1": found, "recall-1": found} for arm, found in zip(("a", "b"), steps, strict=True)}
+    results = report.Results({"corpora": {"prose": 1, "recall": 1}}, arms, {"prose-1": [], "recall-1": [8, 9]})
+    cells = report.against(results, "a").splitlines()[-1].split("|")
+    assert [float(cell.split()[0]) for cell in cells[2:5]] == [0.25, 2.0, 2.25]
 
 
 def test_another_arm_and_another_model_are_refused(fake, capsys):

@@ -11,7 +11,7 @@ from profiles import MODEL, profile
 from test_fidelity import Letters, small_gguf
 
 from lethe_bench import models
-from lethe_bench.fidelity import replay
+from lethe_bench.fidelity import plots, replay
 from lethe_bench.fidelity.corpora import Document
 from lethe_bench.fidelity.inprocess import InProcess, forced
 from lethe_bench.fidelity.network import Network
@@ -146,6 +146,26 @@ def test_a_private_prompt_is_refused(network):
         next(forced(network, Document("prose-1", PROMPT, REPLY), {"a": from_mapping({"retain": {"prompt": "evict"}})}))
 
 
+@pytest.mark.parametrize("extra", ["sliding_window", "softcap", "s_aux"])
+def test_attention_that_is_not_computed_here_is_refused(network, extra, monkeypatch):
+    attention = network.model.base_model.layers[1].self_attn
+    before = attention.forward
+    monkeypatch.setattr(attention, "forward", lambda *args, **kwargs: before(*args, **{**kwargs, extra: 3}))
+    with pytest.raises(ConfigError, match=f"--in-process: layer 1 uses {extra}; measure on a server"):
+        full(network, PROMPT, REPLY, 25)
+
+
+# -- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def test_curves_average_over_documents_by_position_and_by_steps_since_a_round():
+    steps = [np.array([0.0, 0.0, 1.0, 3.0, 1.0, 3.0]), np.array([0.0, 0.0, 0.0, 3.0, 5.0, 7.0])]
+    x, y = plots.by_position(steps, bins=3)
+    assert x.tolist() == [1, 3, 5] and y.tolist() == [0.0, 1.75, 4.0]
+    x, y = plots.by_distance(steps, [[2, 4], [3]])
+    assert x.tolist() == [0, 1] and y.tolist() == pytest.approx([(1 + 1 + 3) / 3, (3 + 3 + 5) / 3])
+
+
 # -- the command ------------------------------------------------------------------------------------------------------
 
 FILE = """
@@ -186,6 +206,25 @@ def test_a_run_without_a_server_goes_on_where_it_was_stopped(tmp_path, monkeypat
     assert program.main([*command, "--in-process", "2"]) == 0
     assert (out / lost).read_bytes() == made[lost]
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
+
+
+@pytest.mark.parametrize(
+    ("arm", "says"),
+    [
+        ("{retain: {prompt: evict}}", "retain.prompt: got evict, which is measured on a server only"),
+        (
+            "{budget: {allocation: list, layers: [12, 12, 12]}}",
+            "budget.layers: got 3 values, but the model has 2",
+        ),
+    ],
+)
+def test_an_arm_that_cannot_be_replayed_is_refused_before_anything_is_done(tmp_path, capsys, network, arm, says):
+    (tmp_path / "small.yaml").write_text(
+        FILE.replace("lethe: {}", f"lethe: {arm}").replace("tokens: 12}", "tokens: 12}")
+    )
+    command = ["eval", "fidelity", str(tmp_path / "small.yaml"), "--model", network.model.config._name_or_path]
+    assert program.main([*command, "--out", str(tmp_path / "out"), "--in-process", "1"]) == 2
+    assert says in capsys.readouterr().err and not list((tmp_path / "out").iterdir())
 
 
 def test_what_a_layer_costs_alone_becomes_the_rule_of_a_profile(tmp_path, monkeypatch, capsys, network):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import itertools
+import json
 import os
 import re
 import shlex
@@ -148,6 +149,17 @@ def test_the_configuration_page_names_every_option():
     sections = set(known) - {""}
     options = [f"{section}.{key}".strip(".") for section, keys in known.items() for key in keys if key not in sections]
     assert len(options) > 25 and sorted(options) == sorted(re.findall(r"^\| `([\w.]+)`", page, re.MULTILINE))
+
+
+def test_the_readmes_table_is_that_of_the_study():
+    arms = json.loads((ROOT / "docs" / "results" / "fidelity" / "quarter.json").read_text())["arms"]
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in (ROOT / "README.md").read_text().splitlines()]
+    head = rows.index(next(row for row in rows if row[2:] == ["KL", "values"]))
+    found = {row[0].strip("`") or "lethe-fidelity": row[2:] for row in itertools.takewhile(bool, rows[head + 2 :])}
+    assert set(found) == {*IN_TREE, "lethe-fidelity"}
+    for name, cells in found.items():
+        means = arms.get(name)
+        assert cells == ([f"{means['kl']['mean']:.3f}", f"{means['recall']['mean']:.2f}"] if means else ["-", "-"])
 
 
 def test_the_readme_is_short():
