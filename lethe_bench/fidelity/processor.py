@@ -47,23 +47,41 @@ class Forced:
 
 
 def observe(forced: dict[str, Any], step: int, token: int, found: torch.Tensor) -> None:
-    """Keep a step's distribution ``found``, float32 ``[V]`` in nats, or compare it with the one that is kept."""
-    last = step == len(forced["tokens"]) - 1
-    draft = f"{forced['result']}.draft"
+    """Keep a step's distribution ``found``, float32 ``[V]`` in nats, or compare it with the one that is kept.
+
+    On a GPU all stays there until the last step, half precision as in the file, so that no step waits for a copy.
+    """
     if forced["reference"] is None:
-        if step == 0:
-            shape = len(forced["tokens"]), len(found)
-            forced["kept"] = open_memmap(draft, mode="w+", dtype=np.float16, shape=shape)  # type: ignore[no-untyped-call]
-        forced["kept"][step] = found.cpu().numpy()
-        if last:
-            forced.pop("kept").flush()
-            os.replace(draft, forced["result"])
+        _kept(forced, step, found)
         return
     if step == 0:
         forced["full"], forced["found"] = np.load(forced["reference"], mmap_mode="r"), []
-    forced["found"].append(compare(torch.from_numpy(forced["full"][step].astype(np.float32)), found.cpu(), token))
-    if last:
-        keep(Path(forced["result"]), np.array(forced.pop("found"), dtype=np.float32))
+        if found.is_cuda:
+            forced["full"] = torch.from_numpy(np.load(forced["reference"])).to(found.device)
+    full = forced["full"][step] if found.is_cuda else torch.from_numpy(forced["full"][step].astype(np.float32))
+    forced["found"].append(compare(full.float(), found, token))
+    if step == len(forced["tokens"]) - 1:
+        keep(Path(forced["result"]), torch.stack(forced.pop("found")).cpu().numpy())
+        del forced["full"]
+
+
+def _kept(forced: dict[str, Any], step: int, found: torch.Tensor) -> None:
+    draft, last = f"{forced['result']}.draft", len(forced["tokens"]) - 1
+    shape = last + 1, len(found)
+    if step == 0 and found.is_cuda:
+        forced["kept"] = found.new_empty(shape, dtype=torch.float16)
+    elif step == 0:
+        forced["kept"] = open_memmap(draft, mode="w+", dtype=np.float16, shape=shape)  # type: ignore[no-untyped-call]
+    forced["kept"][step] = found if found.is_cuda else found.numpy()
+    if step < last:
+        return
+    kept = forced.pop("kept")
+    if found.is_cuda:
+        with open(draft, "wb") as out:
+            np.save(out, kept.cpu().numpy())
+    else:
+        kept.flush()
+    os.replace(draft, forced["result"])
 
 
 def keep(path: Path, steps: NDArray[np.float32]) -> None:
@@ -74,8 +92,8 @@ def keep(path: Path, steps: NDArray[np.float32]) -> None:
     draft.replace(path)
 
 
-def compare(full: torch.Tensor, arm: torch.Tensor, token: int) -> tuple[float, float, float, float]:
-    """Return ``MEASURES`` of a step, from log-probabilities float32 ``[V]``."""
+def compare(full: torch.Tensor, arm: torch.Tensor, token: int) -> torch.Tensor:
+    """Return ``MEASURES`` of a step, float32 ``[4]``, from log-probabilities float32 ``[V]``."""
     full = full.log_softmax(-1)  # stored in half precision, so renewed to sum to one
-    kl = float((full.exp() * (full - arm)).sum())
-    return kl, float(full.argmax() == arm.argmax()), -float(arm[token]), -float(full[token])
+    kl = (full.exp() * (full - arm)).sum()
+    return torch.stack([kl, (full.argmax() == arm.argmax()).float(), -arm[token], -full[token]])

@@ -190,7 +190,7 @@ class Run:
             self.port,
             *("--kv-evict", first.policy, "--kv-evict-config", str(config), "--enable-custom-logit-processor"),
             *("--context-length", str(longest), "--max-running-requests", str(experiment.at_once)),
-            *("--max-total-tokens", str((experiment.at_once + 1) * longest), "--disable-cuda-graph"),
+            *("--max-total-tokens", str((experiment.at_once + 1) * longest)),
             *self.server_args,
         )
 
