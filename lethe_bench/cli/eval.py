@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from lethe_bench import models
 from lethe_bench.accuracy.experiment import Experiment
 from lethe_bench.accuracy.loading import load
+from lethe_bench.cli import server_args
 from lethe_bench.cli.checks import check_ports, say
 from lethe_bench.cli.options import check_model, check_out, integer, number
 from lethe_bench.servers import ServerError
@@ -28,6 +29,17 @@ if TYPE_CHECKING:
     from lethe_bench.fidelity.run import Experiment as Forced
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+_OWN_SERVER_ARGS = {
+    "--model-path": "use --model",
+    "--port": "use --port of the command",
+    "--host": "",
+    "--context-length": "",
+    "--max-running-requests": "use at_once of the file",
+    "--max-total-tokens": "use at_once of the file",
+    "--enable-custom-logit-processor": "",
+}
+"""What a server of forced replies gets from the command."""
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -108,7 +120,10 @@ def _add_forced_options(parser: argparse.ArgumentParser) -> None:
         "--in-process",
         metavar="N",
         type=integer(1),
-        help="start no server: force replies in N processes, many times faster, with the same results",
+        help="start no server: force replies in N processes, many times faster on a CPU, with the same results",
+    )
+    parser.add_argument(
+        "--server-args", metavar="ARGS", default="", help="more arguments of SGLang: --server-args='--dtype bfloat16'"
     )
 
 
@@ -228,9 +243,12 @@ def _force(args: argparse.Namespace, experiment: Forced, model: Path, out: Path)
     from lethe_bench.fidelity.inprocess import InProcess
     from lethe_bench.fidelity.run import Run
 
+    words = server_args.split(args.server_args, f"lethe eval {args.action}", _OWN_SERVER_ARGS)
     if args.in_process is None:
         check_ports(args.port, 1)
-        Run(experiment=experiment, model=model, out=out, port=args.port, say=say).all()
+        Run(experiment=experiment, model=model, out=out, port=args.port, server_args=words, say=say).all()
+    elif words:
+        raise ConfigError(f"--server-args {args.server_args!r}: --in-process starts no server; leave one of them out")
     elif experiment.trajectories:
         raise ConfigError("trajectories: they need a server, which writes the replies; leave them or --in-process out")
     else:

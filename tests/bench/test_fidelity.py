@@ -50,7 +50,7 @@ def test_a_step_is_compared_by_its_whole_distribution():
     kl, agreement, nll, full_nll = compare(full, arm, 1).tolist()
     assert kl == pytest.approx(0.7 * math.log(0.7 / 0.25) + 0.2 * math.log(0.2 / 0.5) + 0.1 * math.log(0.1 / 0.25))
     assert (agreement, nll, full_nll) == (0.0, pytest.approx(math.log(2)), pytest.approx(-math.log(0.2)))
-    assert compare(full, full, 0).tolist()[:2] == (pytest.approx(0, abs=1e-6), 1.0)
+    assert compare(full, full, 0).tolist()[:2] == [pytest.approx(0, abs=1e-6), 1.0]
 
 
 def test_requests_of_a_batch_are_forced_each_at_its_own_step(tmp_path):
