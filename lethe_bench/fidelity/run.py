@@ -191,6 +191,7 @@ class Run:
             *("--kv-evict", first.policy, "--kv-evict-config", str(config), "--enable-custom-logit-processor"),
             *("--context-length", str(longest), "--max-running-requests", str(experiment.at_once)),
             *("--max-total-tokens", str((experiment.at_once + 1) * longest)),
+            "--disable-cuda-graph",  # a graph holds how a policy scores, and arms have several
             *self.server_args,
         )
 

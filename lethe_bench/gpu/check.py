@@ -47,21 +47,31 @@ BAD = ("Mem Leak", "memory leak", "double free", "Traceback", "stale")
 
 
 def _lethe(*arguments: str, **options: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
-    return arguments, {**EVICTION, "debug": {"shadow": True}, **options}
+    shadow = {"debug": {"shadow": True}} if "--disable-cuda-graph" in arguments else {}
+    return arguments, {**EVICTION, **shadow, **options}
 
+
+FLASHINFER, TRITON = ("--attention-backend", "flashinfer"), ("--attention-backend", "triton")
+EAGER = ("--disable-cuda-graph",)
+EVERY_4 = {"half_life": 64, "score_every": 4}
 
 ARMS: dict[str, tuple[tuple[str, ...], dict[str, Any] | None]] = {
     "stock": ((), None),
     "default": _lethe(),
-    "fa3-page-16": _lethe("--page-size", "16"),
-    "fa3-every-4": _lethe(lethe={"half_life": 64, "score_every": 4}),
-    "flashinfer": _lethe("--attention-backend", "flashinfer"),
-    "flashinfer-layers": _lethe("--attention-backend", "flashinfer", budget=LAYERS),
-    "flashinfer-eager": _lethe("--attention-backend", "flashinfer", "--disable-cuda-graph"),
-    "flashinfer-fp8": _lethe("--attention-backend", "flashinfer", "--kv-cache-dtype", "fp8_e4m3"),
-    "flashinfer-every-4": _lethe("--attention-backend", "flashinfer", lethe={"half_life": 64, "score_every": 4}),
-    "triton": _lethe("--attention-backend", "triton"),
-    "triton-layers": _lethe("--attention-backend", "triton", budget=LAYERS),
+    "default-eager": _lethe(*EAGER),
+    "page-16": _lethe("--page-size", "16"),
+    "page-16-eager": _lethe("--page-size", "16", *EAGER),
+    "every-4": _lethe(lethe=EVERY_4),
+    "flashinfer": _lethe(*FLASHINFER),
+    "flashinfer-eager": _lethe(*FLASHINFER, *EAGER),
+    "flashinfer-layers": _lethe(*FLASHINFER, budget=LAYERS),
+    "flashinfer-layers-eager": _lethe(*FLASHINFER, *EAGER, budget=LAYERS),
+    "flashinfer-every-4": _lethe(*FLASHINFER, lethe=EVERY_4),
+    "flashinfer-fp8": _lethe(*FLASHINFER, "--kv-cache-dtype", "fp8_e4m3"),
+    "triton": _lethe(*TRITON),
+    "triton-eager": _lethe(*TRITON, *EAGER),
+    "triton-layers": _lethe(*TRITON, budget=LAYERS),
+    "triton-layers-eager": _lethe(*TRITON, *EAGER, budget=LAYERS),
 }
 """Name -> arguments of the server, and its configuration of eviction."""
 
@@ -75,20 +85,19 @@ def command(arm: str, port: int) -> list[str]:
     return launch_command(str(MODEL), port, *own)
 
 
-def check(arm: str, port: int, folder: Path, ready_within: float) -> dict[str, Any]:
+def check(arm: str, port: int, folder: Path, ready_within: float, prompts: Prompts) -> dict[str, Any]:
     """Ask an arm's server alone and together, and return what it found and how it went."""
     server = Server(command(arm, port), port, folder / f"{arm}.log", STRICT)
     server.ready_within = ready_within
     try:
         with explained(server), server:
-            return {"arm": arm, **_asked(server, ARMS[arm][1] is not None)}
+            return {"arm": arm, **_asked(server, prompts, ARMS[arm][1] is not None)}
     except (ServerError, AssertionError) as error:
         return {"arm": arm, **failure(str(error))}
 
 
-def _asked(server: Server, evicts: bool) -> dict[str, Any]:
+def _asked(server: Server, prompts: Prompts, evicts: bool) -> dict[str, Any]:
     items = problems()[::EVERY]
-    prompts = Prompts(str(MODEL))
     encoded = [prompts.encode(item.prompt) for item in items]
     together = ask(server, len(encoded), encoded)
     alone = ask(server, 1, encoded[:3])
@@ -126,9 +135,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"{', '.join(sorted(unknown))}: no such arm; take some of {', '.join(ARMS)}")
     arms = args.arms or list(ARMS)
     args.out.mkdir(parents=True, exist_ok=True)
-    found = []
+    prompts, found = Prompts(str(MODEL)), []
     with ending_on_signals(), ThreadPoolExecutor(len(arms)) as pool:
-        waiting = [pool.submit(check, arm, 31100 + 20 * n, args.out, args.ready_within) for n, arm in enumerate(arms)]
+        waiting = [
+            pool.submit(check, arm, 31100 + 20 * n, args.out, args.ready_within, prompts) for n, arm in enumerate(arms)
+        ]
         for one in waiting:
             found.append(one.result())
             print(json.dumps(found[-1]), flush=True)

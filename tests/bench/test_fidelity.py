@@ -42,15 +42,23 @@ def distribution(seed, scale=1.0):
     return (scale * torch.randn(WORDS, generator=torch.Generator().manual_seed(seed))).log_softmax(-1)
 
 
+def at(forced, step, found):
+    """Observe one request's step."""
+    forced["step"] = step
+    observe([forced], torch.tensor([forced["tokens"][step]]), found[None])
+
+
 # -- in the server ----------------------------------------------------------------------------------------------------
 
 
 def test_a_step_is_compared_by_its_whole_distribution():
     full, arm = torch.tensor([0.7, 0.2, 0.1]).log(), torch.tensor([0.25, 0.5, 0.25]).log()
-    kl, agreement, nll, full_nll = compare(full, arm, 1).tolist()
+    (kl, agreement, nll, full_nll), same = compare(
+        torch.stack([full, full]), torch.stack([arm, full]), torch.tensor([1, 0])
+    ).tolist()
     assert kl == pytest.approx(0.7 * math.log(0.7 / 0.25) + 0.2 * math.log(0.2 / 0.5) + 0.1 * math.log(0.1 / 0.25))
     assert (agreement, nll, full_nll) == (0.0, pytest.approx(math.log(2)), pytest.approx(-math.log(0.2)))
-    assert compare(full, full, 0).tolist()[:2] == [pytest.approx(0, abs=1e-6), 1.0]
+    assert same[:2] == [pytest.approx(0, abs=1e-6), 1.0]
 
 
 def test_requests_of_a_batch_are_forced_each_at_its_own_step(tmp_path):
@@ -76,10 +84,10 @@ def test_an_arm_leaves_a_few_numbers_a_step_and_nothing_of_a_reply_that_was_cut(
     full = {"tokens": [1, 2], "reference": None, "result": str(tmp_path / "full.npy")}
     arm = {"tokens": [1, 2], "reference": full["result"], "result": str(tmp_path / "arm.npy")}
     for step in range(2):
-        observe(full, step, full["tokens"][step], distribution(step))
-    observe(arm, 0, 1, distribution(0))
+        at(full, step, distribution(step))
+    at(arm, 0, distribution(0))
     assert not (tmp_path / "arm.npy").exists()
-    observe(arm, 1, 2, distribution(5))
+    at(arm, 1, distribution(5))
     found = np.load(tmp_path / "arm.npy")
     assert found.shape == (2, 4) and abs(found[0, 0]) < 1e-3 < found[1, 0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["arm.npy", "full.npy"]
@@ -170,10 +178,10 @@ class Served(Fake):
         if self.broken and len(self.asked) > 3:
             return 500, {"error": "out of memory"}
         wrong = 0.0 if full else {"lethe": 0.2, "random": 1.0}[self.config.policy]
-        for step, token in enumerate(forced["tokens"]):
+        for step in range(len(forced["tokens"])):
             base = 3 * torch.randn(130, generator=torch.Generator().manual_seed(step))
             noise = wrong * torch.randn(130, generator=torch.Generator().manual_seed(10_000 + step))
-            observe(forced, step, token, (base + noise).log_softmax(-1))
+            at(forced, step, (base + noise).log_softmax(-1))
         return {"output_ids": forced["tokens"]}
 
 
