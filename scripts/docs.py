@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-BENCH = DOCS / "results" / "cpu-pool-4096" / "bench.json"
+FULL = sorted((DOCS / "results" / "gpu" / "h100-servers").glob("goal-full-*.json"))
 FIDELITY = DOCS / "results" / "fidelity" / "quarter.json"
 GREY, BLUE = "#8a8f98", "#1f6fb2"
 
@@ -24,7 +25,7 @@ The table is generated from the checks that the server makes at its start; `leth
 
 - *refused*: the server does not start, and says which option to change.
 - *expected*: nothing in the plugin looks at it, but no test covers it.
-- *CUDA only*: offered on a GPU; no server has run on one yet, [kernels have](results/gpu/README.md).
+- *CUDA only*: offered on a GPU; [what has run on one](results/gpu/README.md).
 
 """
 
@@ -82,36 +83,24 @@ class Chart(NamedTuple):
 
 
 def throughput() -> str:
-    """Draw output throughput and requests running, each as a multiple of stock SGLang's, from ``bench.json``."""
-    ratios = json.loads(BENCH.read_text())["ratios"]
-    one = {"value": 1.0, "low": 1.0, "high": 1.0}
+    """Draw output throughput and requests running, each as a multiple of stock SGLang's, of runs on a GPU."""
+    runs = [{sample["arm"]: sample for sample in json.loads(path.read_text())["samples"]} for path in FULL]
 
     def rows(key: str) -> list[tuple[str, str, dict[str, float]]]:
-        idle, evicting = (
-            dict(
-                zip(
-                    one,
-                    (ratios[f"{arm} / stock"][key][name] for name in ("median", "smallest", "largest")),
-                    strict=True,
-                )
-            )
-            for arm in ("idle", "lethe")
-        )
-        return [
-            ("stock SGLang", GREY, one),
-            ("plugin, evicting nothing", "#8fb3d9", idle),
-            ("plugin, 192 tokens a layer", BLUE, evicting),
-        ]
+        ratios = [run["lethe"][key] / run["stock"][key] for run in runs]
+        spread = {"value": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+        one = {"value": 1.0, "low": 1.0, "high": 1.0}
+        return [("stock SGLang", GREY, one), ("lethe, 1,024 tokens a layer", BLUE, spread)]
 
     return _drawn(
-        "A full KV pool of 4,096 tokens: multiples of stock SGLang",
+        "A full KV pool on an H100: multiples of stock SGLang",
         [
-            Chart("Output tokens per second", rows("output throughput"), 100.0, "{:.2f}x"),
-            Chart("Requests running at once", rows("requests running, mean"), 100.0, "{:.2f}x"),
+            Chart("Output tokens per second", rows("tokens_per_s"), 36.0, "{:.1f}x"),
+            Chart("Requests running at once", rows("running"), 36.0, "{:.1f}x"),
         ],
         (
-            "32 requests of 64 + 1,024 tokens, a toy model of 0.6M parameters, 2 CPU cores, no GPU.",
-            "Bars: median of 3 interleaved runs; lines: smallest to largest. Data: docs/results/cpu-pool-4096.",
+            "Shapes of Llama-3.1-8B with dummy weights, answers of 16,384 tokens, steady state, 15 s.",
+            f"Median of {len(runs)} runs, stock at its defaults in each. Data: docs/results/gpu/h100-servers.",
         ),
     )
 

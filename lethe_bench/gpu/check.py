@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         waiting = [
             pool.submit(check, arm, 31100 + 20 * n, args.out, args.ready_within, prompts) for n, arm in enumerate(arms)
         ]
-        for one in waiting:
+        for one in as_completed(waiting):  # a run that is cut keeps what is there
             found.append(one.result())
             print(json.dumps(found[-1]), flush=True)
             write_atomically(args.out / "check.json", json.dumps(found, indent=1) + "\n")

@@ -22,8 +22,8 @@ from lethe_sglang.kernels.table import NEVER
 logger = logging.getLogger("lethe_sglang")
 
 UNPROVEN = (
-    "KV eviction: decoding over packed rows with %s is checked without a GPU only and has not run on one; "
-    "--attention-backend torch_native is what has been tested end to end"
+    "KV eviction: tensor parallelism is tested on CPUs only and has not run on GPUs; watch the first replies, or take "
+    "--tp 1"
 )
 
 
@@ -175,12 +175,18 @@ def torch_native_backend(runner: Any) -> Any:
     return _known(runtime, LetheTorchNativeBackend(runner, runtime.pool, runtime.ledger, runtime.policy.accumulation))
 
 
+def _attached_on_gpu(runner: Any) -> Runtime:
+    """Attach, and say what no GPU has run yet."""
+    if get_parallel().tp_size > 1:
+        logger.warning(UNPROVEN)
+    return attach(runner)
+
+
 def flashinfer_backend(runner: Any) -> Any:
     """Replace the factory of ``flashinfer``."""
     from lethe_sglang.attention.flashinfer import LetheFlashInferBackend
 
-    runtime = attach(runner)
-    logger.warning(UNPROVEN, "flashinfer")
+    runtime = _attached_on_gpu(runner)
     backend = LetheFlashInferBackend(
         runner,
         runtime.pool,
@@ -197,8 +203,7 @@ def triton_backend(runner: Any) -> Any:
     """Replace the factory of ``triton``."""
     from lethe_sglang.attention.triton import LetheTritonBackend
 
-    runtime = attach(runner)
-    logger.warning(UNPROVEN, "triton")
+    runtime = _attached_on_gpu(runner)
     budgets = None if runtime.config.budget.allocation == "breakpoint" else runtime.budgets
     backend = LetheTritonBackend(runner, runtime.pool, runtime.ledger, runtime.policy.accumulation, budgets)
     return _known(runtime, backend)
@@ -208,8 +213,7 @@ def flash_attention_backend(runner: Any) -> Any:
     """Replace the factory of ``fa3``, which checks the GPU as the guard does."""
     from lethe_sglang.attention.flashattention import LetheFlashAttentionBackend
 
-    runtime = attach(runner)
-    logger.warning(UNPROVEN, "fa3")
+    runtime = _attached_on_gpu(runner)
     backend = LetheFlashAttentionBackend(
         runner, runtime.pool, runtime.ledger, runtime.policy.accumulation, runtime.budgets
     )

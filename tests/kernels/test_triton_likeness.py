@@ -102,13 +102,13 @@ def test_a_request_has_the_same_bits_alone_and_in_any_batch(device):
         assert torch.equal(alone[:, 0], together[:, b, :most])
 
 
-def test_cells_lie_beyond_what_32_bits_address():
+def test_cells_lie_beyond_what_32_bits_address(device):
     """A cache of 4 GiB of which eight cells are touched; nothing is read at an offset that wraps around."""
     dim, far = 256, 2**24 - 8  # the product of both is beyond 2**31
-    keys = torch.empty(2**24, 1, dim, dtype=torch.float8_e5m2)
-    cells = torch.arange(far, far + 8, dtype=torch.int32).view(1, 1, 8)
-    keys[far:] = torch.randn(8, 1, dim, generator=torch.Generator().manual_seed(0)).to(keys.dtype)
-    valid = torch.ones(1, 1, 8, dtype=torch.bool)
+    keys = torch.empty(2**24, 1, dim, dtype=torch.float8_e5m2, device=device)
+    cells = torch.arange(far, far + 8, dtype=torch.int32, device=device).view(1, 1, 8)
+    keys[far:] = torch.randn(8, 1, dim, generator=torch.Generator().manual_seed(0)).to(device, keys.dtype)
+    valid = torch.ones(1, 1, 8, dtype=torch.bool, device=device)
     torch.testing.assert_close(kernels.likeness(keys, cells, valid), directly(keys, cells, valid), rtol=1e-4, atol=1e-5)
 
 
