@@ -17,7 +17,8 @@ section "lint" python -m ruff check .
 section "format" python -m ruff format --check .
 section "types" python -m mypy
 run_suite() {
-  python -m pytest -n 2 --dist loadfile "$@" # a file's servers stay with one worker
+  # A file's servers stay with one worker, and files are begun in the order in which they are collected.
+  python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
   local status=$?
   [[ $status == 5 && $# -gt 1 ]] || return $status  # 5: the user's own selection left nothing in this suite
 }

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from lethe_bench import servers
 from lethe_bench.fidelity import report
 from lethe_bench.fidelity import run as fidelity_run
-from lethe_bench.fidelity.inprocess import forced
+from lethe_bench.fidelity.inprocess import InProcess, forced
 from lethe_bench.fidelity.network import Network
 from lethe_bench.fidelity.processor import MEASURES
 from lethe_bench.fidelity.run import Experiment, Run
@@ -42,15 +42,22 @@ def means(out: Path, arm: str) -> dict[str, float]:
     return {name: float(np.mean(numbers)) for name, numbers in found.items()}
 
 
-def test_the_default_configuration_stays_near_the_full_cache(smollm2, tmp_path, monkeypatch):
-    monkeypatch.setattr(fidelity_run, "Server", Forked)
+def test_the_default_configuration_stays_near_the_full_cache(smollm2, tmp_path):
+    """Without a server, because that takes a tenth of the time; the next test says that it is the same."""
     experiment = Experiment.model_validate(EXPERIMENT)
-    run = Run(experiment=experiment, model=smollm2, out=tmp_path, port=servers.some_free_port())
-    run.all()
+    InProcess(experiment=experiment, model=smollm2, out=tmp_path, jobs=1).all()
     found = means(tmp_path, "default")
     assert all(found[name] < bound for name, bound in BOUNDS.items()), found
-    document = run.documents(AutoTokenizer.from_pretrained(smollm2))[-1]
+
+
+def test_a_replay_is_what_the_server_does(smollm2, tmp_path, monkeypatch):
+    monkeypatch.setattr(fidelity_run, "Server", Forked)
+    base = {"budget": {"tokens": 40}, "rounds": {"interval": 10}}
+    experiment = Experiment.model_validate(EXPERIMENT | {"tokens": 168, "corpora": {"prose": 1}, "base": base})
+    run = Run(experiment=experiment, model=smollm2, out=tmp_path, port=servers.some_free_port())
+    run.all()
+    [document] = run.documents(AutoTokenizer.from_pretrained(smollm2))
     [(_, steps, rounds)] = forced(Network(smollm2), document, experiment.configs())
     served = np.load(run.result("default", document.name))
     assert len(rounds) >= 10 and served[rounds[0] :, 0].mean() > 0.05
-    np.testing.assert_allclose(steps[:, NLL], served[:, NLL], atol=1e-3)  # a replay is what the server does
+    np.testing.assert_allclose(steps[:, NLL], served[:, NLL], atol=1e-3)
