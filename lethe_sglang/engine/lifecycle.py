@@ -177,9 +177,10 @@ def torch_native_backend(runner: Any) -> Any:
 
 def _attached_on_gpu(runner: Any) -> Runtime:
     """Attach, and say what no GPU has run yet."""
-    if get_parallel().tp_size > 1:
+    runtime = attach(runner)
+    if runtime.ranks.size > 1:
         logger.warning(UNPROVEN)
-    return attach(runner)
+    return runtime
 
 
 def flashinfer_backend(runner: Any) -> Any:

@@ -38,6 +38,7 @@ def served(request, monkeypatch):
             ledger=world.ledger,
             policy=SimpleNamespace(accumulation=SUM),
             budgets=budgets,
+            ranks=SimpleNamespace(size=1),
             config=SimpleNamespace(budget=SimpleNamespace(allocation="uniform")),
             step_rows=[],
             backends=[],
@@ -63,6 +64,15 @@ def name_rows(rows, decodes=True):
     batch = SimpleNamespace(forward_mode=mode, req_pool_indices_cpu=torch.tensor(rows))
     result = SimpleNamespace(seq_lens_cpu=torch.tensor([7 + row for row in rows]))
     assert lifecycle.name_rows(result, object, batch, "a runner") is result
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_only_what_no_gpu_has_run_is_warned_of(monkeypatch, caplog, ranks):
+    found = SimpleNamespace(ranks=SimpleNamespace(size=ranks))
+    monkeypatch.setattr(lifecycle, "attach", lambda runner: found)
+    with caplog.at_level("WARNING", "lethe_sglang"):
+        assert lifecycle._attached_on_gpu("a runner") is found
+    assert [record.message.count("--tp 1") for record in caplog.records] == [1] * (ranks - 1)
 
 
 def test_a_backend_of_the_engine_decodes_as_the_portable_one(served):
