@@ -26,7 +26,7 @@ def test_quickstart_answers_in_english_with_half_the_memory(smollm2, tmp_path):
     out = tmp_path / "out.json"
     command = ["bash", "scripts/quickstart.sh", "--once", "--json", str(out), "--port", str(some_free_port())]
     done = subprocess.run(
-        [*command, "--tokens", "240"],
+        [*command, "--tokens", "160"],
         capture_output=True,
         text=True,
         timeout=600,
@@ -38,7 +38,7 @@ def test_quickstart_answers_in_english_with_half_the_memory(smollm2, tmp_path):
     names = {"model", "rounds", "blocks_held_peak", "blocks_stock_peak", "agreement", "k3", "sglang"}
     assert set(report) == names and report["model"] == "smollm2" and report["sglang"] == "0.5.23"
     assert report["rounds"] >= 3 and report["blocks_held_peak"] <= 0.5 * report["blocks_stock_peak"]
-    assert 0.7 <= report["agreement"] < 1 and 0.001 < report["k3"] < 0.5  # 0.872 and 0.033 on the CPU of the results
+    assert 0.7 <= report["agreement"] < 1 and 0.001 < report["k3"] < 0.5  # 0.908 and 0.042 on the CPU of the results
     assert f"{report['agreement']:.0%} of the last" in done.stdout and f"{report['k3']:.3f} nats" in done.stdout
 
 
