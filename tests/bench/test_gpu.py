@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lethe_bench.gpu import bench, floors
+from lethe_bench.gpu import bench, check, floors
 from lethe_bench.gpu.base import failure
 from lethe_bench.gpu.grid import Point, points
 from lethe_bench.gpu.models import MODELS, Shape, write_model
@@ -16,7 +16,7 @@ from lethe_bench.gpu.report import PARTS, report
 from lethe_bench.gpu.results import Results, header
 from lethe_bench.servers import ServerError
 from lethe_sglang.cli.main import main
-from lethe_sglang.config import ConfigError
+from lethe_sglang.config import ConfigError, from_mapping
 
 ROOT = Path(__file__).parents[2]
 TINY = Shape("LlamaForCausalLM", 3, 4, 2, 32, 64, 100, 256, 1e4, head_dim=8)
@@ -38,6 +38,15 @@ def listed(capsys, *arguments):
 
 
 # -- dry runs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arm", [arm for arm, (_, options) in check.ARMS.items() if options is not None])
+def test_a_server_that_is_checked_compares_what_it_reads_where_no_graph_is_replayed(arm):
+    arguments, options = check.ARMS[arm]
+    config = from_mapping(options)
+    assert config.debug.shadow == ("--disable-cuda-graph" in arguments)
+    layers = json.loads((check.MODEL / "config.json").read_text())["num_hidden_layers"]
+    assert len(config.budget.layers or range(layers)) == layers
 
 
 def test_a_dry_run_imports_no_torch_and_writes_nothing(tmp_path):

@@ -43,7 +43,7 @@ def means(out: Path, arm: str) -> dict[str, float]:
 
 
 def test_the_default_configuration_stays_near_the_full_cache(smollm2, tmp_path):
-    """Without a server, because that takes a tenth of the time; the next test says that it is the same."""
+    """Without a server, which would be slower; the next test says that it is the same."""
     experiment = Experiment.model_validate(EXPERIMENT)
     InProcess(experiment=experiment, model=smollm2, out=tmp_path, jobs=1).all()
     found = means(tmp_path, "default")
