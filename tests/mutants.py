@@ -557,7 +557,7 @@ MUTANTS = {
     ),
     "admission forgets what a request holds until its next round": Mutant(
         "lethe_sglang/engine/runtime.py",
-        "        if state is None:\n            return bound",
+        "        if state is None or self.ledger.on_demand:\n            return bound",
         "        if True:\n            return bound",
         LIVE,
     ),
@@ -853,7 +853,7 @@ MUTANTS = {
         engine=True,
     ),
     "equal prompts of two types have two first rounds": Mutant(
-        LEDGER,
+        "lethe_sglang/cache/arrivals.py",
         "np.asarray(prompt[-STAGGER_BY:], dtype=np.int64).tobytes()",
         "repr(prompt[-STAGGER_BY:]).encode()",
         f"{UNIT} -k prompt_alone",

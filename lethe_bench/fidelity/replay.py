@@ -15,8 +15,9 @@ import torch
 
 from lethe_bench.fidelity.network import Network
 from lethe_sglang.cache import breakpoints
+from lethe_sglang.cache.arrivals import stagger_of
 from lethe_sglang.cache.layout import narrow_layers, pinned_cells
-from lethe_sglang.cache.ledger import Ledger, stagger_of
+from lethe_sglang.cache.ledger import Ledger
 from lethe_sglang.cache.rounds import run_round
 from lethe_sglang.config import EvictionConfig
 from lethe_sglang.kernels.common import Cells, token_lists, update

@@ -19,7 +19,7 @@ from lethe_bench.accuracy.live import check_server, switch
 from lethe_bench.fidelity import trajectory
 from lethe_bench.fidelity.corpora import CORPORA, Document, questions
 from lethe_bench.servers import Server, ServerError, explained, launch_command
-from lethe_sglang.cache.ledger import stagger_of
+from lethe_sglang.cache.arrivals import stagger_of
 from lethe_sglang.config import ConfigError, EvictionConfig, from_mapping
 from lethe_sglang.config.loading import parse_yaml
 from lethe_sglang.config.policy_section import laid_over

@@ -27,8 +27,10 @@ class Pending(NamedTuple):
     observed: tuple[int, ...]
 
 
-def plan(ledger: Ledger, state: RequestState, committed: int, floor: int) -> RoundPlan:
-    """Plan a due round by what the request's last one has counted; the first keeps the server's budgets.
+def plan(
+    ledger: Ledger, state: RequestState, committed: int, floor: int, limits: Sequence[int] | None = None
+) -> RoundPlan:
+    """Plan a round by what the request's last one has counted; the first keeps the limits as they are.
 
     Parameters
     ----------
@@ -38,15 +40,18 @@ def plan(ledger: Ledger, state: RequestState, committed: int, floor: int) -> Rou
         Tokens whose KV is written or in flight.
     floor
         Smallest k_l.
+    limits
+        Most cells of each layer, whose mean the layers share; None is the request's own budgets.
     """
+    limits = limits or state.budgets
     pending = state.pending
     if not isinstance(pending, Pending):
-        return ledger.plan(state, committed, state.budgets)
+        return ledger.plan(state, committed, limits)
     if pending.event is not None:
         pending.event.synchronize()  # reached long ago; polling instead would let ranks diverge
-    layers = len(state.budgets)
+    layers = len(limits)
     everything = ledger.plan(state, committed, (committed,) * layers)
-    mean, floor = sum(state.budgets) // layers, floor + state.rest  # the rest of the prompt is on top of any budget
+    mean, floor = sum(limits) // layers, floor + state.rest  # the rest of the prompt is on top of any budget
     budgets, flat = breakpoint_budgets(pending.counts.tolist(), pending.observed, everything.candidates, mean, floor)
     state.thresholds = [2 * t if f else b for t, b, f in zip(state.thresholds, state.budgets, flat, strict=True)]
     return ledger.plan(state, committed, budgets)

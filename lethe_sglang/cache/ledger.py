@@ -8,7 +8,6 @@ All decisions use host numbers only; identities of kept tokens stay on the devic
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import sub
@@ -17,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from lethe_sglang.cache.arrivals import Observed
 from lethe_sglang.cache.layout import RoundPlan, RowLayout, offsets, page_ceil, page_floor, survivors
 from lethe_sglang.cache.phase import Phase
 from lethe_sglang.cache.upload import columns_of, upload
@@ -105,37 +105,6 @@ class RequestState:
         self.held_sum += own - self.layout.dead_len
 
 
-STAGGER_BY = 64
-"""Last tokens of a prompt that say when its first round comes: that may not depend on what else is served."""
-
-
-def stagger_of(prompt: Sequence[int]) -> int:
-    """Return the stagger of a request from its prompt, token ids in any kind of sequence."""
-    return zlib.crc32(np.asarray(prompt[-STAGGER_BY:], dtype=np.int64).tobytes())
-
-
-class Observed(NamedTuple):
-    """A request whose prefill ends in the batch that is being run and initialises its scores.
-
-    Attributes
-    ----------
-    row
-        Of ``req_to_token``.
-    first
-        First position that is scored.
-    length
-        Tokens of the sequence.
-    start, end
-        Its queries among the batch's tokens.
-    """
-
-    row: int
-    first: int
-    length: int
-    start: int
-    end: int
-
-
 class Mark(NamedTuple):
     """What a line of the device table follows from; see ``kernels/table.py``. That of an intact row has zeros only."""
 
@@ -170,6 +139,8 @@ class Ledger:
         Decode steps before a round that the policy listens to; None is all of them.
     narrow
         Layers that never have excess (``layout.packed_blocks``); None is none of them.
+    on_demand
+        No round is due by a request's length: whoever needs the memory asks for them (``cache/shares.py``).
 
     Attributes
     ----------
@@ -196,11 +167,12 @@ class Ledger:
         pack_always: bool = False,
         window: int | None = None,
         narrow: Sequence[bool] | None = None,
+        on_demand: bool = False,
     ) -> None:
         self.num_layers = num_layers
         self.page_size = page_size
         self.multiple = 1
-        self.configure(recent, interval, pack_always, window, narrow)
+        self.configure(recent, interval, pack_always, window, narrow, on_demand)
         self.phase = Phase()
         self.table = torch.zeros((num_rows, table.width(num_layers)), dtype=torch.int32, device=device)
         self.requests: dict[int, RequestState] = {}
@@ -209,7 +181,13 @@ class Ledger:
         self._dirty: dict[int, Mark] = {}
 
     def configure(
-        self, recent: int, interval: int, pack_always: bool, window: int | None, narrow: Sequence[bool] | None
+        self,
+        recent: int,
+        interval: int,
+        pack_always: bool,
+        window: int | None,
+        narrow: Sequence[bool] | None,
+        on_demand: bool = False,
     ) -> None:
         """Set what decides about rounds; see the class for the meaning. Followed requests are to be renewed."""
         self.narrow = (False,) * self.num_layers if narrow is None else tuple(narrow)
@@ -217,6 +195,7 @@ class Ledger:
         self.interval = page_ceil(interval, self.page_size)
         self.pack_always = pack_always
         self.window = window
+        self.on_demand = on_demand
 
     # -- life of a row ----------------------------------------------------------------------------------------------
 
@@ -308,7 +287,7 @@ class Ledger:
             Most cells each layer keeps this round.
         """
         layout = state.layout
-        new_tail = page_floor(committed - self.recent, self.page_size)
+        new_tail = max(page_floor(committed - self.recent, self.page_size), layout.tail)
         candidates, kept, packed = survivors(
             state.kept, new_tail - layout.tail, tuple(budgets), layout.packed, self.narrow, self.page_size
         )
@@ -340,6 +319,8 @@ class Ledger:
 
         That is: some layer over its threshold, or all layers together over the sum of their budgets.
         """
+        if self.on_demand:
+            return NEVER
         layer_room = min(map(sub, state.thresholds, state.kept))
         mean_room = (sum(state.budgets) - sum(state.kept)) // self.num_layers
         room = 0 if self.pack_always else min(layer_room, mean_room)
@@ -362,19 +343,31 @@ class Ledger:
         budgets, committed
             As for :meth:`open`.
         """
-        state.budgets = tuple(page_ceil(k + state.rest, self.multiple) for k in budgets)  # m is whole pages anyway
+        state.budgets = self.limits(state, budgets)
         state.thresholds = list(state.budgets)
         state.due_at = self._due_at(state)
         self._mark(state, committed, goes_on=True)
 
+    def limits(self, state: RequestState, budgets: Sequence[int]) -> tuple[int, ...]:
+        """Return the most cells that a request's layers keep under ``budgets``, the rest of its prompt included."""
+        return tuple(page_ceil(k + state.rest, self.multiple) for k in budgets)  # m is whole pages anyway
+
+    def listen(self, state: RequestState, after: int) -> None:
+        """Score a request from the sequence length ``after`` on, for a policy with a window; ``NEVER`` ends it."""
+        state.listens_from = after
+        self._write(state)
+
     # -- device table -----------------------------------------------------------------------------------------------
 
     def _mark(self, state: RequestState, committed: int, goes_on: bool = False) -> None:
-        layout = state.layout
-        score_from = layout.prefix if state.budgets else NEVER
         listens_from = 0 if self.window is None else max(state.due_at - self.window, committed)
         if not (goes_on and state.listens_from < committed == listens_from):
             state.listens_from = listens_from
+        self._write(state)
+
+    def _write(self, state: RequestState) -> None:
+        layout = state.layout
+        score_from = layout.prefix if state.budgets else NEVER
         place = layout.prefix, layout.packed, layout.tail
         self._dirty[state.row] = Mark(state.kept, *place, score_from, state.listens_from)
 

@@ -23,6 +23,7 @@ OPTIONS: dict[When, tuple[str, ...]] = {
         "retain.own_sinks",
         "retain.recent_ratio",
         "retain.prompt",
+        "rounds.when",
     ),
     "start": ("pool.states", "debug.shadow", "debug.kept_hash", "debug.record_kept", "debug.pack_always"),
 }

@@ -109,12 +109,24 @@ class BudgetConfig(Section):
 class RoundsConfig(Section):
     """When a request is pruned."""
 
+    when: Literal["always", "pressure"] = Field(
+        default="always",
+        description="always: a request is pruned whenever it exceeds its budget; pressure: only when the pool is "
+        "short, down to a share of it that is the same for all running requests and never less than the budget, "
+        "which is a floor then.",
+    )
     interval: int = Field(
         default=128,
         ge=1,
         description="Tokens that leave the recent window between two rounds of a request, rounded up to a page "
-        "multiple. Decode tokens, >= 1.",
+        "multiple; under pressure, decode steps of all running requests that one event makes room for. Decode tokens, "
+        ">= 1.",
     )
+
+    @property
+    def by_pressure(self) -> bool:
+        """Whether rounds come when the pool is short, and not by a request's own length."""
+        return self.when == "pressure"
 
 
 class RetainConfig(Section):
@@ -270,6 +282,8 @@ class EvictionConfig(WithPolicy):
                 f"requests.max_budget: got {limit}, less than the server's own budget; "
                 f"the smallest legal value is budget.tokens, {self.budget.tokens}"
             )
+        if self.rounds.by_pressure and self.debug.pack_always:
+            problems.append("debug.pack_always: packs at fixed lengths and rounds.when pressure has none; leave it out")
         if problems:
             raise ValueError("; ".join(problems))
         return self

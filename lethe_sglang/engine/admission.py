@@ -3,7 +3,8 @@
 SGLang charges a candidate ``extend + max_new_tokens`` and a running request what it may still generate. With eviction
 the first is at most ``extend + bound`` (what does not enter the radix tree is the request's own and intact first, so it
 is charged ``max(bound, extend)``), and the second is what the request still lacks of its bound. A kept prompt that the
-tree does not own is part of that bound. Without this correction freed memory admits nobody.
+tree does not own is part of that bound. Without this correction freed memory admits nobody. Under pressure the bound is
+that of the floor, and what running requests hold above theirs counts as free: rounds free it before it is allocated.
 """
 
 from __future__ import annotations
@@ -30,6 +31,17 @@ class LethePrefillAdder(PrefillAdder):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.lethe: Runtime = current()
         super().__init__(*args, **kwargs)
+        self._lent = 0, 0
+        self._lend()
+
+    def _lend(self) -> None:
+        """Let admission count on what running requests can give under pressure, as they are now."""
+        if not self.lethe.ledger.on_demand or self.running_batch is None:
+            return
+        surplus, at_once = self.lethe.pressure.lend(self.running_batch)
+        self.memory_budget.total_offset += self._lent[0] - surplus
+        self.memory_budget.current_offset += self._lent[1] - at_once
+        self._lent = surplus, at_once
 
     def _get_running_request_total_token_offset(self, req: Any) -> int:
         growth: int = int(super()._get_running_request_total_token_offset(req))
@@ -108,4 +120,6 @@ class LethePrefillAdder(PrefillAdder):  # type: ignore[misc]
     def preempt_to_schedule(self, req: Any) -> bool:
         """Stock, with the candidate's bound."""
         with self._clipped(req):
-            return bool(super().preempt_to_schedule(req))
+            preempted = bool(super().preempt_to_schedule(req))
+        self._lend()
+        return preempted

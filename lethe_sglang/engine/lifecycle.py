@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from sglang.srt.distributed import get_tp_group
 from sglang.srt.runtime_context import get_parallel
 
 from lethe_sglang.attention.scored import ScoreVariants
-from lethe_sglang.cache.ledger import Observed
+from lethe_sglang.cache.arrivals import Observed
 from lethe_sglang.cache.pool import SCRATCH_FRACTION, PackedKVPool, pool_class
 from lethe_sglang.config import ConfigError
 from lethe_sglang.engine.admission import LethePrefillAdder, is_private
@@ -46,6 +47,8 @@ def add_state_bytes(size: int, configurator: Any, kvc: Any, num_layers: int) -> 
 def on_decode_step(scheduler: Any, batch: Any) -> None:
     """BEFORE ``Scheduler.update_running_batch``: the head of a decode step, where rounds happen.
 
+    Those that are due by a request's length, or those that make room for the step where the pool is short.
+
     A request is left alone until its second decode step (under overlap its prefill's result is not processed before),
     once it has finished, and when the result in flight will finish it.
     """
@@ -61,12 +64,15 @@ def on_decode_step(scheduler: Any, batch: Any) -> None:
         if kv.kv_committed_len >= state.due_at:
             due.append((state, int(kv.kv_committed_len)))
             req.skip_radix_cache_insert = True  # nothing with holes enters the tree
-    if ledger.dirty or due:
-        _wait_for_forward(scheduler)
     if due:
+        _wait_for_forward(scheduler)
         runtime.run_rounds(due, scheduler.token_to_kv_pool_allocator)
         batch.batch_is_full = False
-    ledger.flush()
+    elif ledger.on_demand:
+        runtime.pressure.before_decode(scheduler, batch, partial(_wait_for_forward, scheduler))
+    if ledger.dirty:
+        _wait_for_forward(scheduler)
+        ledger.flush()
 
 
 def _wait_for_forward(scheduler: Any) -> None:
@@ -87,6 +93,13 @@ def check_arrival(scheduler: Any, req: Any, *args: Any, **kwargs: Any) -> None:
             current().check(req)
         except ConfigError as error:
             req.set_finish_with_abort(str(error))
+
+
+def make_room(batch: Any) -> None:
+    """BEFORE ``ScheduleBatch.prepare_for_extend``: admission has counted on what running requests can give."""
+    runtime = current()
+    if runtime.ledger.on_demand:
+        runtime.pressure.before_prefill(batch)
 
 
 def observe_prefill(result: Any, batch: Any) -> None:
@@ -163,7 +176,8 @@ def after_retract(result: Any, req: Any) -> None:
 
 
 def adder_class(result: type, scheduler: Any) -> type:
-    """AFTER ``Scheduler.get_prefill_adder_class``."""
+    """AFTER ``Scheduler.get_prefill_adder_class``: what it admits may need rounds of those that run."""
+    current().pressure.admits(scheduler, partial(_wait_for_forward, scheduler))
     return LethePrefillAdder
 
 

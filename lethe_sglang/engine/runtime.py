@@ -12,6 +12,7 @@ import torch
 
 from lethe_sglang.allocation.budgets import scale
 from lethe_sglang.cache import breakpoints
+from lethe_sglang.cache.arrivals import stagger_of
 from lethe_sglang.cache.layout import (
     RoundPlan,
     RowLayout,
@@ -21,12 +22,13 @@ from lethe_sglang.cache.layout import (
     protected,
     request_bound,
 )
-from lethe_sglang.cache.ledger import Ledger, RequestState, stagger_of
+from lethe_sglang.cache.ledger import Ledger, RequestState
 from lethe_sglang.cache.pool import PackedKVPool
 from lethe_sglang.cache.rounds import RoundResult, groups, run_round
 from lethe_sglang.config import ConfigError, EvictionConfig, RequestOverride, parse_request
 from lethe_sglang.config.changes import changes
 from lethe_sglang.engine.counters import Counters
+from lethe_sglang.engine.pressure import Pressure
 from lethe_sglang.engine.ranks import Ranks
 from lethe_sglang.engine.reconfigure import check, settled
 from lethe_sglang.observers.base import Observer, installed
@@ -96,6 +98,7 @@ class Runtime:
         self.length_classes: list[LengthClasses] = []
         self.observers: list[Observer] = []
         self.counters = Counters(evicted=[0] * self.num_layers)
+        self.pressure = Pressure(self)
         self.ranks = Ranks()
         self._configure(config, budgets)
 
@@ -154,7 +157,8 @@ class Runtime:
     def _start_ledger(self) -> None:
         rule, config = self.policy.accumulation, self.config
         window, every = (None, 1) if rule is None else (rule.window, rule.in_phase)
-        self.ledger.configure(config.recent, config.rounds.interval, config.debug.pack_always, window, self._narrow())
+        rounds, pack = config.rounds, config.debug.pack_always
+        self.ledger.configure(config.recent, rounds.interval, pack, window, self._narrow(), rounds.by_pressure)
         self.ledger.phase.configure(every, by_length=self.deterministic)
 
     def _narrow(self) -> tuple[bool, ...]:
@@ -250,7 +254,7 @@ class Runtime:
         most = max((k for k, narrow in own if narrow), default=0)  # at most a few more than the mean
         budget = max(self.override_of(req).budget, self.config.recent + most) + rest
         bound = prefix - tree + request_bound(budget, self.config.rounds.interval, self.page_size)
-        if state is None:
+        if state is None or self.ledger.on_demand:
             return bound
         return max(bound, page_ceil(state.due_at + 1, self.page_size) - tree - state.layout.dead_len)
 
@@ -259,9 +263,13 @@ class Runtime:
         override = self.override_of(req)
         if not self.evicts(req):
             return None
-        if override.budget == self.config.budget.tokens:
+        return self.scaled(override.budget - self.config.recent)
+
+    def scaled(self, mean: int) -> tuple[int, ...]:
+        """Per-layer k_l of a request whose layers keep ``mean`` tokens on average besides the recent window."""
+        if mean == self.config.scored:
             return self.budgets
-        return _scaled(self.budgets, override.budget - self.config.recent, self.config.floor)
+        return _scaled(self.budgets, mean, self.config.floor)
 
     def own_blocks(self, req: Any) -> int:
         """Blocks that a running request holds now and the radix tree does not own."""
@@ -296,18 +304,21 @@ class Runtime:
         return state
 
     def run_rounds(self, due: Sequence[tuple[RequestState, int]], allocator: Any) -> None:
-        """Carry out the rounds of all due requests.
+        """Carry out the rounds of all due requests, (state, committed length) each; see :meth:`carry_out`."""
+        self.carry_out([(state, self.plan(state, committed, state.budgets)) for state, committed in due], allocator)
+
+    def carry_out(self, planned: Sequence[tuple[RequestState, RoundPlan]], allocator: Any) -> None:
+        """Carry out planned rounds.
 
         Parameters
         ----------
-        due
-            (state, committed length) of each due request.
+        planned
+            A plan for each of the requests.
         allocator
             SGLang's slot allocator; freed blocks go back to it.
         """
         started = time.perf_counter()
-        states = [state for state, _ in due]
-        plans = [self._plan(state, committed) for state, committed in due]
+        states, plans = [state for state, _ in planned], [plan for _, plan in planned]
         for classes in self.length_classes:
             for plan in plans:
                 classes.check(plan)
@@ -325,19 +336,20 @@ class Runtime:
         state = RequestState(rid="", row=0, layout=RowLayout(prefix=0, packed=0, tail=0), kept=nothing, budgets=nothing)
         if self.config.recent + 2 * page <= self.req_to_token.shape[1]:
             plan = self.ledger.plan(state, self.config.recent + 2 * page, (page,) * self.num_layers)
-            self._carry_out([plan])
+            self._run([plan])
 
-    def _carry_out(self, plans: list[RoundPlan]) -> RoundResult:
+    def _run(self, plans: list[RoundPlan]) -> RoundResult:
         mean = self.ranks.mean if self.ranks.size > 1 else None
         return run_round(plans, self.pool.cells, self.req_to_token, self.policy, mean, self.pool.scratch)
 
-    def _plan(self, state: RequestState, committed: int) -> RoundPlan:
+    def plan(self, state: RequestState, committed: int, limits: tuple[int, ...]) -> RoundPlan:
+        """Plan a round of a request that leaves ``limits`` cells a layer, or as many in all where scores share them."""
         if self.config.budget.allocation == "breakpoint":
-            return breakpoints.plan(self.ledger, state, committed, self.config.floor)
-        return self.ledger.plan(state, committed, state.budgets)
+            return breakpoints.plan(self.ledger, state, committed, self.config.floor, limits)
+        return self.ledger.plan(state, committed, limits)
 
     def _launch(self, plans: list[RoundPlan], states: list[RequestState], allocator: Any) -> None:
-        result = self._carry_out(plans)
+        result = self._run(plans)
         allocator.free_segment(result.freed, start_pos=0)
         self.counters.count_launch(states, plans, result.freed.numel())
         for state, plan in zip(states, plans, strict=True):

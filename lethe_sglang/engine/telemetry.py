@@ -21,13 +21,14 @@ def snapshot(runtime: Runtime) -> dict[str, Any]:
     -------
     dict
         Blocks and tokens as counts; ``blocks_packed`` is what followed requests hold now in front of their tails,
-        shared prefixes included.
+        shared prefixes included. ``pressure`` is None where rounds do not wait for it (:meth:`Pressure.report`).
     """
     counters, config = runtime.counters, runtime.config
     held = sum(s.layout.prefix + s.layout.packed for s in runtime.ledger.requests.values())
     out: dict[str, Any] = {
         "policy": config.policy,
         "budget_tokens": config.budget.tokens,
+        "when": config.rounds.when,
         "interval": config.rounds.interval,
         "recent": config.recent,
         "layers": [k + config.recent for k in runtime.budgets],
@@ -44,6 +45,7 @@ def snapshot(runtime: Runtime) -> dict[str, Any]:
         "blocks_freed_total": counters.blocks_freed,
         "held_peak_request": counters.peak_request,
         "last_finished": counters.last_finished,
+        "pressure": runtime.pressure.report() if config.rounds.by_pressure else None,
         "auxiliary_bytes": auxiliary_bytes(runtime),
     }
     for observer in runtime.observers:
@@ -66,7 +68,7 @@ def announce(runtime: Runtime) -> None:
     size, config = auxiliary_bytes(runtime), runtime.config
     logger.info(
         "KV eviction: policy %s, %d tokens a layer on average (recent %d, sinks %d), per-layer budgets %s, "
-        "a round every %d tokens, prompt %s. Auxiliary memory: states %.2f MiB, table %.2f MiB, "
+        "a round every %d tokens%s, prompt %s. Auxiliary memory: states %.2f MiB, table %.2f MiB, "
         "scratch %.2f MiB of a pool of %.1f MiB.",
         config.policy,
         config.budget.tokens,
@@ -74,6 +76,7 @@ def announce(runtime: Runtime) -> None:
         config.retain.sinks,
         list(runtime.budgets),
         runtime.ledger.interval,
+        " but only when the pool is short" if config.rounds.by_pressure else "",
         config.retain.prompt,
         size["states"] / 2**20,
         size["table"] / 2**20,
@@ -94,7 +97,10 @@ def decode_line(parts: list[str], stats: Any) -> list[str]:
     runtime = current()
     counters = runtime.counters
     dead = sum(s.layout.dead_len for s in runtime.ledger.requests.values())
-    return [*parts, f"lethe rounds: {counters.rounds}, saved #token: {page_ceil(dead, runtime.page_size)}"]
+    parts = [*parts, f"lethe rounds: {counters.rounds}, saved #token: {page_ceil(dead, runtime.page_size)}"]
+    if runtime.ledger.on_demand:
+        parts.append(f"lethe share: {runtime.pressure.share or 'all'}, #at-floor: {runtime.pressure.at_floor()}")
+    return parts
 
 
 class Metrics:
@@ -115,6 +121,9 @@ class Metrics:
         self.pruned = gauge("requests_pruned_total", "Requests evicted from at least once.")
         self.seconds = gauge("round_seconds_total", "Host seconds spent in rounds.")
         self.evicted = gauge("evicted_cells_total", "Cells evicted.", ("layer",))
+        self.events = gauge("pressure_events_total", "Times that the pool was short and running requests gave.")
+        self.share = gauge("pressure_share_tokens", "Share of the last event, in tokens; 0 before the first.")
+        self.floors = gauge("requests_at_floor", "Running requests that hold no more than their budget.")
 
     def log(self, runtime: Runtime) -> None:
         """Publish the counters."""
@@ -124,6 +133,10 @@ class Metrics:
         self.saved.labels(**self.labels).set(sum(s.layout.dead_len for s in runtime.ledger.requests.values()))
         self.pruned.labels(**self.labels).set(counters.requests_pruned)
         self.seconds.labels(**self.labels).set(counters.round_seconds)
+        pressure = runtime.pressure
+        self.events.labels(**self.labels).set(pressure.events)
+        self.share.labels(**self.labels).set(pressure.share or 0)
+        self.floors.labels(**self.labels).set(pressure.at_floor())
         for layer, count in enumerate(counters.evicted):
             self.evicted.labels(**self.labels, layer=str(layer)).set(count)
 

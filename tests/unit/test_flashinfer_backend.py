@@ -41,7 +41,7 @@ from flashinfer_double import (
 
 from lethe_sglang.allocation.budgets import scale
 from lethe_sglang.attention.length_classes import LengthClasses
-from lethe_sglang.cache.ledger import Observed
+from lethe_sglang.cache.arrivals import Observed
 from lethe_sglang.config import from_mapping
 from lethe_sglang.policies.base import Accumulation
 from lethe_sglang.policies.lethe import LethePolicy

@@ -1,0 +1,68 @@
+"""Rounds only when the pool is short (``rounds.when: pressure``): stock's replies with room, shares without."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import config
+from problems import PROMPTS, WALKS
+
+from lethe_sglang.policies import policy_names
+
+POOL, FLOOR = 1200, 48
+SETTINGS = dict(
+    budget={"tokens": FLOOR},
+    rounds={"interval": 16, "when": "pressure"},
+    lethe={"half_life": 7},
+    debug={"shadow": True},
+    pool={"states": "all"},
+)
+LONG = dict(tokens=340, ignore_eos=True)
+
+
+@pytest.fixture(scope="module", params=[1, 8], ids=lambda page: f"page{page}")
+def pressed(request, start):
+    server = start(
+        *("--max-total-tokens", str(POOL), "--page-size", str(request.param), "--decode-log-interval", "1"),
+        *("--kv-evict", "lethe", "--kv-evict-config", config(**SETTINGS)),
+    ).wait()
+    server.page = request.param
+    yield server
+    server.check_healthy()
+    server.stop()
+
+
+def test_with_room_no_token_is_evicted_and_replies_are_stocks(start, pressed):
+    if pressed.page != 1:
+        pytest.skip("stock is asked at page size 1")
+    alone = [pressed.generate(text, **LONG)["ids"] for text in PROMPTS[:4]]
+    report = pressed.lethe()
+    assert report["rounds"] == report["pressure"]["events"] == 0
+    assert report["last_finished"]["stock_peak"] > 3 * FLOOR, "no request was longer than its budget"
+    stock = start("--max-total-tokens", str(POOL)).wait()
+    assert [stock.generate(text, **LONG)["ids"] for text in PROMPTS[:4]] == alone
+    stock.stop()
+
+
+def test_a_full_pool_is_shared_and_nobody_is_retracted(pressed):
+    before = pressed.lethe()
+    outputs = pressed.generate_all(WALKS, 8, **LONG)
+    assert all(o["meta"]["completion_tokens"] == LONG["tokens"] for o in outputs)
+    report = pressed.lethe()
+    assert report["pressure"]["events"] > before["pressure"]["events"] + 3
+    assert report["rounds"] > before["rounds"] + 20
+    assert report["requests_retracted"] == before["requests_retracted"]
+    assert report["pressure"]["share"] >= FLOOR
+    assert report["shadow"]["checks"] > before["shadow"]["checks"] + 5000
+    pressed.check_healthy()
+
+
+@pytest.mark.parametrize("policy", policy_names())
+def test_every_policy_gives_under_pressure(pressed, policy):
+    pressed.flush()
+    pressed.post("/kv_evict", {"policy": policy})
+    before = pressed.lethe()
+    pressed.generate_all(WALKS[:6], 6, tokens=260, ignore_eos=True)
+    report = pressed.lethe()
+    assert report["policy"] == policy and report["rounds"] > before["rounds"] + 4
+    assert report["requests_retracted"] == before["requests_retracted"]
+    pressed.check_healthy()
