@@ -84,6 +84,22 @@ class Deployment:
         """Requests that fit with eviction."""
         return self.blocks // self.request_blocks
 
+    @property
+    def full_requests(self) -> int:
+        """Requests that fit at full length with eviction: as many run under pressure before anything is evicted."""
+        return self.blocks // self.context
+
+    def share_for(self, concurrency: int) -> int | None:
+        """Return what each of ``concurrency`` requests keeps under pressure right after an event, in tokens.
+
+        An event leaves room for an interval of every request; the share is never below the budget. None means that
+        they fit at full length.
+        """
+        if concurrency <= self.full_requests:
+            return None
+        interval = self.overhead - 2 * self.page_size
+        return max(self.blocks // concurrency - self.prompt - interval, self.config.budget.tokens)
+
     def budget_for(self, concurrency: int) -> int:
         """Return the largest budget with which ``concurrency`` requests fit, in tokens.
 

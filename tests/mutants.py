@@ -277,8 +277,8 @@ MUTANTS = {
         "tests/unit/test_reconfigure.py -k waits",
     ),
     "default parameters are not looked at": Mutant(
-        "lethe_sglang/engine/entrypoints.py",
-        "guard.check_request(preferred or {})",
+        "lethe_sglang/engine/guard.py",
+        "check_request(preferred or {})",
         "return",
         "tests/engine/test_refusals.py -k option_to_change",
     ),

@@ -67,7 +67,12 @@ def add_parser(subparsers: Subparsers) -> None:
     add("--config", metavar="FILE|JSON|PRESET", help="eviction settings, as for --kv-evict-config")
     add("--budget", metavar="N", type=integer(2), help="mean tokens kept per layer; beats budget.tokens")
     add("--profile", metavar="FILE", type=Path, help="a profile, to print the budget of every layer")
-    add("--concurrency", metavar="N", type=integer(1), help="print the budget with which so many requests fit")
+    add(
+        "--concurrency",
+        metavar="N",
+        type=integer(1),
+        help="print the budget with which so many requests fit, and under pressure what each of them keeps",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -116,6 +121,14 @@ def _lines(plan: Deployment, args: argparse.Namespace, model: _Model) -> list[st
     ]
     if plan.request_blocks == plan.context:
         lines.append("a request is never longer than its bound, so nothing is evicted; take a smaller budget")
+    if config.rounds.by_pressure:
+        lines.append(f"nothing is evicted up to {plan.full_requests} requests at full length; at the floor")
+        lines[-1] += f" {plan.requests} fit"
+    if config.rounds.by_pressure and args.concurrency is not None:
+        share = plan.share_for(args.concurrency) if args.concurrency <= plan.requests else 0
+        kept = "all that they hold" if share is None else f"{share} tokens, the prompt not counted"
+        waits = f"of {args.concurrency} requests {args.concurrency - plan.requests} wait, the others are at the floor"
+        lines.append(waits if share == 0 else f"{args.concurrency} requests at once keep {kept}")
     if args.concurrency is not None:
         lines.append(f"budget for {args.concurrency} requests at once: {plan.budget_for(args.concurrency)} tokens")
     if args.profile is not None:

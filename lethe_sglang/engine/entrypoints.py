@@ -253,25 +253,10 @@ def check_resolution(server_args: Any, previous: Callable[[Any], None]) -> None:
         guard.check_debug(resolving_view(server_args), request.config.debug, request.measures)
         model = model_config_of(server_args)
         guard.check_model(model)
-        check_defaults(resolving_view(server_args).preferred_sampling_params, request.config, model.context_len)
+        guard.check_defaults(resolving_view(server_args).preferred_sampling_params, request.config, model.context_len)
         settle(request.config, fingerprint_of(model, resolving_view(server_args)), make=None)
     except ConfigError as error:
         request.fail(error)
-
-
-def check_defaults(preferred: dict[str, Any] | None, config: EvictionConfig, context_length: int) -> None:
-    """Refuse sampling parameters of every request that no request may ask for.
-
-    Raises
-    ------
-    ConfigError
-        One line that names the flag and the parameter.
-    """
-    try:
-        guard.check_request(preferred or {})
-        parse_request((preferred or {}).get("custom_params"), config, context_length)
-    except ConfigError as error:
-        raise ConfigError(f"--preferred-sampling-params: {error}") from None
 
 
 def launch(original: Callable[..., Any], cls: type, server_args: Any, *args: Any, **kwargs: Any) -> Any:
@@ -292,26 +277,29 @@ def launch(original: Callable[..., Any], cls: type, server_args: Any, *args: Any
     verb.open_doors(cls)
     server_args._lethe = request
     result = original(cls, server_args, *args, **kwargs)
-    _check_ranks(request, *result)
+    _check_ranks(request, resolved_view(server_args).page_size or 1, *result)
     return result
 
 
-def _check_ranks(request: EvictionRequest, init_result: Any, processes: Any) -> None:
-    """Let the launcher report ready only after every rank has reported the request's id."""
+def _check_ranks(request: EvictionRequest, page_size: int, init_result: Any, processes: Any) -> None:
+    """Let the launcher report ready only after every rank has reported the request's id, and the pool holds a floor."""
     stock_wait = init_result.wait_for_ready
 
     def wait_for_ready() -> None:
         stock_wait()
         reported = [info.get("lethe") for info in init_result.scheduler_infos]
-        if any(report != request.request_id for report in reported):
-            for process in processes or ():
-                process.kill()
-            request.fail(
-                RuntimeError(
+        try:
+            if any(report != request.request_id for report in reported):
+                raise RuntimeError(
                     f"--kv-evict: a scheduler started without eviction (ranks reported {reported}, expected "
                     f"{request.request_id}); check SGLANG_PLUGINS and the plugin errors in the log"
                 )
-            )
+            for info in () if request.measures else init_result.scheduler_infos:
+                guard.check_pool(request.config, page_size, info["max_total_num_tokens"])
+        except (ConfigError, RuntimeError) as error:
+            for process in processes or ():
+                process.kill()
+            request.fail(error)
 
     init_result.wait_for_ready = wait_for_ready
 

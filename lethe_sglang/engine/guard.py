@@ -6,7 +6,8 @@ import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lethe_sglang.config import ConfigError
+from lethe_sglang.cache.layout import request_bound
+from lethe_sglang.config import ConfigError, EvictionConfig, parse_request
 
 if TYPE_CHECKING:
     from lethe_sglang.config.schema import DebugConfig
@@ -355,3 +356,38 @@ def support_matrix() -> str:
     lines += [f"| {name} | refused | model |" for name, _ in MODELS]
     lines += [f"| environment variable {name} | refused | {why} |" for name, why in ENVIRONMENT]
     return "\n".join(lines)
+
+
+def check_defaults(preferred: dict[str, Any] | None, config: EvictionConfig, context_length: int) -> None:
+    """Refuse sampling parameters of every request that no request may ask for.
+
+    Raises
+    ------
+    ConfigError
+        One line that names the flag and the parameter.
+    """
+    try:
+        check_request(preferred or {})
+        parse_request((preferred or {}).get("custom_params"), config, context_length)
+    except ConfigError as error:
+        raise ConfigError(f"--preferred-sampling-params: {error}") from None
+
+
+def check_pool(config: EvictionConfig, page_size: int, tokens: int) -> None:
+    """Refuse floors of which the pool cannot hold one: no round could ever make room then.
+
+    Raises
+    ------
+    ConfigError
+        One line that names the option and the largest legal value.
+    """
+    least = request_bound(config.budget.tokens, config.rounds.interval, page_size)
+    if config.rounds.by_pressure and least > tokens:
+        largest = tokens - least + config.budget.tokens
+        raise ConfigError(
+            f"budget.tokens: got {config.budget.tokens}, with which a request at its floor holds up to {least} tokens, "
+            f"but the pool has {tokens}; the largest that fits with this rounds.interval is {largest}"
+            if largest >= 2
+            else f"rounds.interval: got {config.rounds.interval}, for which the pool of {tokens} tokens has no room; "
+            "make it smaller, or the pool larger (--max-total-tokens, --mem-fraction-static)"
+        )

@@ -118,15 +118,10 @@ SCHEDULER_HOOKS = (
     ),
     Hook(
         f"{_BATCH}.ScheduleBatch.prepare_for_extend",
-        BEFORE,
-        lifecycle.make_room,
-        "Under pressure a prefill is admitted into memory that running requests give; they do before it allocates.",
-    ),
-    Hook(
-        f"{_BATCH}.ScheduleBatch.prepare_for_extend",
-        AFTER,
-        lifecycle.observe_prefill,
-        "Tokens of a prefill that may be evicted start with the scores of its last queries.",
+        AROUND,
+        lifecycle.prefill,
+        "Under pressure a prefill is admitted into memory that running requests give, and they do before it allocates; "
+        "its tokens that may be evicted start with the scores of its last queries.",
     ),
     Hook(
         f"{_BATCH}.Req.reset_for_retract",

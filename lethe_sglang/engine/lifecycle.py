@@ -95,15 +95,17 @@ def check_arrival(scheduler: Any, req: Any, *args: Any, **kwargs: Any) -> None:
             req.set_finish_with_abort(str(error))
 
 
-def make_room(batch: Any) -> None:
-    """BEFORE ``ScheduleBatch.prepare_for_extend``: admission has counted on what running requests can give."""
+def prefill(original: Callable[..., None], batch: Any) -> None:
+    """AROUND ``ScheduleBatch.prepare_for_extend``: make room for what admission has let in, then say who is scored."""
     runtime = current()
     if runtime.ledger.on_demand:
         runtime.pressure.before_prefill(batch)
+    original(batch)
+    observe_prefill(batch)
 
 
-def observe_prefill(result: Any, batch: Any) -> None:
-    """AFTER ``ScheduleBatch.prepare_for_extend``: say from where on rows are scored, and whose prefill does so.
+def observe_prefill(batch: Any) -> None:
+    """Say from where on the rows of a prefill are scored, and whose prefill does so.
 
     The last chunk of a prefill does, by its own queries; rows and lengths are host numbers here and nowhere later.
     """

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -155,18 +156,17 @@ class Runtime:
         )
 
     def _start_ledger(self) -> None:
-        rule, config = self.policy.accumulation, self.config
+        rule, config, rounds = self.policy.accumulation, self.config, self.config.rounds
         window, every = (None, 1) if rule is None else (rule.window, rule.in_phase)
-        rounds, pack = config.rounds, config.debug.pack_always
+        pack = config.debug.pack_always
         self.ledger.configure(config.recent, rounds.interval, pack, window, self._narrow(), rounds.by_pressure)
         self.ledger.phase.configure(every, by_length=self.deterministic)
 
     def _narrow(self) -> tuple[bool, ...]:
         if self.length_classes:  # what a backend has settled stays
             return self.length_classes[0].narrow_layers()
-        if self.config.budget.allocation == "breakpoint":
-            return (False,) * self.num_layers
-        return narrow_layers(self.budgets)
+        unknown = self.config.budget.allocation == "breakpoint"
+        return (False,) * self.num_layers if unknown else narrow_layers(self.budgets)
 
     def attach(self, pool: PackedKVPool, req_to_token: torch.Tensor) -> None:
         """Bind to the pool and the rows SGLang has built; once, whatever number of backends asks."""
@@ -319,9 +319,8 @@ class Runtime:
         """
         started = time.perf_counter()
         states, plans = [state for state, _ in planned], [plan for _, plan in planned]
-        for classes in self.length_classes:
-            for plan in plans:
-                classes.check(plan)
+        for classes, plan in product(self.length_classes, plans):
+            classes.check(plan)
         start = 0
         for size in groups(plans, self.pool.cells, self.pool.scratch_bytes):
             group = slice(start, start + size)

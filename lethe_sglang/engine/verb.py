@@ -24,7 +24,7 @@ from sglang.utils import TypeBasedDispatcher
 from lethe_sglang.config import from_mapping
 from lethe_sglang.config.changes import reconfigured
 from lethe_sglang.config.loading import parse_json
-from lethe_sglang.engine import entrypoints
+from lethe_sglang.engine import entrypoints, guard
 from lethe_sglang.engine.reconfigure import unfinished
 from lethe_sglang.engine.runtime import Runtime, current
 from lethe_sglang.errors import ConfigError, show
@@ -144,7 +144,7 @@ async def reconfigure(manager: Any, options: Any) -> dict[str, Any]:
     async with manager._lethe_lock:  # each is laid over what the one before has left
         request = _request(manager)
         config = reconfigured(request.config, options)
-        entrypoints.check_defaults(manager.preferred_sampling_params, config, manager.context_len)
+        guard.check_defaults(manager.preferred_sampling_params, config, manager.context_len)
         assert request.model is not None, "the launcher takes it"
         budgets = await asyncio.to_thread(settle, config, request.model, _refuse)  # a profile's lock may be held
         plain = config.model_dump(mode="json", exclude_unset=True)

@@ -70,6 +70,31 @@ def test_a_request_below_its_bound_costs_its_length():
     assert plan.request_blocks == 900
 
 
+def test_under_pressure_requests_keep_all_up_to_a_load_and_then_a_share():
+    pressed = from_mapping({"budget": {"tokens": 1024}, "rounds": {"when": "pressure"}})
+    plan = deployment(config=pressed)
+    assert plan.full_requests == plan.blocks // 16000
+    assert plan.share_for(plan.full_requests) is None
+    share = plan.share_for(plan.full_requests + 1)
+    assert share is not None
+    held = plan.prompt + share + 128  # an event leaves room for an interval of every request
+    assert held * (plan.full_requests + 1) <= plan.blocks < (held + 1) * (plan.full_requests + 1)
+    assert plan.share_for(10 * plan.requests) == 1024, "no share is below the floor"
+
+
+def test_the_command_says_what_pressure_leaves(model, capsys):
+    def said(*arguments):
+        words = ["plan", "--model-path", model, "--context", "16000", "--prompt", "500", "--gpu-mem", "80"]
+        words += ["--weights-gib", "16", "--config", '{"rounds": {"when": "pressure"}}', *arguments]
+        assert cli.main(words) == 0
+        return capsys.readouterr().out
+
+    assert "nothing is evicted up to" in said()
+    assert "4 requests at once keep all that they hold" in said("--concurrency", "4")
+    assert "60 requests at once keep 6" in said("--concurrency", "60")
+    assert " wait, the others are at the floor" in said("--concurrency", "400")
+
+
 def test_the_command_prints_the_table(model, tmp_path, capsys):
     save(profile(), tmp_path / "p.yaml")
     base = [

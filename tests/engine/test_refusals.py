@@ -13,6 +13,8 @@ from types import SimpleNamespace
 import pytest
 from conftest import MODEL, WARM
 
+from lethe_sglang.config import from_mapping
+
 pytest.importorskip("sglang")
 
 
@@ -81,6 +83,44 @@ EVICT = ("--kv-evict", "lethe", "--kv-evict-config", "cpu-demo")
 )
 def test_refused_with_the_option_to_change(sglang_front, capsys, args, named):
     assert named in refused(sglang_front, capsys, *args)
+
+
+@pytest.mark.parametrize(
+    ("sections", "tokens", "named"),
+    [
+        ({"budget": {"tokens": 900}}, 1000, r"budget.tokens: got 900.* up to 1030 tokens.* that fits .* is 870"),
+        (
+            {"budget": {"tokens": 24}, "rounds": {"interval": 999}},
+            1000,
+            r"rounds.interval: got 999.*--max-total-tokens",
+        ),
+    ],
+)
+def test_under_pressure_the_pool_must_hold_one_floor(sections, tokens, named):
+    from lethe_sglang.engine import guard
+
+    asked = {**sections, "rounds": {**sections.get("rounds", {}), "when": "pressure"}}
+    with pytest.raises(guard.ConfigError, match=named):
+        guard.check_pool(from_mapping(asked), 1, tokens)
+    guard.check_pool(from_mapping(sections), 1, tokens)  # always: the request is longer than that or it is not
+    guard.check_pool(from_mapping({**asked, "budget": {"tokens": 24}, "rounds": {"when": "pressure"}}), 1, tokens)
+
+
+def test_a_launcher_refuses_a_floor_that_the_schedulers_pool_cannot_hold():
+    from lethe_sglang.engine import entrypoints as front
+
+    request = front.EvictionRequest(
+        config=from_mapping({"budget": {"tokens": 900}, "rounds": {"when": "pressure"}}), from_cli=False
+    )
+    killed = []
+    ranks = [{"lethe": request.request_id, "max_total_num_tokens": 1000}]
+    ready = SimpleNamespace(wait_for_ready=lambda: None, scheduler_infos=ranks)
+    front._check_ranks(request, 1, ready, [SimpleNamespace(kill=lambda: killed.append(True))])
+    with pytest.raises(front.ConfigError, match=r"budget\.tokens: got 900"):
+        ready.wait_for_ready()
+    assert killed
+    ranks[0]["max_total_num_tokens"] = 4000
+    ready.wait_for_ready()
 
 
 def test_a_name_that_another_distribution_claims_is_refused_with_who_does(sglang_front, capsys, monkeypatch):

@@ -108,7 +108,7 @@ def test_the_first_decode_step_scores_no_prefix(monkeypatch, tree, mode, first):
         beam_group=None,
         skip_radix_cache_insert=False,
     )
-    lifecycle.observe_prefill(None, SimpleNamespace(reqs=[req], tree_cache=SimpleNamespace(disable=False)))
+    lifecycle.observe_prefill(SimpleNamespace(reqs=[req], tree_cache=SimpleNamespace(disable=False)))
     pool.ledger.flush()
     line = read(pool.ledger.table[1])
     assert int(line.score_from) == first
@@ -158,9 +158,9 @@ def test_prefills_are_observed_at_their_last_chunk_alone(monkeypatch):
         )
 
     requests = [request(1, 60, 8, 20), request(2, 60, 40, 20), request(3, 30, 8, 22, False), request(4, 17, 8, 9)]
-    lifecycle.observe_prefill(None, SimpleNamespace(reqs=requests, tree_cache=SimpleNamespace(disable=False)))
+    lifecycle.observe_prefill(SimpleNamespace(reqs=requests, tree_cache=SimpleNamespace(disable=False)))
     assert pool.ledger.observed == [(2, 8, 60, 20, 40), (4, 8, 17, 62, 71)]
-    lifecycle.observe_prefill(None, SimpleNamespace(reqs=requests[:1], tree_cache=SimpleNamespace(disable=False)))
+    lifecycle.observe_prefill(SimpleNamespace(reqs=requests[:1], tree_cache=SimpleNamespace(disable=False)))
     assert pool.ledger.observed == [], "one batch's prefills cost the next one nothing"
 
 

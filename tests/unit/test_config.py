@@ -251,8 +251,8 @@ class TestMessages:
             ),
             ({"policy": "snapkv", "snapkv": {7: 5}}, "snapkv.7: unknown key; snapkv knows window, kernel"),
             ({"budget.tokens": 5}, "budget.tokens: unknown key; options are nested, write budget: {tokens: ...}"),
-            ({"rounds": {"xyz": 5}}, "rounds.xyz: unknown key; rounds knows interval"),
-            ({"rounds": {7: 5}}, "rounds.7: unknown key; rounds knows interval"),
+            ({"rounds": {"xyz": 5}}, "rounds.xyz: unknown key; rounds knows when, interval"),
+            ({"rounds": {7: 5}}, "rounds.7: unknown key; rounds knows when, interval"),
         ],
     )
     def test_an_unknown_key_is_answered_with_the_key_that_was_meant(self, data, expected):
@@ -475,3 +475,11 @@ class TestOverrides:
         config = from_mapping({"requests": {"allow_off": False}})
         assert "requests.allow_off" in request_message("none", config)
         assert parse_request({"kv_evict": "on"}, config).mode == "on"
+
+
+def test_packing_at_fixed_lengths_does_not_go_with_rounds_on_demand():
+    assert not from_mapping({"debug": {"pack_always": True}}).rounds.by_pressure
+    with pytest.raises(ConfigError, match=r"debug\.pack_always: packs at fixed lengths"):
+        from_mapping({"rounds": {"when": "pressure"}, "debug": {"pack_always": True}})
+    with pytest.raises(ConfigError, match=r"rounds\.when: got \"never\", expected .*always.*pressure"):
+        from_mapping({"rounds": {"when": "never"}})
