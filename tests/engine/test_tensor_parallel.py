@@ -38,13 +38,18 @@ def test_both_ranks_keep_the_same_cells(server):
     assert server.generate(prompt(problem), tokens=300, kv_evict="none")["text"] == answer
     server.generate_all(PROMPTS[:4], 4, tokens=120)
     server.check_healthy()
+    assert agreed(server) > 10
+
+
+def agreed(server):
+    """Compare what the ranks kept in every round, and count the rounds."""
     log = server.log.read_text(errors="replace")
     by_round = {}
     for rank, number, digest in re.findall(r"TP(\d)\] KV eviction: kept-set hash (\d+) ([0-9a-f]+)", log):
         by_round.setdefault(int(number), {})[int(rank)] = digest
-    assert len(by_round) > 10
     for number, digests in by_round.items():
         assert set(digests) == {0, 1} and digests[0] == digests[1], f"round {number}: {digests}"
+    return len(by_round)
 
 
 def test_a_private_prompt_longer_than_the_budget_is_pruned(server):
@@ -56,3 +61,14 @@ def test_a_private_prompt_longer_than_the_budget_is_pruned(server):
     assert min(last["evicted_per_layer"]) >= len(problem) + 60 - 48 - 16 - 2
     replay = server.generate(prompt(problem), tokens=1)
     assert replay["meta"]["cached_tokens"] == 0, "a private prompt seeded the tree"
+
+
+def test_under_pressure_both_ranks_take_as_much_from_the_same_requests(server):
+    server.flush()
+    before, rounds = server.lethe(), agreed(server)
+    server.post("/kv_evict", {"rounds": {"when": "pressure"}, "retain": {"prompt": "keep"}})
+    server.generate_all(PROMPTS[:8], 8, tokens=320, ignore_eos=True)
+    report = server.lethe()
+    assert report["pressure"]["events"] >= 4 and report["pressure"]["share"] > 48
+    assert report["requests_retracted"] == before["requests_retracted"]
+    assert agreed(server) >= rounds + report["pressure"]["events"]
