@@ -59,7 +59,7 @@ def measured(args: argparse.Namespace, plan: Sweep) -> int:
     from transformers import AutoConfig  # slow to import
 
     from lethe_bench.load import report
-    from lethe_bench.load.run import Samples
+    from lethe_bench.load.run import Samples, asked
     from lethe_bench.load.run import run as measure_all
 
     about, name, out = about_of(args, plan), args.command, args.out
@@ -69,10 +69,10 @@ def measured(args: argparse.Namespace, plan: Sweep) -> int:
     samples = Samples(out, {**settings, "config": plan.config.model_dump(mode="json")})
     vocabulary = AutoConfig.from_pretrained(plan.model_path).get_text_config().vocab_size
 
-    def write() -> str:
-        found = [s for s in samples.found if s.repeat <= plan.repeats and s.arm in plan.arms and s.load in plan.loads]
+    def write(picture: str = "") -> str:
+        found = asked(plan, samples.found)
         write_atomically(out / f"{name}.json", json.dumps(report.to_json(plan, found, about), indent=1) + "\n")
-        page = report.to_markdown(plan, found, about, report.draw(out / f"{name}.svg", plan, found))
+        page = report.to_markdown(plan, found, about, picture)
         write_atomically(out / f"{name}.md", page + "\n")
         return page
 
@@ -86,7 +86,7 @@ def measured(args: argparse.Namespace, plan: Sweep) -> int:
         return 1
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command goes on where this one stopped") from None
-    print(write())
+    print(write(report.draw(out / f"{name}.svg", plan, asked(plan, samples.found))))
     return 0
 
 

@@ -93,6 +93,11 @@ class Samples:
         self.found.append(sample)
 
 
+def asked(plan: Sweep, samples: Sequence[Sample]) -> list[Sample]:
+    """Return the samples that a plan asks for; a directory may hold more."""
+    return [s for s in samples if s.repeat <= plan.repeats and s.arm in plan.arms and s.load in plan.loads]
+
+
 def missing(plan: Sweep, samples: Sequence[Sample]) -> Iterator[tuple[int, str, list[int]]]:
     """Yield the servers that are still needed: repeat, arm, and the loads that it lacks."""
     known = {(sample.repeat, sample.arm, sample.load) for sample in samples}
@@ -142,7 +147,7 @@ def measure(server: Server, plan: Sweep, arm: str, repeat: int, load: int, vocab
         If a request does not get all of its tokens, or the server is not what the arm needs.
     """
     server.post("/flush_cache?timeout=60", {})
-    before, offset, meter = server.get("/server_info"), server.log.stat().st_size, CpuMeter(server)
+    before, offset, meter = server.get("/server_info"), server.log.stat().st_size, CpuMeter(server, itself=True)
     prompts, others = plan.prompts(load, vocabulary)
     long = Requests(server, prompts, plan.output_len, plan.timeout, plan.moment)
     come = Requests(server, others, plan.arriving[1], plan.timeout)

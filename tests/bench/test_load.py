@@ -17,6 +17,7 @@ from lethe_bench.load import report
 from lethe_bench.load import run as load_run
 from lethe_bench.load.plan import Burst, Sweep
 from lethe_bench.load.run import Requests, measure
+from lethe_bench.machine import CpuMeter
 from lethe_bench.servers import Server, ServerError, some_free_port
 from lethe_bench.throughput.report import About
 from lethe_sglang.cli import main as program
@@ -125,8 +126,8 @@ def served(monkeypatch):
     monkeypatch.setattr(load_run, "warm_up", lambda server, plan: None)
 
     class Meter:
-        def __init__(self, server):
-            pass
+        def __init__(self, server, itself):
+            assert itself, "requests are sent from here"
 
         def others(self):
             return 0.01
@@ -265,6 +266,14 @@ def test_retractions_of_stock_are_read_from_its_log_and_events_from_the_plugin(s
     assert (pressed.numbers["events"], pressed.numbers["rounds"], pressed.numbers["retracted_requests"]) == (2, 4, 0)
     calm = measure(a_server(Served, SWEEP, "pressure", tmp_path), SWEEP, "pressure", 1, 2, 1000)
     assert calm.numbers["rounds"] == 0
+
+
+def test_the_meter_counts_this_process_to_the_others_unless_it_is_a_client():
+    server = SimpleNamespace(pid=-1)
+    meters = [CpuMeter(server), CpuMeter(server, itself=True)]
+    exec("import time\nend = time.process_time() + 0.3\nwhile time.process_time() < end: pass")
+    other, itself = (meter._read()[2] - meter._start[2] for meter in meters)
+    assert other < 0.1 and itself > 0.25
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
