@@ -65,10 +65,12 @@ class CpuMeter:
     ----------
     server
         A running server.
+    itself
+        Whether this process is a client, too, and not one of the others.
     """
 
-    def __init__(self, server: Server) -> None:
-        self._server = server
+    def __init__(self, server: Server, itself: bool = False) -> None:
+        self._server, self._itself = server, itself
         self._start = self._read()
 
     def others(self) -> float:
@@ -87,6 +89,8 @@ class CpuMeter:
                 fields = stat.read_text().rpartition(")")[2].split()
                 if int(fields[3]) == session:
                     ours += sum(map(int, fields[11:15]))
-        clients = resource.getrusage(resource.RUSAGE_CHILDREN)
+        clients = [resource.getrusage(resource.RUSAGE_CHILDREN)]
+        if self._itself:
+            clients.append(resource.getrusage(resource.RUSAGE_SELF))
         total = (user + nice + system + irq + softirq + steal) / tick
-        return time.monotonic(), total, ours / tick + clients.ru_utime + clients.ru_stime
+        return time.monotonic(), total, ours / tick + sum(used.ru_utime + used.ru_stime for used in clients)

@@ -60,6 +60,8 @@ REPLAY, REPLAYED = "lethe_bench/fidelity/replay.py", "tests/bench/test_replay.py
 FLASH, PAGED = "tests/unit/test_flashattention_backend.py", "lethe_sglang/attention/flashattention.py"
 PAGE8 = f"{SERVE} -k page8"
 STORM = "tests/engine/test_pressure.py -k storm"
+LOAD, LOADED = "lethe_bench/load/run.py", "tests/bench/test_load.py"
+FORCED, AT_ONCE = "lethe_bench/fidelity/run.py", "tests/bench/test_fidelity_loads.py"
 PATHS, TRAJECTORY = "tests/bench/test_trajectory.py", "lethe_bench/fidelity/trajectory.py"
 MUTANTS = {
     "sinks are not pinned": Mutant(ROUNDS, "n.pinned.expand(rank", "(0 * n.pinned).expand(rank", UNIT),
@@ -834,8 +836,8 @@ MUTANTS = {
     ),
     "own replies are measured with the arm before": Mutant(
         "lethe_bench/fidelity/run.py",
-        'if missing and arm != "full"',
-        "if False",
+        "        if missing:\n            self._switch(server, arm)",
+        "",
         f"{PATHS} -k added",
     ),
     "the quickstart keeps everything": Mutant(
@@ -915,6 +917,47 @@ MUTANTS = {
         'f"own-{form} {subject}"',
         'f"own-{subject}"',
         "tests/bench/test_fidelity.py -k names",
+    ),
+    "short requests come with the long ones": Mutant(
+        LOAD, "while not long.reached.wait(0.1):", "while False:", f"{LOADED} -k come_at_their_moment"
+    ),
+    "a request waits until anybody's first token": Mutant(
+        LOAD, "[self._first[number] - self.began", "[min(self._first.values()) - self.began", f"{LOADED} -k its_own"
+    ),
+    "samples of another run are mixed in": Mutant(LOAD, "not in ([], [header])", "is None", f"{LOADED} -k goes_on"),
+    "what is done is done again": Mutant(LOAD, "not in known]", "not in ()]", f"{LOADED} -k goes_on"),
+    "replies unlike stock's are not counted": Mutant(
+        "lethe_bench/load/report.py", "sum(one != other for", "sum(one is other for", f"{LOADED} -k no_longer"
+    ),
+    "both modes are always": Mutant(
+        "lethe_bench/throughput/plan.py",
+        'data["rounds"]["when"] = when',
+        'data["rounds"]["when"] = "always"',
+        f"{LOADED} -k in_when_alone",
+    ),
+    "a server under pressure has to run rounds": Mutant(
+        "lethe_bench/throughput/measure.py",
+        'not found["rounds"] and pressure is None',
+        'not found["rounds"]',
+        f"{LOADED} -k retractions_of_stock",
+    ),
+    "a group is forced in part": Mutant(
+        FORCED, "self._each(force, group,", "self._each(force, self.missing(folder, group),", f"{AT_ONCE} -k as_a_whole"
+    ),
+    "documents of the full cache wait for each other": Mutant(
+        FORCED, 'self.whole if arm == "full" else', "", f"{AT_ONCE} -k as_a_whole"
+    ),
+    "a last group is smaller": Mutant(
+        "lethe_bench/fidelity/loads.py",
+        "[(start + n) % len(documents)] for n in range(load)]",
+        "[start + n] for n in range(min(load, len(documents) - start))]",
+        f"{AT_ONCE} -k fill_up",
+    ),
+    "a load has the numbers of another": Mutant(
+        "lethe_bench/fidelity/loads.py",
+        "results.arms.get(folder_of(arm, load), {})",
+        "results.arms.get(folder_of(arm, 1), {})",
+        f"{AT_ONCE} -k as_a_whole",
     ),
 }
 

@@ -35,8 +35,8 @@ _OWN_SERVER_ARGS = {
     "--port": "use --port of the command",
     "--host": "",
     "--context-length": "",
-    "--max-running-requests": "use at_once of the file",
-    "--max-total-tokens": "use at_once of the file",
+    "--max-running-requests": "use at_once or loads of the file",
+    "--max-total-tokens": "use at_once or pool_tokens of the file",
     "--enable-custom-logit-processor": "",
 }
 """What a server of forced replies gets from the command."""
@@ -225,6 +225,8 @@ def _layers(args: argparse.Namespace) -> int:
 
     old, experiment = load_profile(args.profile, f"--profile {args.profile}"), load_experiment(args.file)
     check_out(args.new)
+    if experiment.loads:
+        raise ConfigError(f"{args.file}: loads: a layer is pruned alone, whatever the load; leave loads out")
     config = next(iter(experiment.configs().values()))
     one_each = layers.arms(experiment, old.model.layers)
     out = args.out or Path("out") / "fidelity" / f"{experiment.name}-layers"
@@ -249,6 +251,8 @@ def _force(args: argparse.Namespace, experiment: Forced, model: Path, out: Path)
         Run(experiment=experiment, model=model, out=out, port=args.port, server_args=words, say=say).all()
     elif words:
         raise ConfigError(f"--server-args {args.server_args!r}: --in-process starts no server; leave one of them out")
+    elif experiment.loads:
+        raise ConfigError("loads: they need a server, whose pool they fill; leave them or --in-process out")
     elif experiment.trajectories:
         raise ConfigError("trajectories: they need a server, which writes the replies; leave them or --in-process out")
     else:

@@ -17,7 +17,7 @@ _MARKERS = "osD^vP*X<>hp"
 
 def tradeoff(path: Path, arms: Mapping[str, tuple[Mean, Mean]]) -> None:
     """Draw each arm's KL against what recall loses, with intervals (SVG)."""
-    figure, (axes,) = _panels(1)
+    figure, (axes,) = side_by_side(1)
     for number, (arm, (kl, recall)) in enumerate(arms.items()):
         axes.errorbar(
             kl.mean,
@@ -25,22 +25,39 @@ def tradeoff(path: Path, arms: Mapping[str, tuple[Mean, Mean]]) -> None:
             xerr=[[kl.mean - kl.low], [kl.high - kl.mean]],
             yerr=[[recall.mean - recall.low], [recall.high - recall.mean]],
             label=arm,
-            **_style(number),
+            **style(number),
             elinewidth=0.7,
         )
     axes.set(xlabel="KL(full || arm), nats a step", ylabel="NLL of values above full, nats a token")
     axes.set(xlim=(0, None), ylim=(min(0, axes.get_ylim()[0]), None))
-    _finish(figure, [axes], path)
+    finish(figure, [axes], path)
 
 
 def curves(path: Path, panels: Mapping[str, Mapping[str, tuple[NDArray[Any], NDArray[Any]]]]) -> None:
     """Draw KL along a reply (SVG): the title of a panel, what its x is, -> arm -> x and mean KL."""
-    figure, all_axes = _panels(len(panels))
+    figure, all_axes = side_by_side(len(panels))
     for axes, (title, lines) in zip(all_axes, panels.items(), strict=True):
         for number, (arm, (x, y)) in enumerate(lines.items()):
-            axes.plot(x, y, label=arm, **_style(number), linewidth=1)
+            axes.plot(x, y, label=arm, **style(number), linewidth=1)
         axes.set(xlabel=title, ylabel="KL(full || arm), nats", ylim=(0, None))
-    _finish(figure, all_axes, path)
+    finish(figure, all_axes, path)
+
+
+def against_load(path: Path, means: Mapping[int, Mapping[str, Mapping[str, Mean]]]) -> None:
+    """Draw KL and what recall loses, with intervals, against load (SVG): load -> arm -> measure -> mean."""
+    titles = {"kl": "KL(full || arm), nats a step", "recall": "NLL of values above full, nats a token"}
+    known = [name for name in titles if any(name in found for arms in means.values() for found in arms.values())]
+    figure, all_axes = side_by_side(len(known))
+    for axes, name in zip(all_axes, known, strict=True):
+        for number, arm in enumerate(dict.fromkeys(arm for arms in means.values() for arm in arms)):
+            points = {load: arms[arm][name] for load, arms in means.items() if name in arms.get(arm, {})}
+            middle = [mean.mean for mean in points.values()]
+            spread = [[m.mean - m.low for m in points.values()], [m.high - m.mean for m in points.values()]]
+            axes.errorbar(list(points), middle, yerr=spread, label=arm, **style(number), elinewidth=0.7)
+        axes.set(xlabel="documents at once", ylabel=titles[name])
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(list(means), map(str, means))
+    finish(figure, all_axes, path)
 
 
 def by_position(steps: Sequence[NDArray[Any]], bins: int = 20) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -62,17 +79,20 @@ def by_distance(steps: Sequence[NDArray[Any]], rounds: Sequence[Sequence[int]]) 
     return np.array(known), np.array([np.mean(sums[distance]) for distance in known])
 
 
-def _style(number: int) -> dict[str, Any]:
+def style(number: int) -> dict[str, Any]:
+    """Return how the line of that number looks."""
     colours = importlib.import_module("matplotlib").colormaps["tab20"]
     return {"color": colours(number % 20), "marker": _MARKERS[number % len(_MARKERS)], "markersize": 5}
 
 
-def _panels(count: int) -> tuple[Any, list[Any]]:
+def side_by_side(count: int) -> tuple[Any, list[Any]]:
+    """Return a figure and its panels, side by side."""
     figure = importlib.import_module("matplotlib.figure").Figure(figsize=(6.5 * count, 4.8), layout="constrained")
     return figure, list(figure.subplots(1, count, squeeze=False).flat)
 
 
-def _finish(figure: Any, all_axes: Sequence[Any], path: Path) -> None:
+def finish(figure: Any, all_axes: Sequence[Any], path: Path) -> None:
+    """Write a figure (SVG), the same bytes for the same numbers."""
     for axes in all_axes:
         axes.grid(alpha=0.25)
     all_axes[0].legend(fontsize=7, ncols=2)

@@ -185,6 +185,8 @@ def write(out: Path, reference: str, experiment: Experiment) -> Path:
 
     Steps before the first round any arm may have are not counted.
     """
+    from lethe_bench.fidelity import loads  # which reads its tables from here
+
     skip = max(config.budget.tokens for config in experiment.configs().values())
     results = read(out)
     found = summary(results, skip)
@@ -197,10 +199,9 @@ def write(out: Path, reference: str, experiment: Experiment) -> Path:
         "\n".join(
             f"- {arm}: `{json.dumps(laid_over(experiment.base, options))}`" for arm, options in experiment.arms.items()
         ),
-        *draw(out, results, found),
+        *(loads.section(out, results, experiment, reference, skip) if experiment.loads else draw(out, results, found)),
         table(results, skip),
-        "## Paired",
-        against(results, reference, skip),
+        *(() if experiment.loads else ("## Paired", against(results, reference, skip))),
         trajectory.section(out, reference, list(experiment.arms), skip),
     )
     path = out / "fidelity.md"

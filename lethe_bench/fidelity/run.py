@@ -6,19 +6,20 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from tqdm import tqdm
 
 from lethe_bench.accuracy.experiment import Arm
 from lethe_bench.accuracy.live import check_server, switch
-from lethe_bench.fidelity import trajectory
+from lethe_bench.fidelity import loads, trajectory
 from lethe_bench.fidelity.corpora import CORPORA, Document, questions
 from lethe_bench.servers import Server, ServerError, explained, launch_command
+from lethe_bench.throughput.measure import parse_log, read_from
 from lethe_sglang.cache.arrivals import stagger_of
 from lethe_sglang.config import ConfigError, EvictionConfig, from_mapping
 from lethe_sglang.config.loading import parse_yaml
@@ -30,14 +31,26 @@ from lethe_sglang.files import Journal, write_atomically
 OWN = "own"
 """The corpus of the model's own samples."""
 
+PROMPT = 512
+"""Tokens that the longest prompt of a document may have."""
+
 _LEGAL = {
     "tokens": "an integer from 64 to 16384",
     "corpora": f"a mapping from {', '.join((OWN, *CORPORA))} to numbers of documents >= 1",
     "split": "development or test",
     "trajectories": "an integer >= 0",
     "at_once": "an integer >= 1",
+    "pool_tokens": f"an integer >= tokens + {PROMPT}, so that a document fits without eviction",
+    "loads": "increasing integers >= 1, at most as many as there are documents, with pool_tokens, without trajectories",
     "arms": "a mapping from names to configurations",
 }
+
+
+class Point(NamedTuple):
+    """All documents with one arm: so many of them at once, all of these together; None is ``at_once``, as they come."""
+
+    arm: str
+    load: int | None
 
 
 class Experiment(Section):
@@ -49,6 +62,8 @@ class Experiment(Section):
     corpora: dict[str, int] = Field(default={OWN: 12, "prose": 12, "code": 12, "recall": 12})
     trajectories: int = Field(default=0, ge=0)
     at_once: int = Field(default=6, ge=1)
+    pool_tokens: int | None = Field(default=None, ge=1)
+    loads: list[int] = Field(default_factory=list, validate_default=True)
     base: dict[str, Any] = Field(default_factory=dict)
     arms: dict[str, dict[str, Any]] = Field(min_length=1)
 
@@ -58,6 +73,32 @@ class Experiment(Section):
         if wrong := [name for name, count in corpora.items() if name not in (OWN, *CORPORA) or count < 1]:
             raise ValueError(f"{wrong[0]} is none, or has no documents")
         return corpora
+
+    @field_validator("pool_tokens")
+    @classmethod
+    def _large(cls, pool: int | None, known: ValidationInfo) -> int | None:
+        if pool is not None and pool < known.data.get("tokens", 0) + PROMPT:
+            raise ValueError(f"got {pool}")
+        return pool
+
+    @field_validator("loads")
+    @classmethod
+    def _possible(cls, asked: list[int], known: ValidationInfo) -> list[int]:
+        if bool(asked) != (known.data.get("pool_tokens") is not None):
+            raise ValueError("pool_tokens and loads come together")
+        if not asked:
+            return asked
+        if asked[0] < 1 or asked != sorted(set(asked)) or known.data.get("trajectories"):
+            raise ValueError(f"got {asked}")
+        if asked[-1] > (documents := sum(known.data.get("corpora", {OWN: asked[-1]}).values())):
+            raise ValueError(f"got {asked[-1]}, but there are {documents} documents")
+        return asked
+
+    def points(self) -> dict[str, Point]:
+        """Return what is forced with eviction: the name of its folder -> arm, and how many documents at once."""
+        if not self.loads:
+            return {arm: Point(arm, None) for arm in self.arms}
+        return {loads.folder_of(arm, load): Point(arm, load) for load in self.loads for arm in self.arms}
 
     def configs(self) -> dict[str, EvictionConfig]:
         """Return the arms' configurations, each laid over ``base``."""
@@ -139,7 +180,7 @@ class Run:
         tokenizer = AutoTokenizer.from_pretrained(self.model)
         documents, prompts = self.documents(tokenizer), self.prompts(tokenizer)
         known = self.samples(prompts)
-        arms = ["full", *self.experiment.arms]
+        arms = ["full", *self.experiment.points()]
         asked = trajectory.prompts(tokenizer, self.experiment.split, self.experiment.trajectories)
         unanswered = any(trajectory.missing(self.out, arm, asked) for arm in arms)
         if unanswered or len(known) < len(prompts) or any(self.missing(arm, documents + known) for arm in arms):
@@ -159,7 +200,10 @@ class Run:
         ConfigError
             If it holds results of another experiment.
         """
-        settings = self.experiment.model_dump(mode="json", exclude={"arms", "at_once", "trajectories"})
+        may_change = {"loads", "arms", "at_once", "trajectories"}
+        settings = self.experiment.model_dump(mode="json", exclude=may_change)
+        if not self.experiment.loads:
+            del settings["pool_tokens"]
         path = self.out / "experiment.json"
         kept = Journal(path).read()
         wanted = {**settings, "model": self.model.name}
@@ -178,9 +222,21 @@ class Run:
             )
         arms.add([{"name": name, "options": options} for name, options in asked.items() if name not in before])
 
+    @property
+    def whole(self) -> int:
+        """Documents at once that nothing is evicted of, so that none waits for another."""
+        pool = self.experiment.pool_tokens
+        return self.experiment.at_once if pool is None else min(self.experiment.at_once, pool // self.longest)
+
+    @property
+    def longest(self) -> int:
+        """Tokens that the longest document may have."""
+        return self.experiment.tokens + PROMPT
+
     def _command(self) -> list[str]:
         experiment = self.experiment
-        longest = experiment.tokens + 512
+        at_once = max([experiment.at_once, *experiment.loads])
+        pool = experiment.pool_tokens or (at_once + 1) * self.longest
         first = next(iter(experiment.configs().values()))
         options = first.model_dump(mode="json") | {"pool": {"states": "all"}}
         config = self.out / "server.json"
@@ -189,8 +245,9 @@ class Run:
             str(self.model),
             self.port,
             *("--kv-evict", first.policy, "--kv-evict-config", str(config), "--enable-custom-logit-processor"),
-            *("--context-length", str(longest), "--max-running-requests", str(experiment.at_once)),
-            *("--max-total-tokens", str((experiment.at_once + 1) * longest)),
+            *("--context-length", str(self.longest), "--max-running-requests", str(at_once)),
+            *("--max-total-tokens", str(pool)),
+            *(("--decode-log-interval", "1") if experiment.loads else ()),
             "--disable-cuda-graph",  # a graph holds how a policy scores, and arms have several
             *self.server_args,
         )
@@ -254,7 +311,7 @@ class Run:
             reply = _read(server.post("/generate", body, timeout=3600))
             journal.add([{"name": name, "reply": reply["output_ids"]}])
 
-        self._each(sample, [name for name in prompts if name not in known], "sampling")
+        self._each(sample, [name for name in prompts if name not in known], "sampling", self.whole)
         return self.samples(prompts)
 
     # -- forcing ------------------------------------------------------------------------------------------------------
@@ -267,45 +324,63 @@ class Run:
         """Return the documents whose steps an arm lacks."""
         return [document for document in documents if not self.result(arm, document.name).exists()]
 
-    def _force(self, server: Server, arm: str, documents: Sequence[Document]) -> None:
+    def _force(self, server: Server, folder: str, documents: Sequence[Document]) -> None:
         from lethe_bench.fidelity.processor import Forced
 
-        missing = self.missing(arm, documents)
+        missing = self.missing(folder, documents)
         if not missing:
             return
-        (self.out / arm).mkdir(exist_ok=True)
-        if arm != "full":
-            switch(server, Arm(arm, 0, self.experiment.arms[arm], self.experiment.configs()[arm]))
+        (self.out / folder).mkdir(exist_ok=True)
+        arm, load = self.experiment.points().get(folder, Point(folder, None))
+        self._switch(server, arm)
         processor = Forced.to_str()
 
         def force(document: Document) -> None:
             reference = None if arm == "full" else str(self.result("full", document.name).resolve())
             forced: dict[str, Any] = {"tokens": document.reply, "reference": reference}
-            forced["result"] = str(self.result(arm, document.name).resolve())
+            forced["result"] = str(self.result(folder, document.name).resolve())
             custom = {"forced": forced, **({"kv_evict": "none"} if arm == "full" else {})}
             sampling = {"temperature": 0, "max_new_tokens": len(document.reply), "ignore_eos": True}
-            body = {"input_ids": document.prompt, "rid": f"{arm}-{document.name}", "custom_logit_processor": processor}
+            body = {
+                "input_ids": document.prompt,
+                "rid": f"{folder}-{document.name}",
+                "custom_logit_processor": processor,
+            }
             given = {"sampling_params": {**sampling, "custom_params": custom}}
             reply = _read(server.post("/generate", body | given, timeout=3600))
-            if reply["output_ids"] != document.reply or not self.result(arm, document.name).exists():
+            if reply["output_ids"] != document.reply or not self.result(folder, document.name).exists():
                 raise ServerError(f"the reply of {document.name} was not forced; see {server.log}")
 
-        self._each(force, missing, arm)
+        if load is None:
+            self._each(force, missing, folder, self.whole if arm == "full" else self.experiment.at_once)
+            return
+        journal = Journal(self.out / loads.JOURNAL)
+        for number, group in enumerate(loads.groups(documents, load), 1):
+            if self.missing(folder, group):  # it fills the pool as one, so all of it is forced again
+                server.post("/flush_cache?timeout=60", {})
+                offset = server.log.stat().st_size
+                self._each(force, group, f"{folder}, group {number}", load)
+                held = parse_log(read_from(server.log, offset))
+                journal.add([{"arm": arm, "load": load, "group": number, **asdict(held)}])
 
     def _answer(self, server: Server, arm: str, prompts: dict[str, list[int]]) -> None:
         """Let an arm write replies of its own, and keep how far the full cache is from each."""
         missing = trajectory.missing(self.out, arm, prompts)
-        if missing and arm != "full":
-            switch(server, Arm(arm, 0, self.experiment.arms[arm], self.experiment.configs()[arm]))
+        if missing:
+            self._switch(server, arm)
 
         def answer(name: str) -> None:
             path = trajectory.path_of(self.out, arm, name)
             trajectory.keep(server, path, prompts[name], self.experiment.tokens, evicts=arm != "full")
 
-        self._each(answer, missing, f"{arm}, own trajectories")
+        self._each(answer, missing, f"{arm}, own trajectories", self.experiment.at_once)
 
-    def _each(self, work: Callable[[Any], None], items: Sequence[Any], what: str) -> None:
-        with ThreadPoolExecutor(self.experiment.at_once) as pool:
+    def _switch(self, server: Server, arm: str) -> None:
+        if arm != "full":
+            switch(server, Arm(arm, 0, self.experiment.arms[arm], self.experiment.configs()[arm]))
+
+    def _each(self, work: Callable[[Any], None], items: Sequence[Any], what: str, at_once: int) -> None:
+        with ThreadPoolExecutor(at_once) as pool:
             for _ in tqdm(pool.map(work, items), total=len(items), desc=what, file=sys.stderr, disable=not items):
                 pass
 

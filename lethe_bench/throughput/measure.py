@@ -18,11 +18,11 @@ from typing import Any
 
 from lethe_bench.machine import CpuMeter
 from lethe_bench.servers import Server, ServerError, explained, run_client, tail
-from lethe_bench.throughput.plan import Plan
+from lethe_bench.throughput.plan import Arms, Plan
 
-_DECODE = re.compile(r"Decode batch.*?#running-req: (\d+),.*?#(?:full )?token: (\d+)")
+DECODE = re.compile(r"Decode batch.*?#running-req: (\d+),.*?#(?:full )?token: (\d+)")
 _RETRACTION = re.compile(r"Retract requests\..*?#retracted_reqs: (\d+)")
-_SERVER_FACTS = (
+SERVER_FACTS = (
     "device",
     "dtype",
     "kv_cache_dtype",
@@ -107,7 +107,7 @@ def parse_log(text: str) -> Held:
     ServerError
         If the log has no decode line.
     """
-    steps = [(int(running), int(tokens)) for running, tokens in _DECODE.findall(text)]
+    steps = [(int(running), int(tokens)) for running, tokens in DECODE.findall(text)]
     if not steps:
         raise ServerError("the server's log has no decode line; nothing was generated")
     running, tokens = zip(*steps, strict=True)
@@ -151,13 +151,13 @@ def measure(plan: Plan, arm: str, repeat: int, folder: Path, say: Callable[[str]
     offline = {"HF_HUB_OFFLINE": "1"} if Path(plan.model_path).is_dir() else {}
     say("starting the server")
     with Server(plan.server_command(arm), plan.port, log, offline) as server:
-        _warm_up(server, plan)
+        warm_up(server, plan)
         before, offset = server.get("/server_info"), log.stat().st_size
         meter = CpuMeter(server)
         say(f"ready after {server.ready_seconds:.0f} s; {plan.requests} requests")
 
         def waiting(seconds: float) -> None:
-            steps = _DECODE.findall(_read_from(log, max(offset, log.stat().st_size - 8192)))
+            steps = DECODE.findall(read_from(log, max(offset, log.stat().st_size - 8192)))
             state = f"{steps[-1][0]} requests running, {steps[-1][1]} tokens held" if steps else "no decode step yet"
             say(f"{seconds:.0f} s, {state}")
 
@@ -167,7 +167,7 @@ def measure(plan: Plan, arm: str, repeat: int, folder: Path, say: Callable[[str]
             after = server.get("/server_info")
         except (OSError, ServerError) as error:
             raise ServerError(f"{arm}: {error}\nlast lines of the server:\n{tail(log)}") from None
-        text = _read_from(log, offset)
+        text = read_from(log, offset)
     result = json.loads(output.read_text().splitlines()[-1])
     _check_complete(plan, arm, result)
     held, times = parse_log(text), {name: value for name, value in result.items() if _is_time(name, value)}
@@ -180,14 +180,14 @@ def measure(plan: Plan, arm: str, repeat: int, folder: Path, say: Callable[[str]
         repeat=repeat,
         times=times,
         held=held,
-        lethe=_evicted(before, after, arm),
-        server={name: after[name] for name in _SERVER_FACTS if name in after},
+        lethe=evicted(before, after, arm),
+        server={name: after[name] for name in SERVER_FACTS if name in after},
         ready_seconds=round(server.ready_seconds, 1),
         others_cpu=round(others, 3),
     )
 
 
-def _warm_up(server: Server, plan: Plan) -> None:
+def warm_up(server: Server, plan: Arms) -> None:
     """Serve one request, the same in every arm, then empty the prefix cache."""
     sampling = {"temperature": 0, "max_new_tokens": plan.warmup_tokens, "ignore_eos": True}
     prompt = [token % 16 for token in range(plan.input_len)]
@@ -208,8 +208,14 @@ def _check_complete(plan: Plan, arm: str, result: dict[str, Any]) -> None:
         )
 
 
-def _evicted(before: dict[str, Any], after: dict[str, Any], arm: str) -> dict[str, Any] | None:
-    """Return what the plugin counted between two answers of ``/server_info``, and check it against the arm."""
+def evicted(before: dict[str, Any], after: dict[str, Any], arm: str) -> dict[str, Any] | None:
+    """Return what the plugin counted between two answers of ``/server_info``, None for stock.
+
+    Raises
+    ------
+    ServerError
+        If that is not what the arm must do.
+    """
     old, new = (info["internal_states"][0].get("lethe") for info in (before, after))
     if (new is None) != (arm == "stock"):
         state = "does not report eviction; is the plugin installed?" if new is None else "evicts"
@@ -219,8 +225,11 @@ def _evicted(before: dict[str, Any], after: dict[str, Any], arm: str) -> dict[st
     found = {name: new[name] for name in _LEVELS} | {name: new[name] - old[name] for name in _COUNTERS}
     columns = zip(new["tokens_evicted_per_layer"], old["tokens_evicted_per_layer"], strict=True)
     found["tokens_evicted_per_layer"] = [now - then for now, then in columns]
-    if bool(found["rounds"]) != (arm == "lethe"):
-        expected = "at least one" if arm == "lethe" else "none"
+    if (pressure := new.get("pressure")) is not None:
+        counters = {name: pressure[name] - old["pressure"][name] for name in ("events", "tokens_evicted")}
+        found["pressure"] = pressure | counters
+    if found["rounds"] if arm == "idle" else not found["rounds"] and pressure is None:
+        expected = "none" if arm == "idle" else "at least one"
         raise ServerError(f"{arm}: {found['rounds']} rounds were run, expected {expected}")
     return found
 
@@ -233,7 +242,8 @@ def _prefixed(say: Callable[[str], None], prefix: str) -> Callable[[str], None]:
     return lambda line: say(prefix + line)
 
 
-def _read_from(log: Path, offset: int) -> str:
+def read_from(log: Path, offset: int) -> str:
+    """Return what a log has from a byte on."""
     with log.open("rb") as file:
         file.seek(offset)
         return file.read().decode(errors="replace")

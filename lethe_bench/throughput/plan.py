@@ -1,9 +1,11 @@
-"""What a benchmark runs: its knobs, its three arms, and the command lines of its servers and of its client.
+"""What a benchmark runs: its knobs, its arms, and the command lines of its servers and of its client.
 
 ========  =============================================================================================
 stock     SGLang without an eviction flag
 idle      the plugin with a budget that no request reaches: its attention and bookkeeping, but no round
 lethe     the plugin with the configuration that was asked for
+always    the same with ``rounds.when: always``
+pressure  the same with ``rounds.when: pressure``
 ========  =============================================================================================
 """
 
@@ -14,6 +16,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from lethe_bench.machine import model_name, readable
 from lethe_bench.servers import HOST, launch_command
@@ -23,17 +26,17 @@ ARMS = ("stock", "idle", "lethe")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """All knobs of one benchmark.
+class Arms:
+    """What the servers of a benchmark are given, arm by arm.
 
     Attributes
     ----------
+    legal_arms
+        The arms that this benchmark has.
     model_path
         Directory or Hugging Face name of the model.
     config
-        What the lethe arm runs; the idle arm's is derived from it.
-    requests, concurrency
-        Requests of one measurement, and how many the client keeps open at a time.
+        What the evicting arms run; the others' are derived from it.
     input_len, output_len
         Tokens of every prompt and of every answer.
     max_total_tokens, page_size
@@ -50,10 +53,10 @@ class Plan:
         Seed of the prompts.
     """
 
+    legal_arms: ClassVar[tuple[str, ...]] = ARMS
+
     model_path: str
     config: EvictionConfig
-    requests: int = 32
-    concurrency: int = 32
     input_len: int = 64
     output_len: int = 1024
     max_total_tokens: int = 4096
@@ -72,7 +75,7 @@ class Plan:
 
     @property
     def warmup_tokens(self) -> int:
-        """Tokens of the request that warms a server up: enough for a round of the lethe arm."""
+        """Tokens of the request that warms a server up: enough for a round by its own length."""
         return min(self.output_len, max(32, self.first_round - self.prunable_prompt + self.config.rounds.interval))
 
     @property
@@ -82,7 +85,7 @@ class Plan:
 
     @property
     def first_round(self) -> int:
-        """Evictable tokens at which the lethe arm's first round of a request is due, if all layers are alike."""
+        """Evictable tokens at which a request's first round by its length is due, if all layers are alike."""
         page = self.page_size or 1
         leaving = max(self.config.rounds.interval, self.config.scored + 1)
         return self.config.recent + -(-leaving // page) * page
@@ -97,10 +100,11 @@ class Plan:
         """
         if self.config.policy == "none":
             raise ConfigError("--policy none: is the stock arm; give an eviction policy, such as --policy lethe")
-        if unknown := [arm for arm in self.arms if arm not in ARMS]:
-            raise ConfigError(f"--arms: unknown arm {unknown[0]!r}; give one or more of {','.join(ARMS)}")
+        if unknown := [arm for arm in self.arms if arm not in self.legal_arms]:
+            raise ConfigError(f"--arms: unknown arm {unknown[0]!r}; give one or more of {','.join(self.legal_arms)}")
         if len(set(self.arms)) < len(self.arms) or not self.arms:
-            raise ConfigError(f"--arms {','.join(self.arms)}: give each arm at most once, as in {','.join(ARMS)}")
+            legal = ",".join(self.legal_arms)
+            raise ConfigError(f"--arms {','.join(self.arms)}: give each arm at most once, as in {legal}")
         page = self.page_size or 1
         smallest = -(-(self.input_len + self.output_len + 2) // page) * page + page
         if self.max_total_tokens < smallest:
@@ -109,7 +113,7 @@ class Plan:
                 f"{self.output_len} tokens without eviction, as the stock arm must; give at least {smallest}"
             )
         length = self.prunable_prompt + self.output_len
-        if "lethe" in self.arms and length <= self.first_round:
+        if not {"stock", "idle"}.issuperset(self.arms) and length <= self.first_round:
             raise ConfigError(
                 f"--budget {self.config.budget.tokens} with --interval {self.config.rounds.interval}: a request's "
                 f"first round is due at {self.first_round} evictable tokens and a request has {length}, so nothing "
@@ -121,7 +125,9 @@ class Plan:
         """Return the eviction configuration of an arm, None for stock."""
         if arm == "stock":
             return None
-        return self.config if arm == "lethe" else never_due(self.config, self.input_len + self.output_len)
+        if arm == "idle":
+            return never_due(self.config, self.input_len + self.output_len)
+        return self.config if arm == "lethe" else due(self.config, arm)
 
     def server_command(self, arm: str) -> list[str]:
         """Command line of an arm's server."""
@@ -132,6 +138,24 @@ class Plan:
         if (config := self.arm_config(arm)) is not None:
             command += ["--kv-evict", config.policy, "--kv-evict-config", config.model_dump_json()]
         return command
+
+    def readable(self, command: Iterable[str]) -> list[str]:
+        """Return a command line without the paths of this machine."""
+        return readable(command, self.model_path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Arms):
+    """All knobs of ``lethe bench``.
+
+    Attributes
+    ----------
+    requests, concurrency
+        Requests of one measurement, and how many the client keeps open at a time.
+    """
+
+    requests: int = 32
+    concurrency: int = 32
 
     def client_command(self, output: Path) -> list[str]:
         """Command line of SGLang's own client.
@@ -180,9 +204,12 @@ class Plan:
             str(output),
         ]
 
-    def readable(self, command: Iterable[str]) -> list[str]:
-        """Return a command line without the paths of this machine."""
-        return readable(command, self.model_path)
+
+def due(config: EvictionConfig, when: str) -> EvictionConfig:
+    """Return ``config`` with rounds ``always`` or under ``pressure``."""
+    data = config.model_dump(mode="json")
+    data["rounds"]["when"] = when
+    return from_mapping(data, where=f"the configuration of the arm {when}")
 
 
 def never_due(config: EvictionConfig, length: int) -> EvictionConfig:
@@ -190,6 +217,7 @@ def never_due(config: EvictionConfig, length: int) -> EvictionConfig:
     data = config.model_dump(mode="json")
     tokens = 2 * length + config.rounds.interval
     data["budget"] |= {"tokens": tokens, "allocation": "uniform", "layers": None}
+    data["rounds"]["when"] = "always"
     data["requests"]["max_budget"] = None
     data["debug"]["pack_always"] = False
     return from_mapping(data, where="the idle arm's configuration")

@@ -19,9 +19,20 @@ from lethe_bench.servers import (
     port_free,
     run_client,
 )
-from lethe_bench.throughput.measure import Held, Measurement, _check_complete, _evicted, parse_log
+from lethe_bench.throughput.measure import Held, Measurement, _check_complete, evicted, parse_log
 from lethe_bench.throughput.plan import ARMS, Plan, never_due
-from lethe_bench.throughput.report import About, Spread, medians, ratios, to_json, to_markdown
+from lethe_bench.throughput.report import (
+    ABSOLUTES,
+    COUNTS,
+    PAIRS,
+    RATIOS,
+    About,
+    Spread,
+    medians,
+    ratios,
+    to_json,
+    to_markdown,
+)
 from lethe_sglang.cli import main as program
 from lethe_sglang.config import ConfigError, resolve
 from lethe_sglang.processes import ending_on_signals
@@ -69,6 +80,10 @@ def parsed(*options):
     return parser.parse_args(["bench", "--model-path", MODEL, *options])
 
 
+def plan_of(args):
+    return cli.plan_of(args, Plan, ("requests", "concurrency"))
+
+
 # -- the log -----------------------------------------------------------------------------------------------------------
 
 
@@ -96,18 +111,18 @@ def test_counters_are_those_of_the_measurement_alone():
         state = dict.fromkeys((*names, *levels, "auxiliary_bytes"), 1)
         return {"internal_states": [{"lethe": {**state, "rounds": rounds, "tokens_evicted_per_layer": evicted}}]}
 
-    found = _evicted(info(2, [5, 6]), info(9, [50, 66]), "lethe")
+    found = evicted(info(2, [5, 6]), info(9, [50, 66]), "lethe")
     assert (found["rounds"], found["tokens_evicted_per_layer"]) == (7, [45, 60])
-    assert _evicted(info(2, [5, 6]), info(2, [5, 6]), "idle")["rounds"] == 0
+    assert evicted(info(2, [5, 6]), info(2, [5, 6]), "idle")["rounds"] == 0
     with pytest.raises(ServerError, match="idle: 7 rounds"):
-        _evicted(info(2, [5, 6]), info(9, [50, 66]), "idle")
+        evicted(info(2, [5, 6]), info(9, [50, 66]), "idle")
     with pytest.raises(ServerError, match="lethe: 0 rounds"):
-        _evicted(info(2, [5, 6]), info(2, [5, 6]), "lethe")
+        evicted(info(2, [5, 6]), info(2, [5, 6]), "lethe")
     with pytest.raises(ServerError, match="stock: the server evicts"):
-        _evicted(info(2, [5, 6]), info(2, [5, 6]), "stock")
+        evicted(info(2, [5, 6]), info(2, [5, 6]), "stock")
     with pytest.raises(ServerError, match="plugin installed"):
-        _evicted({"internal_states": [{}]}, {"internal_states": [{}]}, "lethe")
-    assert _evicted({"internal_states": [{}]}, {"internal_states": [{}]}, "stock") is None
+        evicted({"internal_states": [{}]}, {"internal_states": [{}]}, "lethe")
+    assert evicted({"internal_states": [{}]}, {"internal_states": [{}]}, "stock") is None
 
 
 @pytest.mark.parametrize("short", [{"completed": 31}, {"total_output_tokens": 32 * 1024 - 1}])
@@ -123,22 +138,24 @@ def test_requests_that_lack_tokens_are_an_error(short):
 
 def test_ratios_are_paired_within_a_repeat_before_their_median():
     speeds = {"stock": (10, 1000, 1), "idle": (9, 900, 0.9), "lethe": (20, 1000, 4)}
-    found = ratios([measurement(arm, i + 1, tps) for arm, all_tps in speeds.items() for i, tps in enumerate(all_tps)])
+    measured = [measurement(arm, i + 1, tps) for arm, all_tps in speeds.items() for i, tps in enumerate(all_tps)]
+    found = ratios(measured, PAIRS, RATIOS)
     assert found["lethe / stock"]["output throughput"] == Spread(2, 1, 4, [2, 1, 4])
     assert found["idle / stock"]["output throughput"].median == pytest.approx(0.9)
     assert list(found) == ["lethe / stock", "idle / stock", "lethe / idle"]
 
 
 def test_a_repeat_without_one_of_the_arms_and_a_quantity_that_is_zero_have_no_ratio():
-    found = ratios([measurement("stock", 1), measurement("lethe", 1, 30), measurement("stock", 2)])
+    found = ratios([measurement("stock", 1), measurement("lethe", 1, 30), measurement("stock", 2)], PAIRS, RATIOS)
     assert list(found) == ["lethe / stock"]
     assert found["lethe / stock"]["output throughput"].values == [3]
     assert "time to first token, p99" not in found["lethe / stock"]
-    assert ratios([measurement("stock", 1)]) == {}
+    assert ratios([measurement("stock", 1)], PAIRS, RATIOS) == {}
 
 
 def test_medians_are_taken_over_the_repeats_of_an_arm():
-    found = medians([measurement("lethe", 1, 10), measurement("lethe", 2, 40), measurement("lethe", 3, 20)])
+    measured = [measurement("lethe", 1, 10), measurement("lethe", 2, 40), measurement("lethe", 3, 20)]
+    found = medians(measured, ARMS, ABSOLUTES | COUNTS)
     assert list(found) == ["lethe"]
     assert found["lethe"]["output throughput (tokens/s)"][:3] == (20, 10, 40)
     assert found["lethe"]["tokens evicted per layer, mean"].median == 200
@@ -247,7 +264,7 @@ def test_without_the_lethe_arm_a_budget_that_is_never_reached_is_fine():
 
 
 def test_the_options_become_a_plan():
-    plan = cli.plan_of(
+    plan = plan_of(
         parsed(
             "--config",
             "cpu-demo",
@@ -309,7 +326,7 @@ def test_the_command_line_is_written_down_without_paths(tmp_path):
     (tmp_path / "mine.yaml").write_text("budget: {tokens: 48}\n")
     private = str(tmp_path / "template.jinja")
     args = parsed("--config", str(tmp_path / "mine.yaml"), "--server-args", f"-c {private}", "--out", str(tmp_path))
-    command = cli._command(args, cli.plan_of(args))
+    command = cli._command(args, plan_of(args))
     assert command.startswith("lethe bench --model-path reasoner-dev --config mine.yaml --input-len 64")
     assert str(tmp_path) not in command and "'-c template.jinja'" in command
 
