@@ -77,7 +77,7 @@ class Pressure:
 
     def at_floors(self, givers: Iterable[Giver]) -> int:
         """Count the blocks that rounds would free now if every request were taken down to its floor."""
-        return sum(max(freed(self._plan(giver, 0)), 0) for giver in givers)
+        return sum(freed(plan) for giver in givers if (plan := self._plan(giver, 0)) is not None)
 
     def surplus(self, givers: Iterable[Giver]) -> int:
         """Count the blocks that requests hold above what each may need in the end: its bound at its floor."""
@@ -148,8 +148,7 @@ class Pressure:
         runtime, page_size = self.runtime, self.runtime.page_size
         share = share_of([self._claim(giver) for giver in givers], needed, page_size)
         while True:
-            plans = [(giver, self._plan(giver, share)) for giver in givers]
-            plans = [(giver, plan) for giver, plan in plans if freed(plan) > 0]
+            plans = [(giver, plan) for giver in givers if (plan := self._plan(giver, share)) is not None]
             missing = needed - sum(freed(plan) for _, plan in plans)
             if missing <= 0 or share == 0:
                 break
@@ -164,14 +163,20 @@ class Pressure:
         nothing = self.runtime.ledger.plan(state, int(req.kv.kv_committed_len), (0,) * len(state.budgets))
         return Claim(freed(nothing), self.runtime.override_of(req).budget - self.runtime.config.recent, state.rest)
 
-    def _plan(self, giver: Giver, share: int) -> RoundPlan:
-        """Plan a round that leaves a request its share (tokens besides the recent window), at least its floor."""
+    def _plan(self, giver: Giver, share: int) -> RoundPlan | None:
+        """Plan a round that leaves a request its share (tokens besides the recent window), at least its floor.
+
+        None for a request that holds no more, whatever single layers hold, or that a round would free nothing of.
+        """
         req, state = giver
-        runtime = self.runtime
-        limits = state.budgets
-        if share + runtime.config.recent > runtime.override_of(req).budget:
+        runtime, limits = self.runtime, state.budgets
+        floor = runtime.override_of(req).budget - runtime.config.recent
+        if share > floor:
             limits = runtime.ledger.limits(state, runtime.scaled(share))
-        return runtime.plan(state, int(req.kv.kv_committed_len), limits)
+        plan = runtime.plan(state, int(req.kv.kv_committed_len), limits)
+        held = freed(plan) + plan.new_packed
+        above = held > page_ceil(max(share, floor) + state.rest, runtime.page_size)
+        return plan if above and freed(plan) > 0 else None
 
     # -- the two moments --------------------------------------------------------------------------------------------
 
