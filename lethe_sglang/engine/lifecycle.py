@@ -55,7 +55,7 @@ def on_decode_step(scheduler: Any, batch: Any) -> None:
     runtime = current()
     ledger = runtime.ledger
     finishing = {id(req) for req in scheduler._reqs_finishing_inflight(batch)}
-    due = []
+    due, known = [], len(ledger.requests)
     for req in batch.reqs:
         kv = req.kv
         if req.decode_batch_idx < 1 or not kv.holds_kv or req.finished() or id(req) in finishing:
@@ -69,6 +69,8 @@ def on_decode_step(scheduler: Any, batch: Any) -> None:
         runtime.run_rounds(due, scheduler.token_to_kv_pool_allocator)
         batch.batch_is_full = False
     elif ledger.on_demand:
+        if len(ledger.requests) > known:
+            batch.batch_is_full = False  # whoever is followed can give: admission may count on more than before
         runtime.pressure.before_decode(scheduler, batch, partial(_wait_for_forward, scheduler))
     if ledger.dirty:
         _wait_for_forward(scheduler)

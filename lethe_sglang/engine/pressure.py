@@ -215,7 +215,7 @@ class Pressure:
         running, page = self._running, self.runtime.page_size
         if running is None or running.is_empty():
             return
-        needed = sum(page_ceil(req.extend_end, page) - req.prefix_len + page for req in batch.reqs)
+        needed = sum(page_ceil(req.extend_end, page) - page_ceil(req.prefix_len, page) for req in batch.reqs)
         lacking = needed - available(batch)
         if lacking > 0:
             steppers = len(running.reqs) + len(batch.reqs)
