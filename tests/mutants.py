@@ -947,6 +947,18 @@ MUTANTS = {
     "documents of the full cache wait for each other": Mutant(
         FORCED, 'self.whole if arm == "full" else', "", f"{AT_ONCE} -k as_a_whole"
     ),
+    "a retracted request skips a step": Mutant(
+        "lethe_bench/fidelity/processor.py",
+        'forced["step"] = len(request.output_ids)',
+        'forced["step"] += 1',
+        f"{AT_ONCE} -k does_not_have",
+    ),
+    "a retracted request keeps a step twice": Mutant(
+        "lethe_bench/fidelity/processor.py",
+        'del forced.get("found", [])[forced["step"] :]',
+        "pass",
+        f"{AT_ONCE} -k does_not_have",
+    ),
     "a last group is smaller": Mutant(
         "lethe_bench/fidelity/loads.py",
         "[(start + n) % len(documents)] for n in range(load)]",

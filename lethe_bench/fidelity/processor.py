@@ -38,12 +38,28 @@ class Forced:
 
     def __call__(self, logits: torch.Tensor, custom_param_list: list[dict[str, Any]] | None = None) -> torch.Tensor:
         """Take the logits of a step, ``[B, V]``; return those that leave one token a request."""
-        batch = [params["forced"] for params in custom_param_list or ()]
-        for forced in batch:
-            forced["step"] = forced.get("step", -1) + 1
+        batch = [_at_step(params) for params in custom_param_list or ()]
         tokens = torch.tensor([forced["tokens"][forced["step"]] for forced in batch], device=logits.device)
         observe(batch, tokens, logits.float().log_softmax(-1))
         return logits.fill_(float("-inf")).scatter_(1, tokens[:, None], 0.0)
+
+
+def _at_step(params: dict[str, Any]) -> dict[str, Any]:
+    """Return what is forced, at its next step.
+
+    With overlap SGLang drops the token that is in flight when it retracts a request. So the first step behind the new
+    prefill is that of the first token which the request does not have, and may have been seen before.
+    """
+    forced = cast(dict[str, Any], params["forced"])
+    request = params.get("__req__")
+    retractions = 0 if request is None else request.retraction_count
+    if request is not None and retractions != forced.get("retractions", 0):
+        forced["step"] = len(request.output_ids)
+        del forced.get("found", [])[forced["step"] :]
+    else:
+        forced["step"] = forced.get("step", -1) + 1
+    forced["retractions"] = retractions
+    return forced
 
 
 def observe(batch: Sequence[dict[str, Any]], tokens: torch.Tensor, found: torch.Tensor) -> None:
@@ -71,7 +87,7 @@ def observe(batch: Sequence[dict[str, Any]], tokens: torch.Tensor, found: torch.
     for forced, measures in zip(compared, compare(full, found[rows], tokens[rows]), strict=True):
         forced.setdefault("found", []).append(measures)
         if forced["step"] == len(forced["tokens"]) - 1:
-            keep(Path(forced["result"]), torch.stack(forced.pop("found")).cpu().numpy())
+            keep(Path(forced["result"]), torch.stack(forced["found"]).cpu().numpy())
             del forced["full"]
 
 

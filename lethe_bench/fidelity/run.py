@@ -247,7 +247,8 @@ class Run:
             *("--kv-evict", first.policy, "--kv-evict-config", str(config), "--enable-custom-logit-processor"),
             *("--context-length", str(self.longest), "--max-running-requests", str(at_once)),
             *("--max-total-tokens", str(pool)),
-            *(("--decode-log-interval", "1") if experiment.loads else ()),
+            # A chunk of a prefill that is not the last would be taken for a step.
+            *(("--decode-log-interval", "1", "--chunked-prefill-size", "-1") if experiment.loads else ()),
             "--disable-cuda-graph",  # a graph holds how a policy scores, and arms have several
             *self.server_args,
         )

@@ -155,7 +155,7 @@ def _draw_sweep(path: Path, plan: Sweep, samples: Sequence[Sample]) -> None:
             middle = [spread.median for spread in spreads]
             below = [spread.median - spread.smallest for spread in spreads]
             above = [spread.largest - spread.median for spread in spreads]
-            axes.errorbar(loads, middle, yerr=[below, above], label=arm, **style(number), elinewidth=0.7)
+            axes.errorbar(loads, middle, yerr=[below, above], label=arm, **style(2 * number), elinewidth=0.7)
         axes.set(xlabel="requests at once", ylabel=title, ylim=(0, None))
         axes.set_xscale("log", base=2)
         axes.set_xticks(plan.loads, map(str, plan.loads))
@@ -167,7 +167,7 @@ def _draw_burst(path: Path, plan: Sweep, samples: Sequence[Sample]) -> None:
     colours = importlib.import_module("matplotlib").colormaps["tab20"]
     for number, arm in enumerate(arm for arm in plan.legal_arms if any(sample.arm == arm for sample in samples)):
         for sample in (sample for sample in samples if sample.arm == arm):
-            look = {"color": colours(number), "label": arm if sample.repeat == 1 else None, "linewidth": 1}
+            look = {"color": colours(2 * number), "label": arm if sample.repeat == 1 else None, "linewidth": 1}
             done = [(rank + 1) / len(sample.ttfts) for rank in range(len(sample.ttfts))]
             waited.step(sorted(sample.ttfts), done, where="post", **look)
             got.plot([at for at, _ in sample.progress], [tokens for _, tokens in sample.progress], **look)

@@ -6,13 +6,16 @@ import contextlib
 import json
 import re
 import threading
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from test_fidelity import Letters, Served, at
 
 from lethe_bench.fidelity import loads
 from lethe_bench.fidelity import run as fidelity_run
+from lethe_bench.fidelity.processor import Forced
 from lethe_bench.servers import some_free_port
 from lethe_sglang.cli import main as program
 from lethe_sglang.files import read_lines
@@ -84,6 +87,20 @@ def test_the_first_documents_fill_up_the_last_group():
     assert loads.groups("abcde", 2) == [["a", "b"], ["c", "d"], ["e", "a"]]
     assert loads.groups("abcde", 4) == [list("abcd"), list("eabc")]
     assert loads.groups("ab", 1) == [["a"], ["b"]] and loads.groups("ab", 2) == [["a", "b"]]
+
+
+@pytest.mark.parametrize("seen", [2, 3])
+def test_a_retracted_request_goes_on_at_the_first_token_that_it_does_not_have(tmp_path, seen):
+    tokens, logits = [3, 1, 4], [torch.randn(1, 7, generator=torch.Generator().manual_seed(step)) for step in range(3)]
+    np.save(tmp_path / "full.npy", torch.cat(logits).log_softmax(-1).numpy())
+    forced = {"tokens": tokens, "reference": str(tmp_path / "full.npy"), "result": str(tmp_path / "arm.npy")}
+    params = {"forced": forced, "__req__": SimpleNamespace(retraction_count=0, output_ids=[])}
+    said = [int(Forced()(logits[step].clone(), [params]).argmax()) for step in range(seen)]
+    params["__req__"] = SimpleNamespace(retraction_count=1, output_ids=said[: seen - 1])  # the last was in flight
+    said[seen - 1 :] = [int(Forced()(logits[step].clone(), [params]).argmax()) for step in range(seen - 1, 3)]
+    assert said == tokens
+    found = np.load(tmp_path / "arm.npy")
+    assert found.shape == (3, 4) and np.abs(found[:, 0]).max() < 1e-3, "each step is compared with its own"
 
 
 def test_a_group_is_forced_together_and_again_as_a_whole(fake, tmp_path, capsys):
