@@ -83,15 +83,15 @@ def test_replayed_steps_of_unequal_layers_read_shares_right(start):
         debug={"shadow": True},
     )
     server = start(
-        *("--max-total-tokens", "224", "--max-running-requests", "4", "--context-length", "240", "--page-size", "8"),
+        *("--max-total-tokens", "216", "--max-running-requests", "4", "--context-length", "240", "--page-size", "8"),
         *("--attention-backend", "flashinfer", "--cuda-graph-bs-decode", "1", "2", "--disable-radix-cache"),
         *("--kv-evict", "lethe", "--kv-evict-config", config(**settings)),
         env=GRAPHS,
     ).wait()
-    server.generate_all(CHAINS[:2], 2, tokens=60, ignore_eos=True)
+    server.generate_all(CHAINS[:2], 2, tokens=54, ignore_eos=True)
     report = server.lethe()
-    assert report["pressure"]["events"] >= 2 and report["rounds"] >= 3 and report["requests_retracted"] == 0
+    assert report["pressure"]["events"] >= 1 and report["rounds"] >= 2 and report["requests_retracted"] == 0
     assert report["pressure"]["share"] > 14, "a share of the floor alone says nothing of scaling"
-    assert report["shadow"]["cells"] >= 10_000
+    assert report["shadow"]["cells"] >= 20_000
     server.check_healthy()
     server.stop()
