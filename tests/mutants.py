@@ -931,6 +931,9 @@ MUTANTS = {
         "if share >= runtime.config.floor:",
         MACHINE,
     ),
+    "an event reckons with the budgets before a change": Mutant(
+        PRESSURE, "self.runtime.renew(req, state)", "pass", "tests/unit/test_state_machine.py -k just_after"
+    ),
     "a request that finishes gives": Mutant(
         PRESSURE, "and not req.finished() and id(req) not in finishing:", "and not req.finished():", MACHINE
     ),

@@ -295,13 +295,17 @@ class Runtime:
                 stagger=stagger_of(req.origin_input_ids),
             )
             state.version = self.version
-        elif state.version != self.version:
-            if budgets := self.budgets_of(req):
-                self.ledger.renew(state, budgets, committed)
-            state.version = self.version
+        self.renew(req, state)
         state.observe(kv.kv_allocated_len, self.page_size)
         state.count_step(kv.kv_allocated_len, self.page_size)
         return state
+
+    def renew(self, req: Any, state: RequestState) -> None:
+        """Bring a followed request to the configuration of now."""
+        if state.version != self.version:
+            if budgets := self.budgets_of(req):
+                self.ledger.renew(state, budgets, int(req.kv.kv_committed_len))
+            state.version = self.version
 
     def run_rounds(self, due: Sequence[tuple[RequestState, int]], allocator: Any) -> None:
         """Carry out the rounds of all due requests, (state, committed length) each; see :meth:`carry_out`."""

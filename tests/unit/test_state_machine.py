@@ -26,6 +26,10 @@ STEPS = 10_000
 seen = {}
 
 
+def forget():
+    seen.update(steps=0, rounds=0, events=0, retracted=0, failed=False, configurations=set())
+
+
 @pytest.fixture(autouse=True, scope="module")
 def hooked():
     with pytest.MonkeyPatch.context() as patch:
@@ -204,7 +208,7 @@ def run(examples, modes=MODES, phases=(Phase.generate,), derandomize=True):
     With ``Phase.shrink`` among the phases a failure becomes a small one, which takes minutes; other machines run each
     time that ``derandomize`` is false.
     """
-    seen.update(steps=0, rounds=0, events=0, retracted=0, failed=False, configurations=set())
+    forget()
     for mode in modes:
         run_state_machine_as_test(
             type("Machine", (Machine,), {"mode": mode}),
@@ -226,6 +230,25 @@ def test_ten_thousand_steps_agree_with_the_naive_model():
     found = run(9)
     assert found["steps"] >= STEPS
     assert found["rounds"] > 300 and found["events"] > 50 and len(found["configurations"]) > 25, found
+
+
+@pytest.mark.parametrize(("before", "after", "prompt"), [(60, 12, 120), (12, 40, 68)])
+def test_a_prefill_just_after_a_change_counts_on_the_new_floors(before, after, prompt):
+    """Admission and the rounds that serve it reckon with one budget, though nobody has decoded since the change."""
+    forget()
+    machine = Machine()
+    machine.start(1, 200, before, 16, "keep", tree=False, overlap=True, chunk=None, ratio=1.0)
+    world = machine.world
+    for first in (2, 3):
+        world.arrive([first] * 5, 120)
+    while not machine.lethe.pressure.events or world.token_to_kv_pool_allocator.available_size() > 20:
+        machine.step()
+    world.reconfigure({"budget": {"tokens": after}})
+    events = machine.lethe.pressure.events
+    world.arrive([7] * prompt, 1)
+    machine.step()
+    assert (machine.lethe.pressure.events > events) == (not world.waiting_queue)
+    machine.drain()
 
 
 def shares_below_the_floor(patch):
