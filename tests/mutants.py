@@ -935,7 +935,10 @@ MUTANTS = {
         PRESSURE, "self.runtime.renew(req, state)", "pass", "tests/unit/test_state_machine.py -k just_after"
     ),
     "a request that finishes gives": Mutant(
-        PRESSURE, "and not req.finished() and id(req) not in finishing:", "and not req.finished():", MACHINE
+        PRESSURE,
+        "and not req.finished() and id(req) not in finishing:",
+        "and not req.finished():",
+        "tests/unit/test_state_machine.py -k in_flight",
     ),
     "an event while memory comes back": Mutant(
         PRESSURE, "if lacking > 0 and not finishing:", "if lacking > 0:", MACHINE

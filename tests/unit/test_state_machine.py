@@ -251,6 +251,26 @@ def test_a_prefill_just_after_a_change_counts_on_the_new_floors(before, after, p
     machine.drain()
 
 
+def test_whom_the_result_in_flight_finishes_gives_nothing():
+    """A request arrives at each of the steps around the last one of another, and needs what those that run can give."""
+    while_finishing = 0
+    for when in range(54, 64):
+        forget()
+        machine = Machine()
+        machine.start(1, 150, 20, 4, "keep", tree=False, overlap=True, chunk=None, ratio=1.0)
+        world, pressure = machine.world, machine.lethe.pressure
+        for first, tokens in ((2, 60), (3, 110), (4, 110)):
+            world.arrive([first] * 5, tokens)
+        for _ in range(when):
+            machine.step()
+        finishing, events = world._reqs_finishing_inflight(world.running_batch), pressure.events
+        world.arrive([7] * 15, 3)
+        machine.step()
+        while_finishing += bool(finishing) and pressure.events > events and not world.waiting_queue
+        machine.drain()
+    assert while_finishing, "nobody was let in while another finished"
+
+
 def shares_below_the_floor(patch):
     plan = Ledger.plan
 
