@@ -63,6 +63,12 @@ STORM = "tests/engine/test_pressure.py -k storm"
 LOAD, LOADED = "lethe_bench/load/run.py", "tests/bench/test_load.py"
 FORCED, AT_ONCE = "lethe_bench/fidelity/run.py", "tests/bench/test_fidelity_loads.py"
 PATHS, TRAJECTORY = "tests/bench/test_trajectory.py", "lethe_bench/fidelity/trajectory.py"
+PRESSURE, ADMISSION, SHARES = (
+    "lethe_sglang/engine/pressure.py",
+    "lethe_sglang/engine/admission.py",
+    "lethe_sglang/cache/shares.py",
+)
+MACHINE, SHARED = "tests/unit/test_state_machine.py -k ten_thousand", "tests/unit/test_shares.py"
 MUTANTS = {
     "sinks are not pinned": Mutant(ROUNDS, "n.pinned.expand(rank", "(0 * n.pinned).expand(rank", UNIT),
     "blocks that moved are freed": Mutant(
@@ -971,6 +977,54 @@ MUTANTS = {
         "results.arms.get(folder_of(arm, 1), {})",
         f"{AT_ONCE} -k as_a_whole",
     ),
+    "an event makes room for one step only": Mutant(
+        PRESSURE, "needed = lacking + steppers * runtime.ledger.interval", "needed = lacking", MACHINE
+    ),
+    "a share may be below a request's floor": Mutant(
+        PRESSURE,
+        "if share + runtime.config.recent > runtime.override_of(req).budget:",
+        "if share >= runtime.config.floor:",
+        MACHINE,
+    ),
+    "an event reckons with the budgets before a change": Mutant(
+        PRESSURE, "self.runtime.renew(req, state)", "pass", "tests/unit/test_state_machine.py -k just_after"
+    ),
+    "a request that finishes gives": Mutant(
+        PRESSURE,
+        "and not req.finished() and id(req) not in finishing:",
+        "and not req.finished():",
+        "tests/unit/test_state_machine.py -k in_flight",
+    ),
+    "an event while memory comes back": Mutant(
+        PRESSURE, "if lacking > 0 and not finishing:", "if lacking > 0:", MACHINE
+    ),
+    "what requests hold above their bounds is not lent": Mutant(
+        PRESSURE, "return self.surplus(givers), self.at_floors(givers)", "return 0, self.at_floors(givers)", MACHINE
+    ),
+    "what rounds would free at once is not lent": Mutant(
+        PRESSURE, "return self.surplus(givers), self.at_floors(givers)", "return self.surplus(givers), 0", MACHINE
+    ),
+    "cached prefixes go last": Mutant(
+        PRESSURE,
+        "available_size() + batch.tree_cache.evictable_size())",
+        "available_size())",
+        MACHINE,
+    ),
+    "a row with holes enters the tree": Mutant(PRESSURE, "req.skip_radix_cache_insert = True", "pass", MACHINE),
+    "no round makes room for a prefill": Mutant(
+        PRESSURE, "        if lacking > 0:\n            steppers", "        if False:\n            steppers", MACHINE
+    ),
+    "a request that holds a surplus is charged for it": Mutant(
+        ADMISSION, "total_offset += self._lent[0] - surplus", "total_offset += surplus - self._lent[0]", MACHINE
+    ),
+    "a request gives below its floor": Mutant(
+        SHARES, "keep = -(-(np.maximum(floor, share) + rest)", "keep = -(-(share + 0 * floor + rest)", SHARED
+    ),
+    "the rest of a prompt is not on top of a share": Mutant(
+        SHARES, "share) + rest) // page_size", "share)) // page_size", SHARED
+    ),
+    "a request below the share takes": Mutant(SHARES, "np.maximum(most - keep, 0)", "most - keep", SHARED),
+    "a share gives more than is needed": Mutant(SHARES, ".sum() >= needed:", ".sum() > needed:", SHARED),
 }
 
 

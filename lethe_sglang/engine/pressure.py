@@ -72,6 +72,7 @@ class Pressure:
         for req in batch.reqs:
             state = self.runtime.ledger.requests.get(req.kv.req_pool_idx) if req.kv.holds_kv else None
             if state is not None and state.budgets and not req.finished() and id(req) not in finishing:
+                self.runtime.renew(req, state)  # what it gives, and what admission counts on, is by the same budget
                 found.append((req, state))
         return found
 

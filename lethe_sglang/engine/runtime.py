@@ -32,8 +32,8 @@ from lethe_sglang.engine.counters import Counters
 from lethe_sglang.engine.pressure import Pressure
 from lethe_sglang.engine.ranks import Ranks
 from lethe_sglang.engine.reconfigure import check, settled
-from lethe_sglang.observers.base import Observer, installed
-from lethe_sglang.observers.measure import Measurer
+from lethe_sglang.observers.base import Observer
+from lethe_sglang.observers.choice import watching
 
 if TYPE_CHECKING:
     from lethe_sglang.attention.length_classes import LengthClasses
@@ -176,20 +176,7 @@ class Runtime:
         size, config = (req_to_token.shape[0], self.num_layers, self.page_size), self.config
         self.ledger = Ledger(*size, config.recent, config.rounds.interval, req_to_token.device)
         self._start_ledger()
-        self.observers[:] = self._observers()
-
-    def _observers(self) -> list[Observer]:
-        debug, found = self.config.debug, list[Observer]()
-        if debug.shadow:
-            shadow = installed("shadow", "debug.shadow")
-            found.append(shadow(self.pool.cells, self.ledger, self.req_to_token))
-        if debug.kept_hash or debug.record_kept:
-            kept = installed("kept", "debug.kept_hash" if debug.kept_hash else "debug.record_kept")
-            found.append(kept(log=debug.record_kept, compare=debug.kept_hash, gather=self.ranks.gather))
-        if self.measures:
-            rows = self.req_to_token.shape[0]
-            found.append(Measurer(rows, self.num_layers, self.config.retain.sinks, self.pool.device))
-        return found
+        self.observers[:] = watching(self)
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
@@ -295,13 +282,17 @@ class Runtime:
                 stagger=stagger_of(req.origin_input_ids),
             )
             state.version = self.version
-        elif state.version != self.version:
-            if budgets := self.budgets_of(req):
-                self.ledger.renew(state, budgets, committed)
-            state.version = self.version
+        self.renew(req, state)
         state.observe(kv.kv_allocated_len, self.page_size)
         state.count_step(kv.kv_allocated_len, self.page_size)
         return state
+
+    def renew(self, req: Any, state: RequestState) -> None:
+        """Bring a followed request to the configuration of now."""
+        if state.version != self.version:
+            if budgets := self.budgets_of(req):
+                self.ledger.renew(state, budgets, int(req.kv.kv_committed_len))
+            state.version = self.version
 
     def run_rounds(self, due: Sequence[tuple[RequestState, int]], allocator: Any) -> None:
         """Carry out the rounds of all due requests, (state, committed length) each; see :meth:`carry_out`."""
