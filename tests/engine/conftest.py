@@ -30,8 +30,6 @@ STRICT = {
 }
 START_SECONDS = 420
 WARM = Warm(STRICT)
-LONGEST = ("cuda_graphs", "serving", "pressure", "cuda_backends", "docs", "profile", "quickstart", "fidelity")
-"""Files whose tests take longest, which are begun first: two workers then end at about the same time."""
 
 
 class Forked(servers.Server):
@@ -115,11 +113,6 @@ class Server(Forked):
         log = self.log.read_text(errors="replace")
         for bad in ("Mem Leak", "memory leak", "double free", "Traceback", "stale"):
             assert bad not in log, f"{bad!r} in the log:\n{self.tail()}"
-
-
-def pytest_collection_modifyitems(items):
-    order = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(scope="session")

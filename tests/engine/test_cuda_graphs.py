@@ -38,7 +38,7 @@ REPLAYED = [("lethe-uniform", "flashinfer"), ("snapkv-breakpoint", "flashinfer")
 REPLAYED += [("lethe-pages", "fa3")]  # pages of one token are replayed where every third step is scored
 EVERY = {"lethe": {"score_every": 3}}
 JOBS = [(WALKS[0], 26), (CHAINS[1], 52), (WALKS[1], 36)]
-LONGER = {name: [(prompt, 2 * tokens) for prompt, tokens in JOBS] for name in ("lethe-pages", "lazy-pages")}
+LONGER = {name: [(prompt, 3 * tokens // 2) for prompt, tokens in JOBS] for name in ("lethe-pages", "lazy-pages")}
 """Whole pages leave room behind a prompt."""
 
 
@@ -146,7 +146,7 @@ def wait_for_rounds(server, more):
 def survive(server, first):
     """A batch that is retracted, and one that is aborted, leave the graphs as they were."""
     with ThreadPoolExecutor(3) as pool:
-        running = [pool.submit(ask, server, f"x{n}", WALKS[n + 2], 60) for n in range(2)]
+        running = [pool.submit(ask, server, f"x{n}", WALKS[n + 2], 44) for n in range(2)]
         wait_for_rounds(server, 2)
         server.post("/pause_generation", {"mode": "retract"})
         server.post("/continue_generation")

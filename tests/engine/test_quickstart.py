@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, Forked
+from conftest import ROOT, WARM, Forked
 
 from lethe_bench.servers import some_free_port
 
@@ -22,17 +22,18 @@ def quickstart():
     return module
 
 
+def test_the_command_of_the_readme_is_the_program():
+    """Up to its options; the next test runs the program with them."""
+    environment = {**os.environ, "LETHE_VENV": sys.prefix}
+    command = ["bash", "scripts/quickstart.sh", "--tokens", "63"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT, env=environment)
+    assert done.returncode == 2 and "quickstart.sh: error: argument --tokens: " in done.stderr, done.stderr
+
+
 def test_quickstart_answers_in_english_with_half_the_memory(smollm2, tmp_path):
     out = tmp_path / "out.json"
-    command = ["bash", "scripts/quickstart.sh", "--once", "--json", str(out), "--port", str(some_free_port())]
-    done = subprocess.run(
-        [*command, "--tokens", "160"],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        cwd=ROOT,
-        env={**os.environ, "LETHE_VENV": sys.prefix},
-    )
+    command = [ROOT / "scripts" / "quickstart.py", "--once", "--json", out, "--port", some_free_port()]
+    done = WARM.run([*command, "--tokens", 160], timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     report = json.loads(out.read_text())
     names = {"model", "rounds", "blocks_held_peak", "blocks_stock_peak", "agreement", "k3", "sglang"}

@@ -29,7 +29,7 @@ import sys
 import time
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 IMPORTED = (
     "sglang.srt.entrypoints.http_server",
@@ -51,6 +51,9 @@ def zygote() -> dict:
     for name in IMPORTED:
         import_module(name)
     inspect.getsource = functools.cache(inspect.getsource)
+    _ask_at_once()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        _patch_language_once()
     for target in json.loads(SOURCES.read_text()):
         with contextlib.suppress(AttributeError):  # of a module that is not imported; it may have to wait for a plugin
             inspect.getsource(inspect.unwrap(functools.reduce(getattr, target.split(".")[1:], sys.modules["sglang"])))
@@ -68,6 +71,19 @@ def zygote() -> dict:
                 return request
         print(json.dumps(answer), flush=True)
     os._exit(0)
+
+
+def _ask_at_once() -> None:
+    """Let a server not wait a whole second before its own first request."""
+    server = import_module("sglang.srt.entrypoints.http_server")
+    server.time = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: time.sleep(min(seconds, 0.1))})
+
+
+def _patch_language_once() -> None:
+    """Leave Triton's language as its interpreter has patched it: anew for each launch, that is a fifth of its time."""
+    interpreter = import_module("triton.runtime.interpreter")
+    interpreter._patch_lang = functools.cache(interpreter._patch_lang)
+    interpreter._LangPatchScope.restore = lambda scope: None
 
 
 def run(command: list[str], environment: dict[str, str], out: str, errors: str, folder: str) -> None:
