@@ -982,8 +982,8 @@ MUTANTS = {
     ),
     "a share may be below a request's floor": Mutant(
         PRESSURE,
-        "if share + runtime.config.recent > runtime.override_of(req).budget:",
-        "if share >= runtime.config.floor:",
+        "        if share > floor:",
+        "        if share >= runtime.config.floor:",
         MACHINE,
     ),
     "an event reckons with the budgets before a change": Mutant(

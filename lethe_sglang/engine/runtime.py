@@ -29,11 +29,11 @@ from lethe_sglang.cache.rounds import RoundResult, groups, run_round
 from lethe_sglang.config import ConfigError, EvictionConfig, RequestOverride, parse_request
 from lethe_sglang.config.changes import changes
 from lethe_sglang.engine.counters import Counters
+from lethe_sglang.engine.observing import watching
 from lethe_sglang.engine.pressure import Pressure
 from lethe_sglang.engine.ranks import Ranks
 from lethe_sglang.engine.reconfigure import check, settled
 from lethe_sglang.observers.base import Observer
-from lethe_sglang.observers.choice import watching
 
 if TYPE_CHECKING:
     from lethe_sglang.attention.length_classes import LengthClasses

@@ -84,13 +84,19 @@ class Naive(Observer):
         return Track(prefix, max(prompt - prefix, 0))
 
     def plan(self, req, share):
-        """What a round down to a share would leave: k_l, T, and the blocks it frees. ``share`` 0 is the floor."""
+        """What a round down to a share would leave: k_l, T, and the blocks it frees. ``share`` 0 is the floor.
+
+        It frees nothing of a request that holds no more, whatever its single layers hold.
+        """
         track, committed = self.track(req), req.kv.kv_committed_len
         tail = max(floor_to(committed - self.config.recent, self.page), track.tail)
         limits = self.limits(max(share, self.budget(req) - self.config.recent), track.rest)
         candidates = [len(kept) + tail - track.tail for kept in track.kept]
         kept = [min(k, n) for k, n in zip(limits, candidates, strict=True)]
-        return kept, tail, track.packed + tail - track.tail - self.blocks(kept)
+        held = track.packed + tail - track.tail
+        share = max(share, self.budget(req) - self.config.recent)
+        above = held > ceil_to(share + track.rest, self.page)
+        return kept, tail, held - self.blocks(kept) if above else 0
 
     def available(self):
         return self.world.token_to_kv_pool_allocator.available_size() + self.world.tree_cache.evictable_size()
@@ -131,8 +137,8 @@ class Naive(Observer):
         self._before[0](scheduler, batch, fence)
 
     def before_prefill(self, batch):
-        """Note what is about to be allocated: the prompts less their prefixes, and a page each as SGLang asks for."""
-        demand = [ceil_to(req.extend_end, self.page) - req.prefix_len + self.page for req in batch.reqs]
+        """Note what is about to be allocated: the pages of the prompts less those of their prefixes."""
+        demand = [ceil_to(req.extend_end, self.page) - ceil_to(req.prefix_len, self.page) for req in batch.reqs]
         self.demand = sum(demand), len(demand) + len(self.world.now_running.reqs)
         self._before[1](batch)
 
