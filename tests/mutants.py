@@ -68,7 +68,7 @@ PRESSURE, ADMISSION, SHARES = (
     "lethe_sglang/engine/admission.py",
     "lethe_sglang/cache/shares.py",
 )
-MACHINE, SHARED = "tests/unit/test_state_machine.py -k ten_thousand", "tests/unit/test_shares.py"
+MACHINE, SHARED = "tests/unit/test_state_machine.py -k thousands", "tests/unit/test_shares.py"
 MUTANTS = {
     "sinks are not pinned": Mutant(ROUNDS, "n.pinned.expand(rank", "(0 * n.pinned).expand(rank", UNIT),
     "blocks that moved are freed": Mutant(
