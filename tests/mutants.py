@@ -1025,6 +1025,33 @@ MUTANTS = {
     ),
     "a request below the share takes": Mutant(SHARES, "np.maximum(most - keep, 0)", "most - keep", SHARED),
     "a share gives more than is needed": Mutant(SHARES, ".sum() >= needed:", ".sum() > needed:", SHARED),
+    "a request that holds no more than the share gives": Mutant(
+        PRESSURE,
+        "return plan if above and freed(plan) > 0",
+        "return plan if freed(plan) > 0",
+        "tests/unit/test_pressure.py",
+    ),
+    "admission does not look again when somebody new can give": Mutant(
+        LIFE, "if len(ledger.requests) > known:", "if False:", MACHINE
+    ),
+    "a floor that the pool cannot hold is taken": Mutant(
+        "lethe_sglang/engine/guard.py",
+        "if config.rounds.by_pressure and least > tokens:",
+        "if False:",
+        "tests/engine/test_refusals.py -k floor",
+    ),
+    "the launcher does not look at the pool": Mutant(
+        "lethe_sglang/engine/entrypoints.py",
+        "for info in () if request.measures else init_result.scheduler_infos:",
+        "for info in ():",
+        "tests/engine/test_refusals.py -k floor",
+    ),
+    "a share of a load forgets the interval": Mutant(
+        "lethe_bench/deployment.py",
+        "interval = self.overhead - 2 * self.page_size",
+        "interval = 0",
+        "tests/bench/test_plan.py -k pressure",
+    ),
 }
 
 
