@@ -106,6 +106,7 @@ def test_without_a_radix_tree_no_token_of_the_prompt_is_evicted(treeless):
 
 
 @pytest.mark.parametrize("policy", matrix.POLICIES)
+@pytest.mark.parametrize("treeless", [8], indirect=True, ids=["page8"])  # pages of one token: test_shares, test_serving
 def test_every_policy_runs_without_a_radix_tree(treeless, policy):
     matrix.run(treeless, policy)
 
