@@ -996,13 +996,16 @@ MUTANTS = {
         "tests/unit/test_state_machine.py -k in_flight",
     ),
     "an event while memory comes back": Mutant(
-        PRESSURE, "if lacking > 0 and not finishing:", "if lacking > 0:", MACHINE
+        PRESSURE, "if lacking > 0 and not finishing:", "if lacking > 0:", "tests/unit/test_pressure.py -k memory_back"
     ),
     "what requests hold above their bounds is not lent": Mutant(
         PRESSURE, "return self.surplus(givers), self.at_floors(givers)", "return 0, self.at_floors(givers)", MACHINE
     ),
     "what rounds would free at once is not lent": Mutant(
-        PRESSURE, "return self.surplus(givers), self.at_floors(givers)", "return self.surplus(givers), 0", MACHINE
+        "lethe_sglang/engine/admission.py",
+        "self.memory_budget.current_offset += self._lent[1] - at_once",
+        "pass",
+        "tests/unit/test_pressure.py -k at_once",
     ),
     "cached prefixes go last": Mutant(
         PRESSURE,
@@ -1032,7 +1035,7 @@ MUTANTS = {
         "tests/unit/test_pressure.py",
     ),
     "admission does not look again when somebody new can give": Mutant(
-        LIFE, "if len(ledger.requests) > known:", "if False:", MACHINE
+        LIFE, "if len(ledger.requests) > known:", "if False:", "tests/unit/test_pressure.py -k looks_again"
     ),
     "a floor that the pool cannot hold is taken": Mutant(
         "lethe_sglang/engine/guard.py",

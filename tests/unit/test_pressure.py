@@ -98,3 +98,60 @@ def test_the_share_is_the_largest_that_gives_enough(page):
         elif needed:
             assert found == 0
     assert share_of([], 5, page) == 0
+
+
+def test_admission_counts_on_what_rounds_give_in_the_end_and_at_once():
+    from lethe_sglang.engine.admission import LethePrefillAdder
+
+    lent = [(30, 20), (12, 5)]
+    adder = object.__new__(LethePrefillAdder)
+    adder.lethe = SimpleNamespace(
+        ledger=SimpleNamespace(on_demand=True), pressure=SimpleNamespace(lend=lambda running: lent.pop(0))
+    )
+    adder.running_batch, adder._lent = object(), (0, 0)
+    adder.memory_budget = SimpleNamespace(total_offset=100, current_offset=50)
+    adder._lend()
+    assert (adder.memory_budget.total_offset, adder.memory_budget.current_offset) == (70, 30)
+    adder._lend()  # after a preemption: somebody who would have given is gone
+    assert (adder.memory_budget.total_offset, adder.memory_budget.current_offset) == (88, 45)
+
+
+@pytest.mark.parametrize("finishing", [False, True])
+def test_no_event_where_a_result_in_flight_brings_memory_back(finishing):
+    pressure = runtime_module.Pressure(SimpleNamespace(ledger=SimpleNamespace(window=None, interval=4)))
+    reqs = [SimpleNamespace(kv=SimpleNamespace(holds_kv=False)) for _ in range(3)]
+    batch = SimpleNamespace(
+        reqs=reqs,
+        new_tokens_required_next_decode=len,
+        token_to_kv_pool_allocator=SimpleNamespace(available_size=lambda: 1),
+        tree_cache=SimpleNamespace(evictable_size=lambda: 0),
+    )
+    scheduler = SimpleNamespace(
+        _reqs_finishing_inflight=lambda batch: reqs[:1] if finishing else [], token_to_kv_pool_allocator=None
+    )
+    asked = []
+    pressure.relieve = lambda givers, lacking, steppers, *rest: asked.append((lacking, steppers))
+    pressure.before_decode(scheduler, batch, lambda: None)
+    assert asked == ([] if finishing else [(2, 3)])
+
+
+def test_admission_looks_again_once_somebody_new_can_give(monkeypatch):
+    from lethe_sglang.engine import lifecycle
+
+    ledger = SimpleNamespace(requests={}, on_demand=True, dirty=False)
+    state = SimpleNamespace(due_at=2**31 - 1)
+    runtime = SimpleNamespace(
+        ledger=ledger,
+        follow=lambda req: ledger.requests.setdefault(req.kv.req_pool_idx, state),
+        pressure=SimpleNamespace(before_decode=lambda *args: None),
+    )
+    monkeypatch.setattr(lifecycle, "current", lambda: runtime)
+    kv = SimpleNamespace(holds_kv=True, req_pool_idx=3, kv_committed_len=9)
+    req = SimpleNamespace(kv=kv, decode_batch_idx=1, finished=lambda: False)
+    scheduler = SimpleNamespace(_reqs_finishing_inflight=lambda batch: [], device="cpu")
+    batch = SimpleNamespace(reqs=[req], batch_is_full=True)
+    lifecycle.on_decode_step(scheduler, batch)
+    assert not batch.batch_is_full
+    batch.batch_is_full = True
+    lifecycle.on_decode_step(scheduler, batch)
+    assert batch.batch_is_full, "it looks again though nobody is new"
