@@ -34,7 +34,7 @@ install_project() {
     "$python" -m venv "$venv" || fail "$python -m venv failed; on Debian and Ubuntu, install python3-venv"
   fi
   echo "== installing lethe-sglang and SGLang into $venv (about 6 minutes) =="
-  # Modules are compiled when they are first imported: most never are, and compiling all takes three minutes of a core.
+  # Modules are compiled when they are first imported: most never are, and compiling them all keeps a core for minutes.
   "$venv/bin/python" -m pip install --disable-pip-version-check --no-compile -q -e "$ROOT[dev]" -e "$ROOT/lethe_cpu" ||
     fail "pip could not install the project"
   echo "$wanted" >"$stamp"

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 LONGEST = (
-    *(
-        "test_state_machine",
-        "test_serving",
-        "test_cuda_graphs",
-        "test_pressure",
-        "test_cuda_backends",
-        "test_docs",
-        "test_profile",
-    ),
-    *(
-        "test_quickstart",
-        "test_fidelity",
-        "test_reconfigure",
-        "test_shares",
-    ),  # tests/engine, and tests/unit where it has such a file
-    *("test_rounds", "test_flashattention_backend", "test_triton_backend", "test_flashinfer_backend"),
-    *("test_triton_rounds", "test_triton_compiles", "test_triton_select"),
-    *("test_reasoner", "test_fidelity", "test_counts"),
+    "test_state_machine",
+    "test_serving",
+    "test_cuda_graphs",
+    "test_pressure",
+    "test_cuda_backends",
+    "test_docs",
+    "test_profile",
+    "test_quickstart",
+    "test_fidelity",
+    "test_reconfigure",
+    "test_shares",
+    "test_rounds",
+    "test_flashattention_backend",
+    "test_triton_backend",
+    "test_flashinfer_backend",
+    "test_triton_rounds",
+    "test_triton_compiles",
+    "test_triton_select",
+    "test_reasoner",
+    "test_counts",
 )
+"""Files of all suites; a name may stand for one in two of them."""
 
 
 def pytest_configure(config):

@@ -185,12 +185,24 @@ RELIANCES = (
     Reliance(f"{_BATCH}.Req.set_finish_with_abort", "Turns a request into an error of its own."),
     Reliance(f"{_BATCH}.ScheduleBatch.prepare_for_decode", "Allocates the new token behind the row's last position."),
     Reliance(f"{_BATCH}.ScheduleBatch.check_decode_mem", "Decides on retraction after the rounds of a step."),
+    Reliance(
+        f"{_BATCH}.ScheduleBatch.new_tokens_required_next_decode",
+        "Says what a decode step will allocate: under pressure rounds make room for that and no more.",
+    ),
+    Reliance(
+        f"{_CACHE}.prefill_budget.PrefillBudget", "Its offsets say what admission may count on, in the end and now."
+    ),
+    Reliance(
+        f"{_CACHE}.unified_radix_cache.UnifiedRadixCache.evictable_size",
+        "Unused cached prefixes count as free: the pool is short only without them.",
+    ),
     Reliance(f"{_BATCH}.release_req", "Releases a row at the end of a request and at a retraction, in this order."),
     Reliance(f"{_BATCH}.ReqKvInfo", "Says what of a row the tree owns, what is allocated and what is committed."),
     Reliance(f"{_CACHE}.common.release_kv_cache", "Frees a request's own part through free_kv_row."),
     Reliance(f"{_CACHE}.common.checkpoint_kv_cache", "Inserts a prompt into the tree, unless the request is flagged."),
     Reliance(f"{_CACHE}.common.free_kv_row_segments", "Frees exactly the positions it is given."),
     Reliance(f"{_CACHE}.allocation.alloc_for_decode_default", "Reads the row's last page to continue in it."),
+    Reliance(f"{_CACHE}.allocation.alloc_for_extend", "Allocates a prefill: the pages of its tokens that lack one."),
     Reliance(f"{_CACHE}.allocator.token.TokenToKVPoolAllocator", "Takes single blocks back in any order."),
     Reliance(
         f"{_CACHE}.allocator.paged.PagedTokenToKVPoolAllocator.free_segment", "Takes whole pages back in row order."

@@ -71,6 +71,8 @@ class Runtime:
         The backends' maps from layers to plans and lists, which no configuration may contradict.
     observers
         Watch what happens; none in production.
+    pressure
+        Rounds when the pool is short; idle unless ``rounds.when`` is ``pressure``.
     """
 
     pool: PackedKVPool
