@@ -358,8 +358,8 @@ MUTANTS = {
     ),
     "the shadow looks at keys only": Mutant(
         "lethe_bench/observers/shadow.py",
-        '("value", self.copy[1], self.store.value)',
-        '("value", self.copy[0], self.store.key)',
+        '("value", copy[1], self.store.value)',
+        '("value", copy[0], self.store.key)',
         "tests/unit/test_shadow.py",
     ),
     "the shadow does not mind a cell that is read twice": Mutant(

@@ -150,7 +150,7 @@ def test_a_reply_too_short_for_recall_is_refused_with_the_smallest_length():
 
 FILE = """
 name: small
-tokens: 1200
+tokens: 500
 corpora: {own: 2, prose: 2, recall: 1}
 at_once: 2
 base: {budget: {tokens: 48}, rounds: {interval: 8}}
@@ -244,7 +244,7 @@ def test_an_arm_that_is_configured_differently_needs_another_name(fake, tmp_path
 
 def test_results_of_another_experiment_are_not_mixed(fake, tmp_path, capsys):
     assert fake() == 0
-    (tmp_path / "small.yaml").write_text(FILE.replace("tokens: 1200", "tokens: 1100"))
+    (tmp_path / "small.yaml").write_text(FILE.replace("tokens: 500", "tokens: 480"))
     assert fake() == 2
     assert "holds results of another experiment (other tokens)" in capsys.readouterr().err
 
@@ -252,7 +252,7 @@ def test_results_of_another_experiment_are_not_mixed(fake, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (("tokens: 1200", "tokens: 8"), "tokens: .*expected an integer from 64 to 16384"),
+        (("tokens: 500", "tokens: 8"), "tokens: .*expected an integer from 64 to 16384"),
         (("own: 2", "novel: 2"), "corpora: novel is none.*own, prose, code, recall"),
         (("random: {policy: random}", "random: {policy: randm}"), "arms.random: unknown policy .randm."),
         (("arms:", "rams:"), "arms: Field required.*names to configurations"),

@@ -146,12 +146,12 @@ def wait_for_rounds(server, more):
 def survive(server, first):
     """A batch that is retracted, and one that is aborted, leave the graphs as they were."""
     with ThreadPoolExecutor(3) as pool:
-        running = [pool.submit(ask, server, f"x{n}", WALKS[n + 2], 44) for n in range(2)]
+        running = [pool.submit(ask, server, f"x{n}", WALKS[n + 2], 36) for n in range(2)]
+        gone = pool.submit(ask, server, "gone", CHAINS[0], 150)
         wait_for_rounds(server, 2)
         server.post("/pause_generation", {"mode": "retract"})
         server.post("/continue_generation")
-        gone = pool.submit(ask, server, "gone", CHAINS[0], 150)
-        wait_for_rounds(server, 3)
+        wait_for_rounds(server, 1)
         server.post("/abort_request", {"rid": "gone"})
         assert all(reply.result() for reply in running)
         gone.result()

@@ -40,7 +40,7 @@ def test_retraction_storms_leak_nothing_and_gathered_cells_stay_right(start):
         config(**BASE, debug=DEBUG),
         env={"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "7"},
     ).wait()
-    outputs = server.generate_all(PROMPTS[:8], 8, tokens=150)
+    outputs = server.generate_all(PROMPTS[:8], 8, tokens=110)
     assert all(o["meta"]["completion_tokens"] > 20 for o in outputs)
     report = server.lethe()
     assert report["requests_retracted"] > 30
@@ -106,7 +106,7 @@ def test_without_a_radix_tree_no_token_of_the_prompt_is_evicted(treeless):
 
 
 @pytest.mark.parametrize("policy", matrix.POLICIES)
-@pytest.mark.parametrize("treeless", [8], indirect=True, ids=["page8"])  # pages of one token: test_shares, test_serving
+@pytest.mark.parametrize("treeless", [1], indirect=True, ids=["page1"])  # pages of eight: test_serving
 def test_every_policy_runs_without_a_radix_tree(treeless, policy):
     matrix.run(treeless, policy)
 

@@ -17,6 +17,7 @@ SETTINGS = dict(
     pool={"states": "all"},
 )
 LONG = dict(tokens=340, ignore_eos=True)
+ROOM = dict(tokens=180, ignore_eos=True)
 
 
 @pytest.fixture(scope="module", params=[1, 8], ids=lambda page: f"page{page}")
@@ -34,12 +35,12 @@ def pressed(request, start):
 def test_with_room_no_token_is_evicted_and_replies_are_stocks(start, pressed):
     if pressed.page != 1:
         pytest.skip("stock is asked at page size 1")
-    alone = [pressed.generate(text, **LONG)["ids"] for text in PROMPTS[:2]]
+    alone = [pressed.generate(text, **ROOM)["ids"] for text in PROMPTS[:2]]
     report = pressed.lethe()
     assert report["rounds"] == report["pressure"]["events"] == 0
     assert report["last_finished"]["stock_peak"] > 3 * FLOOR, "no request was longer than its budget"
     stock = start("--max-total-tokens", str(POOL)).wait()
-    assert [stock.generate(text, **LONG)["ids"] for text in PROMPTS[:2]] == alone
+    assert [stock.generate(text, **ROOM)["ids"] for text in PROMPTS[:2]] == alone
     stock.stop()
 
 
@@ -62,7 +63,7 @@ def test_every_policy_gives_under_pressure(pressed, policy):
     pressed.flush()
     pressed.post("/kv_evict", {"policy": policy})
     before = pressed.lethe()
-    pressed.generate_all(WALKS[:6], 6, tokens=190, ignore_eos=True)
+    pressed.generate_all(WALKS, 8, tokens=150, ignore_eos=True)
     report = pressed.lethe()
     assert report["policy"] == policy and report["rounds"] >= before["rounds"] + 4
     assert report["requests_retracted"] == before["requests_retracted"]
