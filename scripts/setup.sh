@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Puts a Python that has this project first on PATH; the other scripts source it.
 #
-# Without LETHE_VENV: creates .venv in the repository and installs the project there (about 6 minutes and 11 GB, nearly
+# Without LETHE_VENV: creates .venv in the repository and installs the project there (2 to 6 minutes and 11 GB, nearly
 # all of it SGLang and PyTorch); later runs skip that until a pyproject.toml changes.
 # With LETHE_VENV=DIR: uses the environment in DIR as it is and installs nothing.
 
@@ -33,10 +33,8 @@ install_project() {
     echo "== creating $venv with $python =="
     "$python" -m venv "$venv" || fail "$python -m venv failed; on Debian and Ubuntu, install python3-venv"
   fi
-  echo "== installing lethe-sglang and SGLang into $venv (about 6 minutes) =="
-  # Modules are compiled when they are first imported: most never are, and compiling them all keeps a core for minutes.
-  "$venv/bin/python" -m pip install --disable-pip-version-check --no-compile -q -e "$ROOT[dev]" -e "$ROOT/lethe_cpu" ||
-    fail "pip could not install the project"
+  echo "== installing lethe-sglang and SGLang into $venv (2 to 6 minutes) =="
+  "$venv/bin/python" "$ROOT/scripts/install.py" || fail "the project could not be installed"
   echo "$wanted" >"$stamp"
 }
 

@@ -159,7 +159,8 @@ class Shadow(Observer):
         where = torch.from_numpy(listed[compared]).to(copy.device)
         at = torch.from_numpy((base + position)[compared]).to(copy.device)
         for name, half, buffer in (("key", copy[0], self.store.key), ("value", copy[1], self.store.value)):
-            if not torch.equal(half.index_select(0, at), buffer.index_select(0, where)):  # gathers rows five times as fast
+            # ``index_select`` gathers whole rows several times as fast as an index does.
+            if not torch.equal(half.index_select(0, at), buffer.index_select(0, where)):
                 wrong = (half[at] != buffer[where]).flatten(1).any(1).cpu().numpy()
                 row = np.broadcast_to(rows[:, None], listed.shape)[compared][wrong][:4].tolist()
                 at_fault = position[compared][wrong][:4].tolist()
