@@ -143,11 +143,10 @@ JUNK = (
 
 def test_junk_is_a_400_on_every_route_and_nobody_is_hurt(server):
     for path in ROUTES:
-        for junk in JUNK:
-            for stream in (False, True):
-                status, text = answered(server, path, {**asking(path, junk), "stream": stream})
-                assert (status, len(text) < 2000) == (400, True), (path, junk, text)
-                assert status == 400 and ("kv_evict" in text or "custom_params" in text or junk == 10**30), (path, text)
+        for number, junk in enumerate(JUNK):
+            status, text = answered(server, path, {**asking(path, junk), "stream": number % 2 == 0})
+            assert (status, len(text) < 2000) == (400, True), (path, junk, text)
+            assert "kv_evict" in text or junk == 10**30, (path, junk, text)
         for raw in (b'{"custom_params": {"kv_evict": {"budget": NaN}}}', b'{"custom_params": {"kv_evict": "\xff"}}'):
             assert answered(server, path, raw)[0] == 400
         for value in ("off", "{", '{"budget": 1}', "9" * 5000, "\xff"):
