@@ -66,6 +66,7 @@ class Ear:
                         scope[_HEARD] = heard(scope["headers"], b"".join(pieces), self.manager())
                     except ConfigError as error:
                         raise Refused(400, str(error)) from None
+                    pieces.clear()  # the request may run for long
             return message
 
         await self.app(scope, hearing if scope["type"] == "http" else receive, send)
@@ -89,7 +90,7 @@ def heard(headers: Any, body: bytes, manager: Any) -> Any:
         If it is not legal, or headers and body do not ask for the same.
     """
     said = [*_in_headers(headers), *_in_body(body)]
-    read = {where: _read(manager, asked, where) for where, asked in said}
+    read = {where: _read(manager, asked, where.removeprefix("sampling_params.")) for where, asked in said}
     if len(set(read.values())) > 1:
         raise one_line([f"{' and '.join(read)} ask for different things; give one of them, or the same in each"])
     return said[0][1] if said else None
@@ -122,7 +123,7 @@ def _in_body(body: bytes) -> Iterator[tuple[str, Any]]:
             raise one_line([f"{'.'.join((*place, 'kv_evict'))}: not read there; give it as {path}"])
         params = found.get("custom_params")
         if isinstance(params, Mapping) and params.get("kv_evict") is not None:
-            yield path.removeprefix("sampling_params."), params["kv_evict"]
+            yield path, params["kv_evict"]
 
 
 def _read(manager: Any, asked: Any, where: str = "custom_params.kv_evict") -> RequestOverride | None:

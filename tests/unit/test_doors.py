@@ -90,6 +90,8 @@ def test_who_says_it_twice_has_to_say_the_same():
         doors.heard([*headers(X_KV_Evict="none"), *headers(X_KV_Evict="on")], b"", manager())
     with pytest.raises(ConfigError, match=r"custom_params\.kv_evict and options\.custom_params\.kv_evict ask"):
         heard({"custom_params": {"kv_evict": "on"}, "options": NONE})
+    with pytest.raises(ConfigError, match=r"^custom_params\.kv_evict and sampling_params\.custom_params\.kv_evict ask"):
+        heard({"custom_params": {"kv_evict": "on"}, "sampling_params": NONE})
 
 
 @pytest.mark.parametrize(
