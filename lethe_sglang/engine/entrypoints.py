@@ -248,11 +248,9 @@ def launch(original: Callable[..., Any], cls: type, server_args: Any, *args: Any
     from sglang.srt.arg_groups.model_override_base import model_config_of, resolved_view
 
     from lethe_sglang.engine import verb
+    from lethe_sglang.engine.hooks import LAUNCHER_HOOKS  # imports the engine: only of the right SGLang
 
     try:
-        compat.version_check()
-        from lethe_sglang.engine.hooks import LAUNCHER_HOOKS  # imports the engine: only of the right SGLang
-
         install(LAUNCHER_HOOKS)
         model = fingerprint_of(model_config_of(server_args), resolved_view(server_args))
         budgets = settle(request.config, model, lambda path: automatic.run(server_args, path))
