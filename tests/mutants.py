@@ -480,7 +480,7 @@ MUTANTS = {
     "somebody else takes a command of ours": Mutant(
         "lethe_sglang/cli/main.py", "key=_ours, reverse=True", "key=_ours", "tests/unit/test_program.py -k takes_over"
     ),
-    "a torn line stays": Mutant("lethe_sglang/files.py", "file.truncate(", "abs(", "tests/unit/test_files.py"),
+    "a torn line stays": Mutant("lethe_sglang/files.py", "file.truncate(self", "abs(self", "tests/unit/test_files.py"),
     "flags of the plugin are passed on": Mutant(
         "lethe_bench/cli/server_args.py", 'name.startswith("--kv-evict")', "False", "tests/unit/test_files.py"
     ),
