@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
+from lethe_sglang.cache.layout import first_round
 from lethe_sglang.config import ConfigError, EvictionConfig
 
 GIB = 2**30
@@ -73,6 +74,12 @@ class Deployment:
     def request_blocks(self) -> int:
         """Most blocks a request holds while it decodes."""
         return self.prompt + min(self.context - self.prompt, self.config.budget.tokens + self.overhead)
+
+    @property
+    def first_round(self) -> int:
+        """Least length at which something of a request of this prompt may be evicted (tokens)."""
+        interval = 1 if self.config.rounds.by_pressure else self.config.rounds.interval
+        return first_round((self.config.scored,), self.config.recent, interval, self.page_size, self.prompt)
 
     @property
     def stock_requests(self) -> int:

@@ -14,8 +14,9 @@ class ConfigError(ValueError):
 
 
 def one_line(problems: Iterable[str]) -> ConfigError:
-    """Join ``problems`` into a single error whose message has no line break."""
-    return ConfigError(" ".join("; ".join(problems).split()))
+    """Join ``problems`` into a single error whose message has no line break, and nothing that UTF-8 cannot carry."""
+    text = " ".join("; ".join(problems).split())
+    return ConfigError(text.encode("utf-8", "backslashreplace").decode())
 
 
 def show(value: object) -> str:

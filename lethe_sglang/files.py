@@ -9,24 +9,31 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
 def write_atomically(path: Path, text: str) -> None:
+    """Replace a file's text in one step; see :func:`replacing`."""
+    with replacing(path) as out:
+        out.write(text.encode())
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
     """Replace a file's content in one step: a reader sees the old file or the whole new one.
 
     Raises
     ------
     OSError
-        If the directory cannot be written to.
+        If the directory cannot be written to, or has no room; nothing is left there then.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
     try:
-        with draft.open("x", encoding="utf-8") as out:
-            out.write(text)
+        with draft.open("xb") as out:
+            yield out
             out.flush()
             os.fsync(out.fileno())
         draft.replace(path)
@@ -66,7 +73,13 @@ class Journal:
         write_atomically(self.path, _text([*first, *records]))
 
     def add(self, records: Sequence[dict[str, Any]]) -> None:
-        """Append records in one write; a line that a kill tore is cut off first."""
+        """Append records; a line that a kill tore is cut off first.
+
+        Raises
+        ------
+        OSError
+            If there is no room, or nothing may be written; what was there stays, and nothing is added to it.
+        """
         if not records:
             return
         if self.header is not None and not self.path.exists():
@@ -75,7 +88,13 @@ class Journal:
         with self.path.open("a+b", buffering=0) as file:
             if (size := file.seek(0, os.SEEK_END)) and os.pread(file.fileno(), 1, size - 1) != b"\n":
                 file.truncate(self.path.read_bytes().rfind(b"\n") + 1)
-            file.write(_text(records).encode())
+            end, data = file.seek(0, os.SEEK_END), memoryview(_text(records).encode())
+            try:
+                while data:  # the last room of a disk takes a part of it, and says so only when asked again
+                    data = data[file.write(data) :]
+            except OSError:
+                file.truncate(end)
+                raise
 
     def remove(self) -> None:
         """Delete the file."""

@@ -480,7 +480,7 @@ MUTANTS = {
     "somebody else takes a command of ours": Mutant(
         "lethe_sglang/cli/main.py", "key=_ours, reverse=True", "key=_ours", "tests/unit/test_program.py -k takes_over"
     ),
-    "a torn line stays": Mutant("lethe_sglang/files.py", "file.truncate(", "abs(", "tests/unit/test_files.py"),
+    "a torn line stays": Mutant("lethe_sglang/files.py", "file.truncate(self", "abs(self", "tests/unit/test_files.py"),
     "flags of the plugin are passed on": Mutant(
         "lethe_bench/cli/server_args.py", 'name.startswith("--kv-evict")', "False", "tests/unit/test_files.py"
     ),
@@ -1054,6 +1054,122 @@ MUTANTS = {
         "interval = self.overhead - 2 * self.page_size",
         "interval = 0",
         "tests/bench/test_plan.py -k pressure",
+    ),
+    "what a door has heard is not laid in": Mutant(
+        "lethe_sglang/engine/doors.py",
+        'return {**params, "custom_params": {**custom, "kv_evict": asked}}',
+        "return params",
+        "tests/unit/test_doors.py -k sampling_parameter",
+    ),
+    "header and body may differ": Mutant(
+        "lethe_sglang/engine/doors.py",
+        "if len(set(read.values())) > 1:",
+        "if False:",
+        "tests/unit/test_doors.py -k twice",
+    ),
+    "the header that passes routers is not read": Mutant(
+        "lethe_sglang/engine/doors.py",
+        'HEADERS = ("X-KV-Evict", "X-Request-Id-KV-Evict")',
+        'HEADERS = ("X-KV-Evict", "X-Lethe-KV-Evict")',
+        "tests/unit/test_doors.py -k header",
+    ),
+    "Ollama's options are not looked at": Mutant(
+        "lethe_sglang/engine/doors.py",
+        '("parameters", "sampling_params"), ("options",))',
+        '("parameters", "sampling_params"))',
+        "tests/unit/test_doors.py -k wherever",
+    ),
+    "an override beside custom_params is dropped": Mutant(
+        "lethe_sglang/engine/doors.py",
+        'if "kv_evict" in found:',
+        "if False:",
+        "tests/unit/test_doors.py -k legal",
+    ),
+    "what a batch says against a header is dropped": Mutant(
+        "lethe_sglang/engine/doors.py",
+        "if own is not None and _read(manager, own) != _read(manager, asked):",
+        "if False:",
+        "tests/unit/test_doors.py -k batch",
+    ),
+    "a message repeats whatever key it was sent": Mutant(
+        "lethe_sglang/config/overrides.py",
+        "(str(key)[:SHOWN_VALUE] for",
+        "(str(key) for",
+        "tests/unit/test_doors.py -k depth",
+    ),
+    "a message names every unknown key": Mutant(
+        "lethe_sglang/config/overrides.py",
+        "islice(unknown, _NAMED)",
+        "unknown",
+        "tests/unit/test_doors.py -k depth",
+    ),
+    "a message holds what UTF-8 cannot carry": Mutant(
+        "lethe_sglang/errors.py",
+        'ConfigError(text.encode("utf-8", "backslashreplace").decode())',
+        "ConfigError(text)",
+        "tests/unit/test_doors.py -k short_line",
+    ),
+    "a full disk takes part of a record": Mutant(
+        "lethe_sglang/files.py",
+        "while data:",
+        "if data:",
+        "tests/unit/test_files.py -k room",
+    ),
+    "a record that did not fit leaves a part": Mutant(
+        "lethe_sglang/files.py",
+        "file.truncate(end)\n                raise",
+        "raise",
+        "tests/unit/test_files.py -k room",
+    ),
+    "a cache is tried with an empty file": Mutant(
+        "lethe_sglang/profiling/cache.py",
+        "probe.write(bytes(PROBE_BYTES))",
+        'probe.write(b"")',
+        "tests/unit/test_profile_cache.py -k full_disk",
+    ),
+    "a pass that a full disk stopped leaves its records": Mutant(
+        "lethe_sglang/profiling/cache.py",
+        'Partial(path, key="").remove()',
+        "pass",
+        "tests/unit/test_profile_cache.py -k meanwhile",
+    ),
+    "a full disk is a traceback": Mutant(
+        "lethe_sglang/cli/main.py",
+        "if error.errno not in _NO_ROOM:",
+        "if True:",
+        "tests/unit/test_program.py -k full_disk",
+    ),
+    "a live server takes a floor beyond its pool": Mutant(
+        "lethe_sglang/engine/reconfigure.py",
+        "*_pool(runtime, config)]",
+        "]",
+        "tests/unit/test_reconfigure.py -k cannot_hold",
+    ),
+    "the reach forgets the interval": Mutant(
+        "lethe_sglang/cache/layout.py",
+        "leaving = max(page_ceil(interval, page_size), min(budgets) + rest + 1)",
+        "leaving = min(budgets) + rest + 1",
+        "tests/unit/test_reconfigure.py -k reach_says",
+    ),
+    "every rank warns of the reach": Mutant(
+        "lethe_sglang/engine/reach.py",
+        " or runtime.ranks.rank:",
+        ":",
+        "tests/unit/test_reconfigure.py -k says_so_once",
+    ),
+    "a copy of server arguments forgets eviction": Mutant(
+        "lethe_sglang/engine/keywords.py",
+        "copy._lethe = request",
+        "pass",
+        "tests/engine/test_refusals.py -k copy",
+        True,
+    ),
+    "SMG's launcher is let through": Mutant(
+        "lethe_sglang/engine/guard.py",
+        '"smg_grpc_mode": (',
+        '"smg_grpc_modes": (',
+        "tests/engine/test_refusals.py -k refused_with",
+        True,
     ),
 }
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lethe_sglang.config import ConfigError
+from lethe_sglang.files import write_atomically
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,12 +105,10 @@ def run(plan: HarnessPlan, directory: Path) -> dict[str, dict[str, Any]]:
     state = info["internal_states"][0].get("lethe") if info.get("internal_states") else None
     eviction = None if state is None else {key: state.get(key) for key in ("policy", "budget_tokens", "interval")}
     samples = found.pop("samples", {})
-    directory.mkdir(parents=True, exist_ok=True)
     page = {"plan": asdict(plan), "eviction": eviction, **found}
-    (directory / "lm-eval.json").write_text(json.dumps(page, indent=1, default=str) + "\n", encoding="utf-8")
-    with (directory / "lm-eval-samples.jsonl").open("w", encoding="utf-8") as file:
-        for task, lines in samples.items():
-            file.writelines(json.dumps({"task": task, **line}, default=str) + "\n" for line in lines)
+    write_atomically(directory / "lm-eval.json", json.dumps(page, indent=1, default=str) + "\n")
+    lines = [json.dumps({"task": task, **line}, default=str) for task, kept in samples.items() for line in kept]
+    write_atomically(directory / "lm-eval-samples.jsonl", "".join(f"{line}\n" for line in lines))
     return dict(found["results"])
 
 

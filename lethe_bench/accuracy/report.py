@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import statistics
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from lethe_bench.accuracy.experiment import FULL
 from lethe_bench.accuracy.plots import Picture, Point
 from lethe_bench.accuracy.results import RANDOM, Replies, Results, alike
 from lethe_bench.statistics import Mean, Paired
+from lethe_sglang.files import write_atomically
 
 OURS = "lethe"
 
@@ -32,36 +34,37 @@ def write(directory: Path) -> str:
     results = Results.read(directory)
     pictures = draw(results, directory) if results.replies and plots.available() else []
     page = to_markdown(results, pictures)
-    (directory / "report.md").write_text(page + "\n", encoding="utf-8")
+    write_atomically(directory / "report.md", page + "\n")
     write_replies(results, directory / "replies.csv")
     return page
 
 
 def write_replies(results: Results, path: Path) -> None:
     """Write one line per reply without its text, from which every number of the page follows."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(
-            ["arm", "problem", "sample", "ok", "tokens", "finish", "rounds", "evicted", "steps", "held", "stock"]
-        )
-        for name, replies in results.replies.items():
-            for (problem, sample), line in sorted(replies.lines.items()):
-                m = line["memory"]
-                table.writerow(
-                    [
-                        name,
-                        problem,
-                        sample,
-                        int(line["ok"]),
-                        line["tokens"],
-                        line["finish"],
-                        m["rounds"],
-                        sum(m["evicted_per_layer"]),
-                        m["steps"],
-                        round(m["own_held_mean"], 2),
-                        round(m["own_stock_mean"], 2),
-                    ]
-                )
+    file = io.StringIO(newline="")
+    table = csv.writer(file, lineterminator="\n")
+    table.writerow(
+        ["arm", "problem", "sample", "ok", "tokens", "finish", "rounds", "evicted", "steps", "held", "stock"]
+    )
+    for name, replies in results.replies.items():
+        for (problem, sample), line in sorted(replies.lines.items()):
+            m = line["memory"]
+            table.writerow(
+                [
+                    name,
+                    problem,
+                    sample,
+                    int(line["ok"]),
+                    line["tokens"],
+                    line["finish"],
+                    m["rounds"],
+                    sum(m["evicted_per_layer"]),
+                    m["steps"],
+                    round(m["own_held_mean"], 2),
+                    round(m["own_stock_mean"], 2),
+                ]
+            )
+    write_atomically(path, file.getvalue())
 
 
 def draw(results: Results, directory: Path) -> list[Picture]:

@@ -119,8 +119,9 @@ def _lines(plan: Deployment, args: argparse.Namespace, model: _Model) -> list[st
         f"blocks of a request  {plan.context:>10} {plan.request_blocks:>10}",
         f"requests that fit    {plan.stock_requests:>10} {plan.requests:>10}   ratio {ratio:.2f}",
     ]
-    if plan.request_blocks == plan.context:
-        lines.append("a request is never longer than its bound, so nothing is evicted; take a smaller budget")
+    if plan.first_round >= plan.context - 1:
+        lines.append(f"a request is first evicted from at {plan.first_round} tokens, so nothing is evicted here;")
+        lines[-1] += " take a smaller budget or rounds.interval"
     if config.rounds.by_pressure:
         lines.append(f"nothing is evicted up to {plan.full_requests} requests at full length; at the floor")
         lines[-1] += f" {plan.requests} fit"

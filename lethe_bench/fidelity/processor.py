@@ -18,6 +18,8 @@ import torch
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
+from lethe_sglang.files import replacing
+
 MEASURES = ("kl", "agreement", "nll", "full_nll")
 """Per step: ``KL(full || arm)`` in nats, whether the likeliest token is the same, and the negative log-likelihoods of
 the forced token with the arm and with the full cache."""
@@ -128,10 +130,8 @@ def _keep_distribution(forced: dict[str, Any], found: torch.Tensor) -> None:
 
 def keep(path: Path, steps: NDArray[np.float32]) -> None:
     """Write a document's steps; the file is there as a whole or not at all."""
-    draft = path.with_name(f"{path.name}.draft")
-    with draft.open("wb") as out:
+    with replacing(path) as out:
         np.save(out, steps)
-    draft.replace(path)
 
 
 def compare(full: torch.Tensor, arm: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -47,7 +47,7 @@ from lethe_bench.kvpress.decode import Model, decoding_press
 from lethe_bench.kvpress.scores import Agreement, agreements
 from lethe_bench.statistics import wilson
 from lethe_bench.tasks import THINK, TRAINED
-from lethe_sglang.files import Journal, read_lines
+from lethe_sglang.files import Journal, read_lines, write_atomically
 
 ROOT = Path(__file__).parents[2]
 METHODS = ("streaming", "random", "tova", "snapkv", "keydiff", "knorm")
@@ -226,7 +226,7 @@ def main() -> None:
     found = agreements(model, torch.cat([prompt, answer["input_ids"]], 1))
     ours = our_records(arguments.results, items, arguments.budgets, arguments.interval)
     records = [*run_all(model, items, arguments), *ours]
-    arguments.page.write_text(page(records, found, Path(arguments.model).name, arguments), encoding="utf-8")
+    write_atomically(arguments.page, page(records, found, Path(arguments.model).name, arguments))
     print(f"wrote {arguments.page.name}")
 
 

@@ -160,6 +160,23 @@ def pinned_cells(prefix: int, rest: int, sinks: int, own_sinks: int) -> int:
     return max(sinks - prefix, rest + own_sinks)
 
 
+def first_round(budgets: Sequence[int], recent: int, interval: int, page_size: int, prompt: int) -> int:
+    """Return the least length at which a request may lose something (tokens): its first round, if nothing delays it.
+
+    Parameters
+    ----------
+    budgets
+        k_l of every layer.
+    recent, interval, page_size
+        R, the interval between rounds, and SGLang's page size (tokens).
+    prompt
+        Tokens of its prompt that are kept.
+    """
+    prefix, rest = protected(0, prompt, page_size)
+    leaving = max(page_ceil(interval, page_size), min(budgets) + rest + 1)
+    return prefix + page_ceil(leaving, page_size) + recent
+
+
 def request_bound(budget: int, interval: int, page_size: int) -> int:
     """Most blocks behind its prefix that a decoding request ever holds: mean budget + interval + 2 pages."""
     return budget + page_ceil(interval, page_size) + 2 * page_size

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import errno
 import importlib.util
 import os
 import select
@@ -25,6 +26,8 @@ from lethe_sglang.config import ConfigError
 GROUP = "lethe.commands"
 EXTRA = "pip install 'lethe-sglang[bench]'"
 """What installs all that any command of ours needs."""
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""Where a file of any command cannot be written through no fault of the program."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0 if the command succeeded, 2 if its configuration or installation is at fault, 130 after Ctrl-C, 141 if what
-        reads the output has gone (as for any program that a closed pipe ends), else what the command returned.
+        0 if the command succeeded, 2 if its configuration, installation or disk is at fault, 130 after Ctrl-C, 141 if
+        what reads the output has gone (as for any program that a closed pipe ends), else what the command returned.
     """
     try:
         try:
@@ -85,6 +88,10 @@ def _run(arguments: list[str]) -> int:
         return int(module.run(parser.parse_args(arguments)))
     except ConfigError as error:
         reason = str(error)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        reason = f"{error.filename or 'its files'}: {error.strerror}; free some room, or write elsewhere"
     except ModuleNotFoundError as error:
         reason = f"needs the module {error.name}, which is not installed" + (f"; {EXTRA}" if _ours(command) else "")
     print(f"lethe {asked}: error: {reason}", file=sys.stderr)

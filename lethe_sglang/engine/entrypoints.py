@@ -1,4 +1,4 @@
-"""The front doors: command line, ``sgl.Engine``, the launcher's checks and the scheduler's start.
+"""The front doors of a server: command line, the launcher's checks and the scheduler's start.
 
 What travels to the scheduler is ``server_args._lethe``, an ``EvictionRequest``: unpickling it imports this module, so a
 process in which the plugin is broken dies instead of serving without eviction; and the launcher reports ready only
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from sglang.srt.plugins.hook_registry import HookType
 
 from lethe_sglang import __version__
 from lethe_sglang.allocation.fingerprint import ModelFingerprint, fingerprint_of
-from lethe_sglang.config import ConfigError, EvictionConfig, parse_request, resolve
+from lethe_sglang.config import ConfigError, EvictionConfig, resolve
 from lethe_sglang.engine import compat, guard
 from lethe_sglang.engine.hooking import Hook, install
 from lethe_sglang.policies import policy_names
@@ -92,10 +91,7 @@ def stash(server_args: Any, options: Sequence[Any], from_cli: bool) -> Any:
             return server_args
         config = resolve(*options)
         compat.version_check()
-        from lethe_sglang.engine.hooks import LAUNCHER_HOOKS  # imports the engine: only of the right SGLang
-
-        install(LAUNCHER_HOOKS)
-    except (ConfigError, compat.CompatError, RuntimeError) as error:
+    except (ConfigError, compat.CompatError) as error:
         fail(error, from_cli)
     server_args._lethe = EvictionRequest(config=config, from_cli=from_cli)
     return server_args
@@ -139,21 +135,6 @@ def add_flags(result: Any, parser: argparse.ArgumentParser) -> None:
 def from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:
     """AROUND ``ServerArgs.from_cli_args``: stash the request on the server arguments."""
     return stash(original(cls, args), [getattr(args, name, None) for name in ENGINE_OPTIONS], from_cli=True)
-
-
-# -- sgl.Engine -------------------------------------------------------------------------------------------------------
-
-
-def engine_server_args(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``Engine.server_args_class``: take the flags as ``kv_evict...``; ``kv_evict_config`` is a str or a dict."""
-
-    def build(**kwargs: Any) -> Any:
-        options = {name: kwargs.pop(name, None) for name in ENGINE_OPTIONS}
-        if isinstance(options["kv_evict_config"], dict):
-            options["kv_evict_config"] = json.dumps(options["kv_evict_config"])
-        return stash(stock(**kwargs), list(options.values()), from_cli=False)
-
-    return build
 
 
 # -- launcher ---------------------------------------------------------------------------------------------------------
@@ -267,11 +248,13 @@ def launch(original: Callable[..., Any], cls: type, server_args: Any, *args: Any
     from sglang.srt.arg_groups.model_override_base import model_config_of, resolved_view
 
     from lethe_sglang.engine import verb
+    from lethe_sglang.engine.hooks import LAUNCHER_HOOKS  # imports the engine: only of the right SGLang
 
     try:
+        install(LAUNCHER_HOOKS)
         model = fingerprint_of(model_config_of(server_args), resolved_view(server_args))
         budgets = settle(request.config, model, lambda path: automatic.run(server_args, path))
-    except ConfigError as error:
+    except (ConfigError, RuntimeError) as error:
         request.fail(error)
     request = replace(request, budgets=budgets, model=model)
     verb.open_doors(cls)
@@ -304,16 +287,6 @@ def _check_ranks(request: EvictionRequest, page_size: int, init_result: Any, pro
     init_result.wait_for_ready = wait_for_ready
 
 
-def check_request(manager: Any, obj: Any, input_ids: Any) -> None:
-    """BEFORE ``TokenizerManager._validate_one_request``: a bad per-request override is an HTTP 400."""
-    request = requested(manager.server_args)
-    params = getattr(obj, "sampling_params", None)
-    if request is not None and isinstance(params, dict):
-        asked = {**(manager.preferred_sampling_params or {}), **params}  # as the manager will lay them over each other
-        guard.check_request(asked)
-        parse_request(asked.get("custom_params"), request.config, manager.context_len)
-
-
 # -- scheduler --------------------------------------------------------------------------------------------------------
 
 
@@ -334,7 +307,11 @@ def start_scheduler(scheduler: Any, server_args: Any, *args: Any, **kwargs: Any)
     guard.check_options(resolved, request.config.budget.uniform)
     guard.check_model(model)
     if not request.budgets:
-        raise RuntimeError("--kv-evict: the launcher has not settled the layers' budgets; another plugin replaced it")
+        raise RuntimeError(
+            "--kv-evict: what started this scheduler is not SGLang's own launcher, which settles the layers' budgets; "
+            "start the server with python -m sglang.launch_server or sglang serve, without other plugins "
+            "(SGLANG_PLUGINS=lethe)"
+        )
     set_runtime(
         Runtime(
             request.config,
@@ -353,6 +330,7 @@ def start_scheduler(scheduler: Any, server_args: Any, *args: Any, **kwargs: Any)
 
 def report_rank(result: dict[str, Any], scheduler: Any) -> dict[str, Any]:
     """AFTER ``Scheduler.get_init_info``: only a rank whose ledger is bound to its pool reports the request's id."""
+    from lethe_sglang.engine import reach
     from lethe_sglang.engine.runtime import current
     from lethe_sglang.engine.telemetry import announce
 
@@ -360,6 +338,7 @@ def report_rank(result: dict[str, Any], scheduler: Any) -> dict[str, Any]:
     if runtime.pool is not scheduler.token_to_kv_pool_allocator.get_kvcache():
         raise RuntimeError("--kv-evict: the scheduler's pool is not the packed pool")
     announce(runtime)
+    reach.warn(runtime)
     if str(runtime.pool.device).startswith("cuda") and not runtime.measures:
         runtime.warm_up()
     return {**result, "lethe": scheduler._lethe_request.request_id}
@@ -377,6 +356,13 @@ ENTRY_HOOKS = (
         HookType.AROUND,
         from_cli_args,
         "What was asked for has to travel with the server arguments to every process.",
+    ),
+    Hook(
+        "sglang.srt.entrypoints.engine.Engine._launch_scheduler_processes",
+        HookType.AROUND,
+        launch,
+        "The layers' budgets are settled once for all ranks before a scheduler starts, and the launcher may not report "
+        "ready before every rank has said that it evicts. Whoever launches, server arguments may come from elsewhere.",
     ),
     Hook(
         "sglang.srt.managers.scheduler.Scheduler.__init__",

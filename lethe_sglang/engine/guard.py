@@ -44,6 +44,7 @@ class Refusal(NamedTuple):
 
 
 _BY_POSITION = "backs rows up by position"
+_OTHER_LAUNCHER = "starts schedulers by a launcher of its own"
 _FLAGS = {
     "enable_pdmux": ("PD multiplexing", "prefill and decode share a step"),
     "enable_hierarchical_cache": ("hierarchical cache", _BY_POSITION),
@@ -60,6 +61,9 @@ _FLAGS = {
     "enable_unified_memory": ("unified memory pool", "slots are virtual"),
     "enable_hisparse": ("HiSparse", "slots are virtual"),
     "enable_return_routed_experts": ("routed-expert capture", "captures by slot"),
+    "smg_grpc_mode": ("SMG's gRPC server", f"{_OTHER_LAUNCHER}; --grpc-port serves gRPC beside HTTP"),
+    "use_ray": ("Ray", _OTHER_LAUNCHER),
+    "encoder_only": ("encoder-only servers", "there is nothing to evict"),
     "prefill_only_disable_kv_cache": ("embedding-only or prefill-only KV", "there is nothing to evict"),
 }
 """Options that may not be given: SGLang's name of the option -> what it is called, and why."""

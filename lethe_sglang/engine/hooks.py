@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from sglang.srt.plugins.hook_registry import HookType
 
-from lethe_sglang.engine import entrypoints, lifecycle, telemetry, verb
+from lethe_sglang.engine import doors, entrypoints, lifecycle, telemetry, verb
 from lethe_sglang.engine.hooking import Hook
 
 AFTER, AROUND, BEFORE = HookType.AFTER, HookType.AROUND, HookType.BEFORE
@@ -32,21 +32,21 @@ class Reliance(NamedTuple):
 
 LAUNCHER_HOOKS = (
     Hook(
-        "sglang.srt.entrypoints.engine.Engine._launch_scheduler_processes",
-        AROUND,
-        entrypoints.launch,
-        "The layers' budgets are settled once for all ranks before a scheduler starts, and the launcher may not report "
-        "ready before every rank has said that it evicts.",
+        f"{_TOKENIZER}._init_req_state",
+        BEFORE,
+        doors.lay_in,
+        "Every HTTP route creates its request here, and here the HTTP request is known, too: what it asks for in a "
+        "header or in a part of the body that its route drops becomes a sampling parameter.",
     ),
     Hook(
         f"{_TOKENIZER}._validate_one_request",
         BEFORE,
-        entrypoints.check_request,
+        doors.check_request,
         "An illegal request must be an HTTP 400 before it reaches a scheduler; SGLang has no validator for custom "
         "parameters that a plugin could register.",
     ),
 )
-"""Installed in the launcher once eviction is asked for."""
+"""Installed where a launcher starts schedulers that shall evict."""
 
 SCHEDULER_HOOKS = (
     Hook(
@@ -174,7 +174,8 @@ RELIANCES = (
         "sglang.srt.arg_groups.overrides._deterministic_attention_backend",
         "Chooses it where inference is deterministic; the plugin has to know before.",
     ),
-    Reliance("sglang.srt.entrypoints.http_server.get_global_state", "Finds the tokenizer manager for the verb."),
+    Reliance("sglang.srt.entrypoints.http_server.get_global_state", "Finds the tokenizer manager for the HTTP routes."),
+    Reliance("sglang.srt.server_args.ServerArgs.__reduce__", "Lets what was asked for travel in pickled arguments."),
     Reliance(f"{_SCHEDULER}._reqs_finishing_inflight", "Names requests that the result in flight will finish."),
     Reliance(f"{_SCHEDULER}.collect_inflight_reqs", "Names what still runs: some changes need an idle server."),
     Reliance(f"{_MANAGERS}.communicator.FanOutCommunicator", "Carries the verb to the scheduler and its answer back."),

@@ -267,4 +267,5 @@ def attach(runner: Any) -> Runtime:
     tp_size = get_parallel().tp_size
     if tp_size > 1:
         runtime.ranks.size, runtime.ranks.group = tp_size, get_tp_group().device_group
+        runtime.ranks.rank = get_parallel().tp_rank
     return runtime

@@ -12,11 +12,12 @@ class Ranks:
 
     Attributes
     ----------
-    size, group
-        How many they are, and their process group (None for one).
+    size, rank, group
+        How many they are, which of them this is, and their process group (None for one).
     """
 
     size: int = 1
+    rank: int = 0
     group: Any = None
 
     def gather(self, mine: torch.Tensor) -> list[torch.Tensor]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lethe_sglang.config import EvictionConfig
 from lethe_sglang.config.changes import when
+from lethe_sglang.engine import guard
 from lethe_sglang.errors import ConfigError, one_line
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def check(
         One line: every reason that stands against it, with the option at fault and what to do.
     """
     problems = [*_untimely(changed, busy), *_states(runtime, config), *_graphs(runtime, config)]
-    problems += _classes(runtime, config, budgets)
+    problems += [*_classes(runtime, config, budgets), *_pool(runtime, config)]
     if problems:
         raise one_line([f"kv_evict: {problem}" for problem in problems])
 
@@ -101,6 +102,13 @@ def _classes(runtime: Runtime, config: EvictionConfig, budgets: tuple[int, ...])
                 "budget.allocation: layers that had one budget at the start, or at most the mean, share lists and "
                 "plans, and this takes them apart; start the server with it"
             )
+
+
+def _pool(runtime: Runtime, config: EvictionConfig) -> Iterable[str]:
+    try:
+        guard.check_pool(config, runtime.page_size, runtime.pool.size)
+    except ConfigError as error:
+        yield str(error)
 
 
 def settled(budgets: tuple[int, ...], layers: int) -> tuple[int, ...]:

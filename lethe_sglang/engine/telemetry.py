@@ -7,6 +7,7 @@ from typing import Any
 
 from lethe_sglang.cache.layout import page_ceil
 from lethe_sglang.cache.pool import state_bytes
+from lethe_sglang.engine.reach import reach
 from lethe_sglang.engine.runtime import Runtime, current
 
 logger = logging.getLogger("lethe_sglang")
@@ -46,6 +47,7 @@ def snapshot(runtime: Runtime) -> dict[str, Any]:
         "held_peak_request": counters.peak_request,
         "last_finished": counters.last_finished,
         "pressure": runtime.pressure.report() if config.rounds.by_pressure else None,
+        "reach": {**reach(runtime)._asdict(), "acts": reach(runtime).acts},
         "auxiliary_bytes": auxiliary_bytes(runtime),
     }
     for observer in runtime.observers:

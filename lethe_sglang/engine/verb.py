@@ -24,7 +24,7 @@ from sglang.utils import TypeBasedDispatcher
 from lethe_sglang.config import from_mapping
 from lethe_sglang.config.changes import reconfigured
 from lethe_sglang.config.loading import parse_json
-from lethe_sglang.engine import entrypoints, guard
+from lethe_sglang.engine import doors, entrypoints, guard, reach
 from lethe_sglang.engine.reconfigure import unfinished
 from lethe_sglang.engine.runtime import Runtime, current
 from lethe_sglang.errors import ConfigError, show
@@ -56,7 +56,10 @@ hook_custom_types(KvEvictReq, KvEvictReqOutput)
 
 def _reconfigure(runtime: Runtime, scheduler: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     config, budgets = from_mapping(arguments["config"]), tuple(arguments["budgets"])
-    return runtime.reconfigure(config, budgets, unfinished(scheduler))
+    found = runtime.reconfigure(config, budgets, unfinished(scheduler))
+    if found["changed"]:
+        reach.warn(runtime)
+    return found
 
 
 def _requests(runtime: Runtime, scheduler: Any, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -242,7 +245,10 @@ def engine_measured(engine: Any) -> dict[str, Any]:
 
 
 def open_doors(engine_class: Any) -> None:
-    """Offer the verb in this process, in which eviction has been asked for: on ``sgl.Engine`` and, if it runs, HTTP."""
+    """Offer the verb in this process, in which eviction has been asked for: on ``sgl.Engine`` and, if it runs, HTTP.
+
+    HTTP routes hear what each request asks for from now on, too.
+    """
     engine_class.kv_evict_reconfigure = engine_reconfigure
     engine_class.kv_evict_configuration = engine_configuration
     engine_class.kv_evict_requests = engine_requests
@@ -250,3 +256,4 @@ def open_doors(engine_class: Any) -> None:
     http = sys.modules.get("sglang.srt.entrypoints.http_server")
     if http is not None:
         add_routes(http.app, lambda: http.get_global_state().tokenizer_manager)
+        doors.open_to(http.app, lambda: http.get_global_state().tokenizer_manager)

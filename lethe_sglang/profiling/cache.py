@@ -1,11 +1,13 @@
 """Profiles that servers made for themselves, one file per model, in the user's cache directory.
 
 Two servers that start at once make one profile: whoever holds the lock measures, the other waits and reads. A profile
-that cannot be read is made again. Where the directory cannot be written to, the profile is made, used, and not kept.
+that cannot be read is made again. Where the directory cannot be written to, or its disk is full, the profile is made,
+used, and not kept.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -17,8 +19,12 @@ from pathlib import Path
 from lethe_sglang.allocation.fingerprint import ModelFingerprint
 from lethe_sglang.allocation.profile import FORMAT, Profile, load
 from lethe_sglang.config import ConfigError
+from lethe_sglang.profiling.records import Partial
 
 logger = logging.getLogger("lethe_sglang")
+
+PROBE_BYTES = 2**20
+"""What has to fit before a profile is made: more than the profile and the records of its prompts take."""
 
 
 def directory() -> Path:
@@ -76,9 +82,16 @@ def obtain(model: ModelFingerprint, make: Callable[[Path], None], folder: Path |
         except OSError as error:
             return _not_kept(model, make, error)
         if (found := _read(path, model)) is None:
+            no_room = OSError(errno.ENOSPC, f"{path.parent} cannot be written to, or its disk is full")
             if not _writable(path.parent):
-                return _not_kept(model, make, PermissionError(13, "Permission denied"))
-            make(path)
+                return _not_kept(model, make, no_room)
+            try:
+                make(path)
+            except ConfigError:
+                if _writable(path.parent):
+                    raise
+                Partial(path, key="").remove()  # it has taken the last room, and can never be finished
+                return _not_kept(model, make, no_room)
             found = _made(path, model)
             logger.info("KV eviction: the model's profile is kept in %s", path)
         return found
@@ -102,7 +115,15 @@ def _made(path: Path, model: ModelFingerprint) -> Profile:
 
 
 def _not_kept(model: ModelFingerprint, make: Callable[[Path], None], error: OSError) -> Profile:
-    with tempfile.TemporaryDirectory(prefix="lethe-profile-") as folder:
+    memory = Path("/dev/shm")  # the disk of temporary files is often the one that is full
+    try:
+        scratch = tempfile.TemporaryDirectory(prefix="lethe-profile-", dir=memory if _writable(memory) else None)
+    except OSError as full:
+        raise ConfigError(
+            f"budget.profile auto: no room for a profile, neither in the cache nor for temporary files "
+            f"({full.strerror}); free some, or set --kv-evict-profile none"
+        ) from None
+    with scratch as folder:
         path = file_of(model, Path(folder))
         make(path)
         profile = _made(path, model)
@@ -115,9 +136,12 @@ def _not_kept(model: ModelFingerprint, make: Callable[[Path], None], error: OSEr
 
 
 def _writable(folder: Path) -> bool:
-    """Try, since permission bits say little about root, network and read-only file systems."""
+    """Try: permission bits say little about root, network and read-only file systems; a full disk takes no bytes."""
     try:
-        tempfile.TemporaryFile(dir=folder).close()
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(PROBE_BYTES))
+            probe.flush()
+            os.fsync(probe.fileno())
     except OSError:
         return False
     return True

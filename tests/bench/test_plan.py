@@ -70,6 +70,27 @@ def test_a_request_below_its_bound_costs_its_length():
     assert plan.request_blocks == 900
 
 
+@pytest.mark.parametrize(
+    ("sections", "context", "first"),
+    [
+        ({"budget": {"tokens": 1024}}, "512", 1026),
+        ({"budget": {"tokens": 100}, "rounds": {"interval": 5000}}, "4096", 5031),
+        (
+            {"budget": {"tokens": 100}, "rounds": {"interval": 5000}},
+            "5100",
+            None,
+        ),  # shorter than its bound, and evicted
+        ({"budget": {"tokens": 100}, "rounds": {"interval": 5000, "when": "pressure"}}, "4096", None),
+    ],
+)
+def test_the_command_says_where_nothing_would_be_evicted(model, capsys, sections, context, first):
+    arguments = ["--context", context, "--prompt", "1", "--gpu-mem", "80", "--weights-gib", "1"]
+    assert cli.main(["plan", "--model-path", model, *arguments, "--config", json.dumps(sections)]) == 0
+    out = capsys.readouterr().out
+    assert ("so nothing is evicted here; take a smaller budget or rounds.interval" in out) == (first is not None)
+    assert first is None or f"a request is first evicted from at {first} tokens" in out
+
+
 def test_under_pressure_requests_keep_all_up_to_a_load_and_then_a_share():
     pressed = from_mapping({"budget": {"tokens": 1024}, "rounds": {"when": "pressure"}})
     plan = deployment(config=pressed)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import subprocess
 import textwrap
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import MODEL, WARM
-from problems import prompt, walk
+from problems import prompt
+from routes import ANSWER, PLACES, PROBLEM, ROUTES
 
-PROBLEM, ANSWER = walk(3, steps=44)
 CPU_DEMO = ("--kv-evict", "lethe", "--kv-evict-config", "cpu-demo")
 
 
@@ -92,9 +96,67 @@ def test_curl(server):
     assert json.loads(out.stdout)["choices"][0]["message"]["content"] == ANSWER
 
 
-def test_metrics_and_server_info_report_eviction(server):
-    import urllib.request
+def asking(path: str, kv_evict) -> dict:
+    """A route's request with this override in its body."""
+    body = json.loads(json.dumps(ROUTES[path]))
+    home = body
+    for key in PLACES.get(path, ()):
+        home = home[key]
+    home["custom_params"] = {"kv_evict": kv_evict}
+    return body
 
+
+def answered(server, path: str, body: dict | bytes, **headers: str) -> tuple[int, str]:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    headers = {"content-type": "application/json", **{name.replace("_", "-"): value for name, value in headers.items()}}
+    try:
+        with urllib.request.urlopen(
+            urllib.request.Request(f"{server.url}{path}", data, headers), timeout=120
+        ) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def pruned_by(server, *requests) -> int:
+    """Put requests (path, body, headers) at once; returns how many of them were evicted from."""
+    before = server.lethe()["requests_pruned"]
+    with ThreadPoolExecutor(len(requests)) as pool:
+        answers = list(pool.map(lambda asked: answered(server, asked[0], asked[1], **asked[2]), requests))
+    assert [status for status, _ in answers] == [200] * len(requests), answers
+    return server.lethe()["requests_pruned"] - before
+
+
+def test_an_override_is_honoured_on_every_route_that_generates(server):
+    assert pruned_by(server, *((path, body, {}) for path, body in ROUTES.items())) == len(ROUTES)
+    assert pruned_by(server, *((path, asking(path, "none"), {}) for path in ROUTES)) == 0
+    named = itertools.cycle(({"X_KV_Evict": "none"}, {"X_Request_Id_KV_Evict": '{"budget": 384}'}))
+    assert pruned_by(server, *((path, ROUTES[path], header) for path, header in zip(ROUTES, named, strict=False))) == 0
+
+
+JUNK = (
+    *(1, -1, 10**30, 512.5, True, [], [[[]]], {"budget": {}}, {"budget": "9" * 5000}, {"budget": 1}, {"mode": []}),
+    *({"\u2028": 1}, {"k" * 5000: 1}, "x" * 5000, {"mode": "none", "budget": 96}, {"budget": 385}),
+    json.loads("[" * 200 + "]" * 200),
+)
+
+
+def test_junk_is_a_400_on_every_route_and_nobody_is_hurt(server):
+    for path in ROUTES:
+        for number, junk in enumerate(JUNK):
+            status, text = answered(server, path, {**asking(path, junk), "stream": number % 2 == 0})
+            assert (status, len(text) < 2000) == (400, True), (path, junk, text)
+            assert "kv_evict" in text or junk == 10**30, (path, junk, text)
+        for raw in (b'{"custom_params": {"kv_evict": {"budget": NaN}}}', b'{"custom_params": {"kv_evict": "\xff"}}'):
+            assert answered(server, path, raw)[0] == 400
+        for value in ("off", "{", '{"budget": 1}', "9" * 5000, "\xff"):
+            status, text = answered(server, path, ROUTES[path], X_KV_Evict=value)
+            assert status == 400 and "X-KV-Evict" in text, (path, value, text)
+        assert answered(server, path, asking(path, "none"), X_KV_Evict="on")[0] == 400
+    assert pruned_by(server, ("/generate", ROUTES["/generate"], {})) == 1
+
+
+def test_metrics_and_server_info_report_eviction(server):
     with urllib.request.urlopen(f"{server.url}/metrics", timeout=60) as response:
         text = response.read().decode()
     for name in ("kv_evict_rounds_total", "kv_evict_blocks_freed_total", "kv_evict_evicted_cells_total"):

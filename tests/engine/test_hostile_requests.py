@@ -15,7 +15,7 @@ from problems import PROMPTS
 
 SETTINGS = config(budget={"tokens": 48}, rounds={"interval": 16}, lethe={"half_life": 7})
 OPEN_DOOR = (
-    "import lethe_sglang.engine.entrypoints as front, runpy; front.check_request = lambda *args: None; "
+    "import lethe_sglang.engine.doors as doors, runpy; doors.check_request = doors.open_to = lambda *args: None; "
     "runpy.run_module('sglang.launch_server', run_name='__main__', alter_sys=True)"
 )
 

@@ -124,6 +124,10 @@ def test_nothing_to_change_is_legal_and_everything_is_told(server):
         ({"budget": {"allocation": "profile", "profile": "nowhere"}}, "budget.profile nowhere"),
         ({"rounds": {"interval": 8}, "debug": {"shadow": False}}, "debug.shadow: settled when the server starts"),
         ({"pool": {"states": "policy"}}, "pool.states: settled when the server starts"),
+        (
+            {"budget": {"tokens": 4090}, "rounds": {"when": "pressure"}},
+            "budget.tokens: got 4090, with which a request at its floor holds up to 4108 tokens, but the pool has 4096",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_one_line_and_changes_nothing(server, body, named):
@@ -181,6 +185,14 @@ def test_limits_of_requests_follow_the_configuration(server):
     assert server.get("/kv_evict")["configuration"]["requests"] == {"allow_off": False, "max_budget": 128}
     server.post("/kv_evict", {"requests": {"max_budget": 256}})  # wider than before: the front must let it through
     server.generate(WALKS[0], tokens=4, kv_evict={"budget": 256})
+
+
+def test_a_budget_that_no_request_can_reach_is_taken_and_said(server):
+    assert server.lethe()["reach"]["acts"]
+    server.post("/kv_evict", {"budget": {"tokens": 4096}})
+    found = server.lethe()["reach"]
+    assert not found["acts"] and found["first_round"] >= found["longest"] == server.lethe()["reach"]["longest"]
+    assert "with budget.tokens 4096 a request is first evicted from at" in server.log.read_text(errors="replace")
 
 
 def test_a_policy_changes_on_an_idle_server_only(server):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import re
 import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from conftest import MODEL, WARM
@@ -66,6 +68,12 @@ EVICT = ("--kv-evict", "lethe", "--kv-evict-config", "cpu-demo")
         ((*EVICT, "--enable-streaming-session"), "--enable-streaming-session"),
         ((*EVICT, "--tokenizer-worker-num", "2"), "--tokenizer-worker-num 1"),
         ((*EVICT, "--kv-canary", "log"), "--kv-canary none"),
+        (
+            (*EVICT, "--smg-grpc-mode"),
+            "SMG's gRPC server (starts schedulers by a launcher of its own; --grpc-port",
+        ),
+        ((*EVICT, "--grpc-mode"), "remove --smg-grpc-mode"),
+        ((*EVICT, "--use-ray"), "remove --use-ray"),
         ((*EVICT, "--radix-cache-backend", "x"), "--radix-cache-backend"),
         (
             (*EVICT, "--preferred-sampling-params", '{"custom_params": {"kv_evict": {"budget": 1}}}'),
@@ -492,6 +500,9 @@ def test_every_refusal_of_the_table_fires_and_reaches_the_support_matrix(sglang_
         "several tokenizer workers": {"tokenizer_worker_num": 2},
         "full CUDA graphs of prefill": {"cuda_graph_config": graphs(prefill="full")},
         "embedding-only or prefill-only KV": {"prefill_only_disable_kv_cache": True},
+        "SMG's gRPC server": {"smg_grpc_mode": True},
+        "Ray": {"use_ray": True},
+        "encoder-only servers": {"encoder_only": True},
     }
     matrix = guard.support_matrix()
     for refusal in guard.REFUSALS:
@@ -588,6 +599,84 @@ def test_engine_raises_a_config_error(sglang_front):
 
     with pytest.raises(ConfigError, match="did you mean 'lethe'"):
         sgl.Engine(model_path=str(MODEL), kv_evict="lethee")
+
+
+def test_a_copy_of_server_arguments_keeps_what_was_asked_for(sglang_front):
+    from sglang.srt.server_args import ServerArgs
+
+    asked = sglang_front(*EVICT)
+    for copied in (
+        copy.copy(asked),
+        copy.deepcopy(asked),
+        pickle.loads(pickle.dumps(asked)),
+        asked.__replace__(port=31000),  # copy.replace
+    ):
+        assert copied._lethe == asked._lethe and copied._lethe.config.budget.tokens == 48
+    assert not hasattr(copy.copy(ServerArgs(model_path=str(MODEL))), "_lethe")
+
+
+def test_what_is_built_of_keywords_takes_ours(sglang_front, monkeypatch):
+    from sglang.srt.entrypoints.engine import Engine
+    from sglang.srt.server_args import ServerArgs
+
+    from lethe_sglang.engine import keywords
+
+    adapter = ModuleType("http_server_engine")  # as SGLang's, which imports the class by its name
+    adapter.ServerArgs = ServerArgs
+    monkeypatch.setitem(sys.modules, "sglang.srt.entrypoints.http_server_engine", adapter)
+    monkeypatch.setattr(Engine, "server_args_class", ServerArgs)
+    keywords.take_keywords()
+    for build in (Engine.server_args_class, adapter.ServerArgs):
+        asked = build(model_path=str(MODEL), kv_evict="lethe", kv_evict_config={"rounds": {"interval": 9}})
+        assert asked._lethe.config.rounds.interval == 9 and not asked._lethe.from_cli
+        assert not hasattr(build(model_path=str(MODEL)), "_lethe")
+    with pytest.raises(TypeError, match="kv_evict"):
+        ServerArgs(model_path=str(MODEL), kv_evict="lethe")
+
+
+def test_whoever_launches_settles_what_is_asked_for_though_no_flag_was_read_here(sglang_front, monkeypatch):
+    """A process that was handed pickled arguments, as SGLang's HttpServerEngineAdapter and Runtime start one."""
+    from sglang.srt.entrypoints.engine import Engine
+
+    from lethe_sglang.engine import entrypoints as front
+    from lethe_sglang.engine import hooking, verb
+
+    asked, given = sglang_front(*EVICT), []
+    monkeypatch.setattr(verb, "open_doors", lambda engine: None)
+    monkeypatch.setattr(front, "_check_ranks", lambda *args: None)
+    launched = ([], [])
+    front.launch(lambda cls, args: given.append(args) or launched, Engine, asked)
+    assert given[0]._lethe.budgets == (33,) * 4
+    targets = {"_init_req_state", "_validate_one_request"}
+    assert targets <= {target.rpartition(".")[2] for target in hooking._installed}
+    assert hasattr(Engine._launch_scheduler_processes, "__wrapped__")
+
+
+def test_every_route_of_sglangs_server_has_been_looked_at(sglang_front):
+    from routes import NO_DECODING, ROUTES
+    from sglang.srt.entrypoints.http_server import app
+
+    posts = [route for route in app.routes if "POST" in (getattr(route, "methods", None) or ())]
+    open_to_all = {route.path for route in posts if not hasattr(route.endpoint, "_auth_level")}
+    assert open_to_all == {*ROUTES, *NO_DECODING}, "docs/guide.md lists the routes that take an override"
+
+
+def test_a_program_of_sglang_that_loads_no_plugins_is_run_with_them(tmp_path):
+    (tmp_path / "program.py").write_text(
+        "import argparse, sys\n"
+        "from sglang.srt.server_args import ServerArgs\n"
+        "parser = argparse.ArgumentParser()\n"
+        "ServerArgs.add_cli_args(parser)\n"
+        "print(ServerArgs.from_cli_args(parser.parse_args())._lethe.config.policy, __name__)\n"
+    )
+    out = WARM.run(
+        ["-m", "lethe_sglang.plugin", "program", "--model-path", MODEL, *EVICT],
+        folder=tmp_path,
+        PYTHONPATH=str(tmp_path),
+    )
+    assert out.stdout.splitlines()[-1:] == ["lethe __main__"], out.stdout + out.stderr
+    out = WARM.run(["-m", "lethe_sglang.plugin"])
+    assert out.returncode == 1 and "lethe_sglang.plugin: give the module to run, for example" in out.stderr
 
 
 def test_without_the_plugin_the_flag_is_an_error():

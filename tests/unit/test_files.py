@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import resource
+from contextlib import contextmanager
+
 import pytest
 
 from lethe_bench.cli import server_args
 from lethe_sglang.config import ConfigError
-from lethe_sglang.files import Journal, read_lines, write_atomically
+from lethe_sglang.files import Journal, read_lines, replacing, write_atomically
 
 
 def test_a_journal_is_read_as_it_was_written(tmp_path):
@@ -55,6 +58,33 @@ def test_a_file_is_replaced_as_a_whole_and_nothing_is_left_of_a_failure(tmp_path
     with pytest.raises(OSError):
         write_atomically(tmp_path / "d", "text")
     assert {path.name for path in tmp_path.iterdir()} == {"a", "d"}
+
+
+@contextmanager
+def room_for(size: int):
+    """Let no file get larger than that: as on a full disk, the kernel takes a part of the write that crosses it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_what_the_disk_has_no_room_for_is_an_error_and_leaves_nothing_behind(tmp_path):
+    journal = Journal(tmp_path / "j.jsonl")
+    journal.add([{"a": 1}])
+    before = journal.path.read_bytes()
+    with room_for(len(before) + 10), pytest.raises(OSError):
+        journal.add([{"b": "x" * 100}])
+    assert journal.path.read_bytes() == before, "a torn line, or a lost one that nobody was told of"
+    journal.add([{"c": 3}])
+    assert journal.read() == [{"a": 1}, {"c": 3}]
+    with room_for(10), pytest.raises(OSError):
+        write_atomically(tmp_path / "f", "x" * 100)
+    with room_for(10), pytest.raises(OSError), replacing(tmp_path / "f") as out:
+        out.write(b"x" * 100)
+    assert [path.name for path in tmp_path.iterdir()] == ["j.jsonl"]
 
 
 OWN = {"--model-path": "use --model-path of lethe x", "--port": "", "--kv-evict": "use --policy of lethe x"}

@@ -3,6 +3,7 @@
 import io
 import logging
 import pickle
+import resource
 import sys
 import threading
 import time
@@ -18,6 +19,7 @@ from lethe_sglang.allocation.profile import load, save
 from lethe_sglang.config import ConfigError, from_mapping
 from lethe_sglang.profiling import automatic, cache
 from lethe_sglang.profiling.cache import directory, file_of, obtain
+from lethe_sglang.profiling.records import Partial
 from lethe_sglang.profiling.run import Pass
 from lethe_sglang.profiling.settle import settle
 
@@ -127,6 +129,49 @@ def test_a_read_only_directory_with_a_profile_in_it_is_read(tmp_path, monkeypatc
 def test_a_directory_that_lets_nobody_write_is_noticed_by_trying(tmp_path, monkeypatch):
     assert cache._writable(tmp_path)
     assert not cache._writable(tmp_path / "nowhere")
+
+
+def test_a_full_disk_is_noticed_by_writing_bytes(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # files can be made, as on a full disk, and hold nothing
+    try:
+        assert not cache._writable(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert cache._writable(tmp_path) and not list(tmp_path.iterdir())
+
+
+class Full(Fake):
+    """A pass that fills the disk under the cache half-way, and is stopped by it."""
+
+    def __init__(self, monkeypatch, folder):
+        super().__init__()
+        self.monkeypatch, self.folder = monkeypatch, folder
+
+    def __call__(self, path: Path) -> None:
+        if path.parent == self.folder:
+            self.paths.append(path)
+            Partial(path, "key").start([{"rid": "0"}])
+            self.monkeypatch.setattr(cache, "_writable", lambda folder: folder != self.folder)
+            raise ConfigError("--out: cannot be written: No space left on device")
+        super().__call__(path)
+
+
+def test_a_disk_that_fills_up_meanwhile_costs_a_pass_and_not_the_start(tmp_path, monkeypatch, caplog):
+    make = Full(monkeypatch, tmp_path)
+    with caplog.at_level(logging.WARNING, "lethe_sglang"):
+        assert obtain(MODEL, make, tmp_path) == MADE
+    assert len(make.paths) == 2 and make.paths[1].parent != tmp_path
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"], "the records of the pass stayed behind"
+    assert len(caplog.records) == 1 and "its disk is full" in caplog.text
+
+
+def test_where_nothing_has_room_at_all_the_line_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "_writable", lambda folder: False)
+    full = OSError(28, "No space left on device")
+    monkeypatch.setattr(cache.tempfile, "TemporaryDirectory", lambda **where: (_ for _ in ()).throw(full))
+    with pytest.raises(ConfigError, match=r"no room for a profile.*No space left on device.*--kv-evict-profile none"):
+        obtain(MODEL, never, tmp_path)
 
 
 def test_a_measuring_that_writes_nonsense_or_another_model_is_an_error(tmp_path):

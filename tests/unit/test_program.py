@@ -128,6 +128,21 @@ def test_a_missing_extra_is_one_line_that_says_what_to_install(monkeypatch, tmp_
     )
 
 
+def test_a_full_disk_is_one_line_whatever_the_command(monkeypatch, capsys):
+    def run(args):
+        raise OSError(28, "No space left on device", "results/run.jsonl")
+
+    command = ModuleType("full")
+    command.add_parser, command.run = lambda subparsers: subparsers.add_parser("plan"), run
+    monkeypatch.setattr(cli, "_loaded", lambda entry: command)
+    assert cli.main(["plan"]) == 2
+    line = "lethe plan: error: results/run.jsonl: No space left on device; free some room, or write elsewhere\n"
+    assert capsys.readouterr().err == line
+    command.run = lambda args: (_ for _ in ()).throw(OSError(13, "Permission denied"))
+    with pytest.raises(PermissionError):  # a fault of ours, or one that the command has words for
+        cli.main(["plan"])
+
+
 # -- ends --------------------------------------------------------------------------------------------------------------
 
 PRINTING = [

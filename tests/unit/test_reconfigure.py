@@ -16,6 +16,7 @@ from lethe_sglang.kernels.table import read
 
 runtime_module = pytest.importorskip("lethe_sglang.engine.runtime")
 unfinished = pytest.importorskip("lethe_sglang.engine.reconfigure").unfinished
+reach = pytest.importorskip("lethe_sglang.engine.reach")
 
 LAYERS = 3
 IDLE = (0, 0)
@@ -40,7 +41,7 @@ def served(page=1, captured=False, **sections):
     runtime = runtime_module.Runtime(config, layers_of(config), page, None, captured=captured)
     pool = MiniPool(num_layers=LAYERS, page=page, recent=config.recent, interval=config.rounds.interval, context=900)
     runtime.pool, runtime.ledger, runtime.req_to_token = (
-        SimpleNamespace(cells=pool.cells, scratch_bytes=0, scratch=None),
+        SimpleNamespace(cells=pool.cells, scratch_bytes=0, scratch=None, size=900),
         pool.ledger,
         pool.req_to_token,
     )
@@ -200,6 +201,54 @@ def test_what_a_server_cannot_do_is_refused_with_the_reason_and_nothing_is_half_
     assert "carry (score)" in refusal(runtime, {"policy": "h2o"})
     with pytest.raises(ConfigError, match="got budgets for 2 layers, but the model has 3"):
         runtime.reconfigure(runtime.config, (5, 5), IDLE)
+
+
+def test_under_pressure_a_floor_that_the_pool_cannot_hold_once_is_refused():
+    runtime, _ = served(rounds={"interval": 8, "when": "pressure"})
+    message = refusal(runtime, {"budget": {"tokens": 900}}, (1, 0))
+    assert "budget.tokens: got 900, with which a request at its floor holds up to 910 tokens, but the pool" in message
+    message = refusal(runtime, {"rounds": {"interval": 5000}})
+    assert "rounds.interval: got 5000, for which the pool of 900 tokens has no room" in message
+    change(runtime, {"budget": {"tokens": 890}}, (1, 0))
+    runtime, _ = served(budget={"tokens": 900})  # always: a request is longer than that, or it is not
+    assert "budget.tokens: got 900" in refusal(runtime, {"rounds": {"when": "pressure"}})
+
+
+@pytest.mark.parametrize("page", [1, 8])
+@pytest.mark.parametrize("prompt", ["keep", "evict"])
+@pytest.mark.parametrize("interval", [1, 8, 60])
+def test_the_first_round_comes_where_the_reach_says_so(monkeypatch, page, prompt, interval):
+    monkeypatch.setattr(runtime_module, "stagger_of", lambda ids: 0)  # first rounds may come later than they might
+    runtime, pool = served(page, rounds={"interval": interval}, retain={"sinks": 2, "prompt": prompt})
+    found = reach.reach(runtime)
+    req = request(1, 1)
+    pool.write(1, 0)
+    for length in range(1, found.first_round):
+        assert step(runtime, pool, req) is None, f"a round at {length}, before {found}"
+    state = step(runtime, pool, req)
+    assert state is not None and sum(state.evicted) > 0, "the round evicts nothing"
+
+
+def test_a_server_that_can_never_evict_says_so_once_with_the_numbers(caplog):
+    def said(context=512, size=900, rank=0, **sections):
+        caplog.clear()
+        runtime, _ = served(**sections)
+        runtime.context_length, runtime.pool.size, runtime.ranks.rank = context, size, rank
+        reach.warn(runtime)
+        return reach.reach(runtime).acts, [record.message for record in caplog.records]
+
+    assert said() == (True, [])
+    acts, lines = said(budget={"tokens": 1024})
+    assert not acts and len(lines) == 1
+    assert "with budget.tokens 1024 a request is first evicted from at 668 tokens, and none gets longer" in lines[0]
+    assert "than 510 (context 512, pool 900 tokens); make budget.tokens smaller" in lines[0]
+    assert said(budget={"tokens": 1024}, rank=1) == (False, []), "every rank says it"
+    _, (line,) = said(context=4096, rounds={"interval": 5000})
+    assert "with rounds.interval 5000" in line and "longer than 898" in line and "make rounds.interval smaller" in line
+    assert not said(context=4096, budget={"tokens": 1100}, size=700)[0]
+    pressure = {"interval": 5000, "when": "pressure"}
+    assert said(context=4096, rounds=pressure) == (True, []), "there the interval makes room and delays nothing"
+    assert not said(budget={"tokens": 1024}, rounds={"when": "pressure"})[0]
 
 
 def test_captured_graphs_hold_how_a_policy_scores():
