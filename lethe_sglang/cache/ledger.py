@@ -49,8 +49,8 @@ class RequestState:
         would stall one step with all their rounds. Any number; it counts modulo what there is room for.
     due_at
         Committed length (tokens) at which the next round is due; ``NEVER`` for a request that is not evicted from.
-    rounds
-        Rounds so far.
+    rounds, pruned_at
+        Rounds so far, and the committed length at the last one (tokens).
     evicted
         Cells evicted so far, per layer.
     peak
@@ -81,6 +81,7 @@ class RequestState:
     stagger: int = 0
     due_at: int = NEVER
     rounds: int = 0
+    pruned_at: int = 0
     evicted: list[int] = field(default_factory=list)
     peak: int = 0
     length: int = 0
@@ -310,6 +311,7 @@ class Ledger:
         state.layout = RowLayout(prefix=plan.prefix, packed=plan.new_packed, tail=plan.new_tail)
         state.kept = plan.kept
         state.rounds += 1
+        state.pruned_at = plan.committed
         state.evicted = [e + n - k for e, n, k in zip(state.evicted, plan.candidates, plan.kept, strict=True)]
         state.due_at = self._due_at(state)
         self._mark(state, plan.committed)

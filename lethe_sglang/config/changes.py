@@ -13,7 +13,14 @@ from lethe_sglang.errors import one_line, show
 When = Literal["running", "idle", "start"]
 
 OPTIONS: dict[When, tuple[str, ...]] = {
-    "running": ("budget.tokens", "rounds.interval", "requests.allow_off", "requests.max_budget"),
+    "running": (
+        "budget.tokens",
+        "rounds.interval",
+        "requests.allow_off",
+        "requests.max_budget",
+        "monitor.fraction",
+        "monitor.tokens_per_minute",
+    ),
     "idle": (
         "policy",
         "budget.allocation",

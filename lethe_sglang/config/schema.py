@@ -200,6 +200,24 @@ class PoolConfig(Section):
     )
 
 
+class MonitorConfig(Section):
+    """How much of what is served is measured against the full cache."""
+
+    fraction: float = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        description="Part of the requests that are sampled: once finished, a sampled request of which something was "
+        "evicted is prefilled again with the full cache, when nobody waits and memory is free, and compared. "
+        "0 <= fraction <= 1; 0 is off.",
+    )
+    tokens_per_minute: int = Field(
+        default=16384,
+        ge=1,
+        description="Most tokens that are prefilled for it within a minute. Tokens, >= 1.",
+    )
+
+
 class EvictionConfig(WithPolicy):
     """A whole configuration, as one YAML or JSON file holds it: the policy with its own section, and these."""
 
@@ -208,6 +226,7 @@ class EvictionConfig(WithPolicy):
     retain: RetainConfig = Field(default_factory=RetainConfig, description="What is never evicted.")
     requests: RequestsConfig = Field(default_factory=RequestsConfig, description="What one request may change.")
     pool: PoolConfig = Field(default_factory=PoolConfig, description="What the KV pool carries.")
+    monitor: MonitorConfig = Field(default_factory=MonitorConfig, description="The live quality signal.")
     debug: DebugConfig = Field(default_factory=DebugConfig, description="Checks and records for tests.")
 
     @property

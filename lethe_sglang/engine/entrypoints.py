@@ -339,6 +339,7 @@ def report_rank(result: dict[str, Any], scheduler: Any) -> dict[str, Any]:
         raise RuntimeError("--kv-evict: the scheduler's pool is not the packed pool")
     announce(runtime)
     reach.warn(runtime)
+    runtime.monitor.start(scheduler)
     if str(runtime.pool.device).startswith("cuda") and not runtime.measures:
         runtime.warm_up()
     return {**result, "lethe": scheduler._lethe_request.request_id}

@@ -62,6 +62,37 @@ SCHEDULER_HOOKS = (
         "A request that came past the front door (another door, a default) is aborted here, where SGLang aborts too.",
     ),
     Hook(
+        f"{_SCHEDULER}._poll_timeout_aborts",
+        AFTER,
+        lifecycle.offer_probe,
+        "Rank 0 decides by its clock when a finished request is prefilled again, and all ranks have to hear of it in "
+        "the same step: what this returns is broadcast with SGLang's requests.",
+    ),
+    Hook(
+        f"{_SCHEDULER}.get_new_batch_prefill",
+        AROUND,
+        lifecycle.admit_probe,
+        "A probe joins an empty queue for one prefill batch and leaves it if not admitted: nobody waits behind it.",
+    ),
+    Hook(
+        f"{_SCHEDULER}.is_fully_idle",
+        BEFORE,
+        lifecycle.settle_probe,
+        "A probe that nobody has sent may not make a flush or the release of memory fail.",
+    ),
+    Hook(
+        f"{_SCHEDULER}.flush_cache",
+        BEFORE,
+        lifecycle.drop_probes,
+        "Who flushes the cache wants nothing of what came before to run any more.",
+    ),
+    Hook(
+        f"{_SCHEDULER}.record_weight_version_change",
+        BEFORE,
+        lifecycle.drop_probes,
+        "Every change of the weights comes by here, and makes the recorded log-probabilities worthless.",
+    ),
+    Hook(
         f"{_SCHEDULER}.get_prefill_adder_class",
         AFTER,
         lifecycle.adder_class,
@@ -196,6 +227,37 @@ RELIANCES = (
     Reliance(
         f"{_CACHE}.unified_radix_cache.UnifiedRadixCache.evictable_size",
         "Unused cached prefixes count as free: the pool is short only without them.",
+    ),
+    Reliance(
+        "sglang.srt.model_executor.model_runner.ModelRunner.sample",
+        "Lets an observer see the logits before grammars and the sampler change them, and the tokens after.",
+    ),
+    Reliance(
+        "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.apply_logits_bias_with_observer",
+        "Calls it after penalties alone: requests with penalties are not sampled.",
+    ),
+    Reliance(
+        f"{_MANAGERS}.utils.GenerationBatchResult.copy_to_cpu",
+        "Copies what it has seen to the host with SGLang's own results, without a wait of its own.",
+    ),
+    Reliance(
+        f"{_COMPONENTS}.batch_result_processor.SchedulerBatchResultProcessor.consume_auxiliary_output",
+        "Says which of the tokens have become part of a reply, once requests are known to have ended.",
+    ),
+    Reliance(
+        f"{_COMPONENTS}.logprob_result_processor.SchedulerLogprobResultProcessor.add_input_logprob_return_values",
+        "Gives a prefill's log-probabilities and likeliest tokens, one line a position behind logprob_start_len.",
+    ),
+    Reliance(
+        f"{_COMPONENTS}.output_streamer.SchedulerOutputStreamer._stream_output_generation",
+        "Does not stream a request that has finished and is marked as already streamed: a probe.",
+    ),
+    Reliance(
+        f"{_COMPONENTS}.request_receiver.SchedulerRequestReceiver.recv_requests",
+        "Hands what rank 0 adds to all ranks in the same step.",
+    ),
+    Reliance(
+        f"{_SCHEDULER}.get_num_allocatable_reqs", "Says how many rows are free: a probe leaves one for somebody else."
     ),
     Reliance(f"{_BATCH}.release_req", "Releases a row at the end of a request and at a retraction, in this order."),
     Reliance(f"{_BATCH}.ReqKvInfo", "Says what of a row the tree owns, what is allocated and what is committed."),

@@ -90,11 +90,34 @@ def check_arrival(scheduler: Any, req: Any, *args: Any, **kwargs: Any) -> None:
 
     A request that comes back after a retraction was legal when it came, whatever the configuration is by now.
     """
+    runtime = current()
     if req.to_finish is None and not req.finished() and not hasattr(req, "_kv_evict"):
         try:
-            current().check(req)
+            runtime.check(req)
         except ConfigError as error:
             req.set_finish_with_abort(str(error))
+    runtime.monitor.sample(req)
+
+
+def offer_probe(result: list[Any], scheduler: Any) -> list[Any] | None:
+    """AFTER ``Scheduler._poll_timeout_aborts``: what rank 0 has decided rides the broadcast of SGLang's requests."""
+    monitor = current().monitor
+    return [*result, *monitor.offer(scheduler)] if monitor.active else None
+
+
+def admit_probe(original: Callable[..., Any], scheduler: Any, running_batch: Any) -> Any:
+    """AROUND ``Scheduler.get_new_batch_prefill``: a probe is prefilled where nobody waits."""
+    return current().monitor.admit(original, scheduler, running_batch)
+
+
+def settle_probe(scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """BEFORE ``Scheduler.is_fully_idle``: a probe does not keep a server busy."""
+    current().monitor.settle(scheduler)
+
+
+def drop_probes(scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """BEFORE a flush of the cache and a change of the weights: what was recorded is not compared any more."""
+    current().monitor.drop()
 
 
 def prefill(original: Callable[..., None], batch: Any) -> None:
@@ -139,6 +162,7 @@ def name_rows(result: Any, cls: type, batch: Any, *args: Any, **kwargs: Any) -> 
         ledger = runtime.ledger
         lengths = result.seq_lens_cpu.tolist() if ledger.phase.by_length else ()
         ledger.phase.advance(lengths, new=not any(row in ledger.requests for row in rows))
+    runtime.monitor.note(batch)
     return result
 
 

@@ -53,7 +53,7 @@ def check(
         One line: every reason that stands against it, with the option at fault and what to do.
     """
     problems = [*_untimely(changed, busy), *_states(runtime, config), *_graphs(runtime, config)]
-    problems += [*_classes(runtime, config, budgets), *_pool(runtime, config)]
+    problems += [*_classes(runtime, config, budgets), *_pool(runtime, config), *runtime.monitor.problems(config)]
     if problems:
         raise one_line([f"kv_evict: {problem}" for problem in problems])
 

@@ -29,6 +29,7 @@ from lethe_sglang.cache.rounds import RoundResult, groups, run_round
 from lethe_sglang.config import ConfigError, EvictionConfig, RequestOverride, parse_request
 from lethe_sglang.config.changes import changes
 from lethe_sglang.engine.counters import Counters
+from lethe_sglang.engine.monitor import Monitor
 from lethe_sglang.engine.observing import watching
 from lethe_sglang.engine.pressure import Pressure
 from lethe_sglang.engine.ranks import Ranks
@@ -73,6 +74,8 @@ class Runtime:
         Watch what happens; none in production.
     pressure
         Rounds when the pool is short; idle unless ``rounds.when`` is ``pressure``.
+    monitor
+        The live quality signal; idle where ``monitor.fraction`` is 0.
     """
 
     pool: PackedKVPool
@@ -102,6 +105,7 @@ class Runtime:
         self.observers: list[Observer] = []
         self.counters = Counters(evicted=[0] * self.num_layers)
         self.pressure = Pressure(self)
+        self.monitor = Monitor(self)
         self.ranks = Ranks()
         self._configure(config, budgets)
 
@@ -141,6 +145,7 @@ class Runtime:
         if changed:
             self._configure(config, budgets)
             self._start_ledger()
+            self.monitor.configure()
             self.version += 1
             for backend in self.backends:
                 backend.accumulation = self.policy.accumulation

@@ -22,7 +22,8 @@ def snapshot(runtime: Runtime) -> dict[str, Any]:
     -------
     dict
         Blocks and tokens as counts; ``blocks_packed`` is what followed requests hold now in front of their tails,
-        shared prefixes included. ``pressure`` is None where rounds do not wait for it (:meth:`Pressure.report`).
+        shared prefixes included. ``pressure`` is None where rounds do not wait for it (:meth:`Pressure.report`), and
+        ``quality`` where no request is sampled (:meth:`Monitor.report`).
     """
     counters, config = runtime.counters, runtime.config
     held = sum(s.layout.prefix + s.layout.packed for s in runtime.ledger.requests.values())
@@ -48,6 +49,7 @@ def snapshot(runtime: Runtime) -> dict[str, Any]:
         "last_finished": counters.last_finished,
         "pressure": runtime.pressure.report() if config.rounds.by_pressure else None,
         "reach": {**reach(runtime)._asdict(), "acts": reach(runtime).acts},
+        "quality": runtime.monitor.report(),
         "auxiliary_bytes": auxiliary_bytes(runtime),
     }
     for observer in runtime.observers:
@@ -146,6 +148,7 @@ class Metrics:
 def start_metrics(result: Any, collector: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER ``SchedulerMetricsCollector.__init__``."""
     collector._lethe = Metrics(dict(collector.labels))
+    current().monitor.export(dict(collector.labels))
 
 
 def log_metrics(result: Any, collector: Any, stats: Any) -> None:

@@ -25,6 +25,7 @@ from lethe_sglang.config import from_mapping
 from lethe_sglang.config.changes import reconfigured
 from lethe_sglang.config.loading import parse_json
 from lethe_sglang.engine import doors, entrypoints, guard, reach
+from lethe_sglang.engine.monitor import Probe
 from lethe_sglang.engine.reconfigure import unfinished
 from lethe_sglang.engine.runtime import Runtime, current
 from lethe_sglang.errors import ConfigError, show
@@ -90,8 +91,10 @@ def answer(scheduler: Any, request: KvEvictReq) -> KvEvictReqOutput:
 
 
 def listen(result: None, scheduler: Any) -> None:
-    """AFTER ``Scheduler.init_request_dispatcher``: the scheduler understands the message."""
-    scheduler._request_dispatcher += TypeBasedDispatcher([(KvEvictReq, functools.partial(answer, scheduler))])
+    """AFTER ``Scheduler.init_request_dispatcher``: the scheduler understands the message, and that of a probe."""
+    pairs = [(KvEvictReq, answer), (Probe, current().monitor.accept)]
+    pairs = [(kind, functools.partial(handler, scheduler)) for kind, handler in pairs]
+    scheduler._request_dispatcher += TypeBasedDispatcher(pairs)
 
 
 # -- front ------------------------------------------------------------------------------------------------------------
