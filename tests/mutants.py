@@ -69,6 +69,11 @@ PRESSURE, ADMISSION, SHARES = (
     "lethe_sglang/cache/shares.py",
 )
 MACHINE, SHARED = "tests/unit/test_state_machine.py -k thousands", "tests/unit/test_shares.py"
+MONITOR, QUALITY, WATCHED = (
+    "lethe_sglang/engine/monitor.py",
+    "lethe_sglang/engine/quality.py",
+    "tests/unit/test_monitor.py",
+)
 MUTANTS = {
     "sinks are not pinned": Mutant(ROUNDS, "n.pinned.expand(rank", "(0 * n.pinned).expand(rank", UNIT),
     "blocks that moved are freed": Mutant(
@@ -1048,6 +1053,45 @@ MUTANTS = {
         "for info in () if request.measures else init_result.scheduler_infos:",
         "for info in ():",
         "tests/engine/test_refusals.py -k floor",
+    ),
+    "k3 of a live server is of the other direction": Mutant(
+        QUALITY, "math.expm1(r) - r", "math.expm1(-r) + r", f"{WATCHED} -k mean_of_k3"
+    ),
+    "whether and where are one draw": Mutant(QUALITY, "digest[4:]", "digest[:4]", f"{WATCHED} -k independently"),
+    "a token is compared with the next position": Mutant(
+        MONITOR, "start=prompt + first - 1", "start=prompt + first", f"{WATCHED} -k own_position"
+    ),
+    "a token that nobody got is recorded": Mutant(
+        QUALITY, "if commit is not None:", "if commit or noted.req._kv_quality.told.setdefault(99, 0) is None:", WATCHED
+    ),
+    "a step's own token counts as a step since the round": Mutant(
+        MONITOR, "kv_committed_len) - 1 - state", "kv_committed_len) - state", f"{WATCHED} -k steps_are_counted"
+    ),
+    "a probe does not heed who waits": Mutant(
+        MONITOR, "if scheduler.waiting_queue or", "if", f"{WATCHED} -k goes_first"
+    ),
+    "a probe forgets the next steps of those who run": Mutant(
+        MONITOR, "+ page + 2 * page * requests", "+ page", f"{WATCHED} -k takes_no_memory"
+    ),
+    "a refused probe closes admission": Mutant(
+        MONITOR, "plan.running_batch.batch_is_full = False", "pass", f"{WATCHED} -k leaves_no_trace"
+    ),
+    "a probe enters the tree": Mutant(
+        MONITOR, "req.skip_radix_cache_insert = True", "pass", f"{WATCHED} -k own_position"
+    ),
+    "a probe is streamed": Mutant(MONITOR, "req.finished_output = True", "pass", f"{WATCHED} -k own_position"),
+    "a probe is evicted from": Mutant(MONITOR, 'mode="none"', 'mode="on"', f"{WATCHED} -k own_position"),
+    "old log-probabilities outlive the weights": Mutant(
+        MONITOR, "self.epoch += 1", "self.epoch += 0", f"{WATCHED} -k weights_changed"
+    ),
+    "a probe in flight keeps the server busy": Mutant(
+        MONITOR, "            scheduler.last_batch = None", "            pass", f"{WATCHED} -k in_flight"
+    ),
+    "probes cost a minute nothing": Mutant(
+        MONITOR, "self._allowance.spend(time.monotonic(), extend)", "pass", f"{WATCHED} -k than_a_minute"
+    ),
+    "requests with penalties are sampled": Mutant(
+        MONITOR, "return not penalties and", "return", f"{WATCHED} -k says_little"
     ),
     "a share of a load forgets the interval": Mutant(
         "lethe_bench/deployment.py",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 
 import pytest
 from conftest import config
@@ -17,6 +18,7 @@ def server(start):
         lethe={"half_life": 7},
         retain={"prompt": "evict"},
         debug={"kept_hash": True, "shadow": True},
+        monitor={"fraction": 1.0},
     )
     server = start(
         "--tp",
@@ -39,6 +41,21 @@ def test_both_ranks_keep_the_same_cells(server):
     server.generate_all(PROMPTS[:4], 4, tokens=120)
     server.check_healthy()
     assert agreed(server) > 10
+
+
+def test_both_ranks_prefill_the_same_requests_again(server):
+    """Rank 0 says when; a rank that did otherwise would hang in the next collective, or fail its memory checks."""
+    before = server.lethe()["quality"]["probes"]
+    server.generate_all(PROMPTS[4:6], 2, tokens=100, ignore_eos=True)
+    deadline = time.monotonic() + 60
+    while server.lethe()["quality"]["probes"] < before + 2:
+        assert time.monotonic() < deadline, server.lethe()["quality"]
+        time.sleep(0.05)
+    server.check_healthy()
+    quality = server.lethe()["quality"]
+    assert set(quality["skipped"]) <= {"stale"}, quality  # the flushes of other tests
+    groups = {(group["reason"], group["steps"]): group for group in quality["groups"]}
+    assert groups[("none", "none")]["k3"] < 1e-5 and groups[("interval", "0-15")]["tokens"] > 50
 
 
 def agreed(server):

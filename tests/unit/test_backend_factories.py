@@ -44,6 +44,7 @@ def served(request, monkeypatch):
             backends=[],
             length_classes=[],
             observers=[],
+            monitor=SimpleNamespace(note=lambda batch: None),
         )
         monkeypatch.setattr(runtime_module, "_runtime", held["runtime"])
         return lifecycle.BACKENDS[name](runner)
@@ -168,11 +169,14 @@ def test_rows_are_those_of_the_last_decode_batch(monkeypatch):
     steps = []
     phase = SimpleNamespace(by_length=True, advance=lambda lengths, new: steps.append((lengths, new)))
     runtime = SimpleNamespace(step_rows=[], ledger=SimpleNamespace(phase=phase, requests={2: "followed"}))
+    noted = []
+    runtime.monitor = SimpleNamespace(note=noted.append)
     monkeypatch.setattr(runtime_module, "_runtime", runtime)
     name_rows([4, 2])
     assert runtime.step_rows == [4, 2]
     name_rows([9], decodes=False)
     assert runtime.step_rows == [], "a prefill plans no lists"
+    assert len(noted) == 2, "the quality signal sees the first token of a reply, too"
     name_rows([4, 1])
     assert steps == [([11, 9], False), ([11, 8], True)], "no prefill is counted, and a batch that nobody follows is new"
 

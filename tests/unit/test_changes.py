@@ -7,7 +7,7 @@ import pytest
 from lethe_sglang.config import ConfigError, EvictionConfig, from_mapping, parse_request
 from lethe_sglang.config.changes import OPTIONS, changes, reconfigured, when
 
-SHARED = ("budget", "rounds", "retain", "requests", "pool", "debug")
+SHARED = ("budget", "rounds", "retain", "requests", "pool", "monitor", "debug")
 
 
 def options():

@@ -130,6 +130,18 @@ def test_no_policy_waits_for_the_device(name):
     assert guard.found == []
 
 
+def test_recording_what_a_step_says_never_waits_for_the_device():
+    quality = pytest.importorskip("lethe_sglang.engine.quality")
+    recorder = quality.Recorder(lambda req: None)
+    recorder.noted = [quality.Noted(line, None, quality.UNPRUNED) for line in (0, 2)]
+    logits, tokens = torch.randn(4, 30), torch.tensor([3, 1, 4, 1])
+    with Guard() as guard:
+        said = recorder.after_sample(recorder.before_grammar(logits, None), tokens)
+        host = said.copy_to_host(lambda tensor: tensor)
+    assert guard.calls > 5, "the guard saw nothing"
+    assert guard.found == [] and host.logprob.shape == (2,)
+
+
 @pytest.mark.parametrize(
     "wait",
     [
