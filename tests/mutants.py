@@ -68,6 +68,9 @@ PRESSURE, ADMISSION, SHARES = (
     "lethe_sglang/engine/admission.py",
     "lethe_sglang/cache/shares.py",
 )
+METRICS, SCRAPED = "lethe_sglang/engine/metrics.py", "tests/unit/test_metrics.py"
+REPLIES, REPLIED = "lethe_sglang/engine/replies.py", "tests/unit/test_replies.py"
+TOP, FRAME = "lethe_sglang/cli/top.py", "tests/unit/test_top.py"
 MACHINE, SHARED = "tests/unit/test_state_machine.py -k thousands", "tests/unit/test_shares.py"
 MONITOR, QUALITY, WATCHED = (
     "lethe_sglang/engine/monitor.py",
@@ -1215,6 +1218,35 @@ MUTANTS = {
         "tests/engine/test_refusals.py -k refused_with",
         True,
     ),
+    "a counter is told totals as if they were new": Mutant(METRICS, "inc(total - before)", "inc(total)", SCRAPED),
+    "cells are counted again at each launch": Mutant(
+        METRICS, "evicted[layer] - self._cells[layer] for", "evicted[layer] for", SCRAPED
+    ),
+    "a total is a gauge": Mutant(METRICS, "[made(Counter, name, text)", "[gauge(name, text)", SCRAPED),
+    "a metric is renamed and its dashboard is not": Mutant(METRICS, '"saved_blocks"', '"spared_blocks"', SCRAPED),
+    "every rank publishes": Mutant(METRICS, "if context.current_scheduler_metrics_enabled:", "if True:", SCRAPED),
+    "totals wait until SGLang publishes": Mutant(
+        "lethe_sglang/engine/counters.py", "self.publish(seconds)", "pass", SCRAPED
+    ),
+    "dead positions are held": Mutant(
+        LEDGER, "return self.allocated - self.layout.dead_len", "return self.allocated", f"{SCRAPED} {REPLIED}"
+    ),
+    "a request that goes on is accounted for": Mutant(REPLIES, " if req.finished() else None", "", REPLIED),
+    "an account becomes a list of tokens": Mutant(REPLIES, " if key != KEY}", "}", REPLIED),
+    "choices are told in the order in which they end": Mutant(
+        REPLIES, "sorted(completion_tokens.items())", "completion_tokens.items()", REPLIED
+    ),
+    "a retracted request holds what it held before": Mutant(LIFE, "lives(req).append(None)", "pass", REPLIED),
+    "a request's lives are not kept": Mutant(
+        "lethe_sglang/engine/runtime.py",
+        "lives(req).append(state)",
+        "pass",
+        "tests/engine/test_front_doors.py -k native_reply",
+        engine=True,
+    ),
+    "usage drops what it does not declare": Mutant(REPLIES, '["extra"] = "allow"', '["extra"] = "ignore"', REPLIED),
+    "the ranks' numbers are added up": Mutant(TOP, 'if sample.labels.get("tp_rank", "0") == "0":', "if True:", FRAME),
+    "any address is read": Mutant(TOP, 'if not url.startswith(("http://", "https://")):', "if False:", FRAME),
 }
 
 

@@ -53,6 +53,8 @@ class RequestState:
         Rounds so far, and the committed length at the last one (tokens).
     evicted
         Cells evicted so far, per layer.
+    allocated
+        Row positions in use when they were last counted, in whole pages (tokens).
     peak
         Most blocks held at once, shared prefix included (blocks).
     length
@@ -83,6 +85,7 @@ class RequestState:
     rounds: int = 0
     pruned_at: int = 0
     evicted: list[int] = field(default_factory=list)
+    allocated: int = 0
     peak: int = 0
     length: int = 0
     steps: int = 0
@@ -95,8 +98,14 @@ class RequestState:
 
     def observe(self, allocated: int, page_size: int) -> None:
         """Note the blocks held with ``allocated`` row positions in use."""
-        self.length = max(self.length, page_ceil(allocated, page_size))
-        self.peak = max(self.peak, page_ceil(allocated, page_size) - self.layout.dead_len)
+        self.allocated = page_ceil(allocated, page_size)
+        self.length = max(self.length, self.allocated)
+        self.peak = max(self.peak, self.held)
+
+    @property
+    def held(self) -> int:
+        """Blocks held, shared prefix included, with the positions that were in use when they were last counted."""
+        return self.allocated - self.layout.dead_len
 
     def count_step(self, allocated: int, page_size: int) -> None:
         """Count a decode step that begins with ``allocated`` row positions in use."""

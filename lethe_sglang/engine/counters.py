@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,12 @@ from lethe_sglang.cache.ledger import RequestState
 
 FINISHED = 1024
 """Finished requests whose records are kept."""
+
+
+def lives(req: Any) -> list[RequestState | None]:
+    """Return what was followed of a request so far, oldest first; None where it was retracted."""
+    found: list[RequestState | None] = req.__dict__.setdefault("_kv_evict_lives", [])
+    return found
 
 
 @dataclass
@@ -34,6 +40,8 @@ class Counters:
         Requests that have finished, were aborted or retracted; the number of the newest record.
     finished
         Their records, oldest first.
+    publish
+        Called when totals have changed; with the seconds, where that was a launch.
     """
 
     evicted: list[int]
@@ -46,6 +54,7 @@ class Counters:
     round_seconds: float = 0.0
     closed: int = 0
     finished: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=FINISHED))
+    publish: Callable[[float | None], None] = lambda seconds: None
 
     @property
     def last_finished(self) -> dict[str, Any] | None:
@@ -61,6 +70,11 @@ class Counters:
         for plan in plans:
             for layer, (n, k) in enumerate(zip(plan.candidates, plan.kept, strict=True)):
                 self.evicted[layer] += n - k
+
+    def spend(self, seconds: float) -> None:
+        """Count the host time that the rounds of a step took."""
+        self.round_seconds += seconds
+        self.publish(seconds)
 
     def record(self, state: RequestState) -> None:
         """Keep what a request whose row is freed has held."""
@@ -79,6 +93,7 @@ class Counters:
                 "own_stock_mean": state.stock_sum / max(state.steps, 1),
             }
         )
+        self.publish(None)
 
     def records_after(self, number: int) -> dict[str, Any]:
         """Return the records newer than ``number``, and the number of the newest: where the next reading goes on."""

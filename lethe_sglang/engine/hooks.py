@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from sglang.srt.plugins.hook_registry import HookType
 
-from lethe_sglang.engine import doors, entrypoints, lifecycle, telemetry, verb
+from lethe_sglang.engine import doors, entrypoints, lifecycle, metrics, replies, telemetry, verb
 from lethe_sglang.engine.hooking import Hook
 
 AFTER, AROUND, BEFORE = HookType.AFTER, HookType.AROUND, HookType.BEFORE
@@ -21,6 +21,7 @@ _COMPONENTS = f"{_MANAGERS}.scheduler_components"
 _CACHE = "sglang.srt.mem_cache"
 _ATTENTION = "sglang.srt.layers.attention"
 _METRICS = "sglang.srt.observability.metrics_collector.SchedulerMetricsCollector"
+_OPENAI = "sglang.srt.entrypoints.openai"
 
 
 class Reliance(NamedTuple):
@@ -44,6 +45,24 @@ LAUNCHER_HOOKS = (
         doors.check_request,
         "An illegal request must be an HTTP 400 before it reaches a scheduler; SGLang has no validator for custom "
         "parameters that a plugin could register.",
+    ),
+    Hook(
+        f"{_TOKENIZER}.update_request_meta_info",
+        AROUND,
+        replies.into_meta_info,
+        "What a scheduler adds to an output becomes a list of one value a token; an account is one of the request.",
+    ),
+    Hook(
+        f"{_OPENAI}.usage_processor.UsageProcessor.calculate_response_usage",
+        AFTER,
+        replies.into_usage,
+        "OpenAI's replies have no place for more than usage.",
+    ),
+    Hook(
+        f"{_OPENAI}.usage_processor.UsageProcessor.calculate_streaming_usage",
+        AFTER,
+        replies.into_streamed_usage,
+        "The usage of a stream is made of numbers of tokens, and of nothing else that a request brings.",
     ),
 )
 """Installed where a launcher starts schedulers that shall evict."""
@@ -97,6 +116,12 @@ SCHEDULER_HOOKS = (
         AFTER,
         lifecycle.adder_class,
         "Admission charges a request its full length; with eviction it never holds more than its bound.",
+    ),
+    Hook(
+        f"{_SCHEDULER}.get_output_streamer_class",
+        AFTER,
+        replies.streamer_class,
+        "A request's last output says what eviction did to it; SGLang asks a subclass for what else goes along.",
     ),
     Hook(
         f"{_SCHEDULER}.init_request_dispatcher",
@@ -179,12 +204,12 @@ SCHEDULER_HOOKS = (
         "GET /server_info says what eviction does.",
     ),
     Hook(
-        f"{_METRICS}.__init__",
+        f"{_METRICS}.init_new",
         AFTER,
-        telemetry.start_metrics,
-        "Prometheus metrics have to be created where SGLang creates its own, with its labels.",
+        metrics.start,
+        "Prometheus metrics are created where SGLang creates its own, with its labels, by the ranks that publish.",
     ),
-    Hook(f"{_METRICS}.log_stats", AFTER, telemetry.log_metrics, "They are published when SGLang publishes its own."),
+    Hook(f"{_METRICS}.log_stats", AFTER, metrics.refresh, "Gauges are published when SGLang publishes its own."),
 )
 """Installed in a scheduler process that evicts, and nowhere else."""
 
@@ -213,6 +238,9 @@ RELIANCES = (
     Reliance(f"{_MANAGERS}.io_struct.hook_custom_types", "Registers the type of that message."),
     Reliance(f"{_TOKENIZER}.auto_create_handle_loop", "Starts the loop that receives the answer."),
     Reliance("sglang.srt.utils.auth.auth_level", "Authorises the verb as SGLang's other admin verbs are."),
+    Reliance(f"{_COMPONENTS}.output_streamer.SchedulerOutputStreamer", "Subclassed: accounts of finished requests."),
+    Reliance(f"{_TOKENIZER}._handle_batch_output", "Lays out completion_tokens before it asks for more of a request."),
+    Reliance(f"{_OPENAI}.protocol.UsageInfo", "Widened, so that it holds the accounts of its choices."),
     Reliance(f"{_TOKENIZER}._create_tokenized_object", "Lays a request over the server's default sampling parameters."),
     Reliance(f"{_BATCH}.Req.set_finish_with_abort", "Turns a request into an error of its own."),
     Reliance(f"{_BATCH}.ScheduleBatch.prepare_for_decode", "Allocates the new token behind the row's last position."),

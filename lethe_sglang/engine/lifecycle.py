@@ -17,6 +17,7 @@ from lethe_sglang.cache.arrivals import Observed
 from lethe_sglang.cache.pool import SCRATCH_FRACTION, PackedKVPool, pool_class
 from lethe_sglang.config import ConfigError
 from lethe_sglang.engine.admission import LethePrefillAdder, is_private
+from lethe_sglang.engine.counters import lives
 from lethe_sglang.engine.runtime import Runtime, current
 from lethe_sglang.kernels.table import NEVER
 
@@ -199,6 +200,7 @@ def after_retract(result: Any, req: Any) -> None:
     """
     runtime = current()
     runtime.counters.retracted += 1
+    lives(req).append(None)
     if runtime.evicts(req):
         req.skip_radix_cache_insert = True
 

@@ -152,7 +152,7 @@ class Metrics:
         from prometheus_client import Counter, Histogram  # only after SGLang has set the multiprocess directory
 
         self._labels, names = labels, list(labels)
-        group, prefix = [*names, "reason", "steps"], "lethe:quality"
+        group, prefix = [*names, "reason", "steps"], "sglang:kv_evict_quality"
         self.probes = Counter(f"{prefix}_probes", "Finished requests prefilled again.", names).labels(**labels)
         self.tokens = Counter(f"{prefix}_prefilled_tokens", "Tokens that probes have prefilled.", names).labels(
             **labels

@@ -28,7 +28,7 @@ from lethe_sglang.cache.pool import PackedKVPool
 from lethe_sglang.cache.rounds import RoundResult, groups, run_round
 from lethe_sglang.config import ConfigError, EvictionConfig, RequestOverride, parse_request
 from lethe_sglang.config.changes import changes
-from lethe_sglang.engine.counters import Counters
+from lethe_sglang.engine.counters import Counters, lives
 from lethe_sglang.engine.monitor import Monitor
 from lethe_sglang.engine.observing import watching
 from lethe_sglang.engine.pressure import Pressure
@@ -289,6 +289,7 @@ class Runtime:
                 stagger=stagger_of(req.origin_input_ids),
             )
             state.version = self.version
+            lives(req).append(state)
         self.renew(req, state)
         state.observe(kv.kv_allocated_len, self.page_size)
         state.count_step(kv.kv_allocated_len, self.page_size)
@@ -324,7 +325,7 @@ class Runtime:
             group = slice(start, start + size)
             self._launch(plans[group], states[group], allocator)
             start += size
-        self.counters.round_seconds += time.perf_counter() - started
+        self.counters.spend(time.perf_counter() - started)
 
     def warm_up(self) -> None:
         """Run one round over row 0 and the padding block, which nobody reads: kernels compile now, not in service."""

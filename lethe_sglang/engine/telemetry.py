@@ -1,12 +1,12 @@
-"""What operators see: the start-up line, ``/server_info``, the decode log line, Prometheus metrics."""
+"""What operators see: the start-up line, ``/server_info``, the decode log line; Prometheus metrics: ``metrics.py``."""
 
 from __future__ import annotations
 
 import logging
 from typing import Any
 
-from lethe_sglang.cache.layout import page_ceil
 from lethe_sglang.cache.pool import state_bytes
+from lethe_sglang.engine.metrics import held, saved
 from lethe_sglang.engine.reach import reach
 from lethe_sglang.engine.runtime import Runtime, current
 
@@ -21,12 +21,12 @@ def snapshot(runtime: Runtime) -> dict[str, Any]:
     Returns
     -------
     dict
-        Blocks and tokens as counts; ``blocks_packed`` is what followed requests hold now in front of their tails,
-        shared prefixes included. ``pressure`` is None where rounds do not wait for it (:meth:`Pressure.report`), and
-        ``quality`` where no request is sampled (:meth:`Monitor.report`).
+        Blocks and tokens as counts; ``blocks_held`` is what followed requests hold now, shared prefixes included, and
+        ``blocks_packed`` what of it lies in front of their tails. ``pressure`` is None where rounds do not wait for it
+        (:meth:`Pressure.report`), and ``quality`` where no request is sampled (:meth:`Monitor.report`).
     """
     counters, config = runtime.counters, runtime.config
-    held = sum(s.layout.prefix + s.layout.packed for s in runtime.ledger.requests.values())
+    packed = sum(s.layout.prefix + s.layout.packed for s in runtime.ledger.requests.values())
     out: dict[str, Any] = {
         "policy": config.policy,
         "budget_tokens": config.budget.tokens,
@@ -37,7 +37,9 @@ def snapshot(runtime: Runtime) -> dict[str, Any]:
         "allocation": config.budget.allocation,
         "prompt": config.retain.prompt,
         "requests_running": len(runtime.ledger.requests),
-        "blocks_packed": held,
+        "blocks_packed": packed,
+        "blocks_held": held(runtime),
+        "blocks_saved": saved(runtime),
         "rounds": counters.rounds,
         "round_launches": counters.launches,
         "round_seconds": round(counters.round_seconds, 6),
@@ -100,57 +102,7 @@ def decode_line(parts: list[str], stats: Any) -> list[str]:
     """AFTER ``PoolStats.get_decode_usage_msg_parts``: one more part of the decode log line."""
     runtime = current()
     counters = runtime.counters
-    dead = sum(s.layout.dead_len for s in runtime.ledger.requests.values())
-    parts = [*parts, f"lethe rounds: {counters.rounds}, saved #token: {page_ceil(dead, runtime.page_size)}"]
+    parts = [*parts, f"lethe rounds: {counters.rounds}, saved #token: {saved(runtime)}"]
     if runtime.ledger.on_demand:
         parts.append(f"lethe share: {runtime.pressure.share or 'all'}, #at-floor: {runtime.pressure.at_floor()}")
     return parts
-
-
-class Metrics:
-    """Prometheus gauges, created inside the scheduler once SGLang's own are."""
-
-    def __init__(self, labels: dict[str, str]) -> None:
-        from prometheus_client import Gauge  # only after SGLang has set the multiprocess directory
-
-        self.labels = labels
-        names = list(labels)
-
-        def gauge(name: str, text: str, extra: tuple[str, ...] = ()) -> Any:
-            return Gauge(f"sglang:kv_evict_{name}", text, [*names, *extra], multiprocess_mode="mostrecent")
-
-        self.rounds = gauge("rounds_total", "Pruning rounds (one request each).")
-        self.freed = gauge("blocks_freed_total", "KV blocks returned to the allocator by rounds.")
-        self.saved = gauge("saved_blocks", "Blocks that running requests do not hold because of eviction.")
-        self.pruned = gauge("requests_pruned_total", "Requests evicted from at least once.")
-        self.seconds = gauge("round_seconds_total", "Host seconds spent in rounds.")
-        self.evicted = gauge("evicted_cells_total", "Cells evicted.", ("layer",))
-        self.events = gauge("pressure_events_total", "Times that the pool was short and running requests gave.")
-        self.share = gauge("pressure_share_tokens", "Share of the last event, in tokens; 0 before the first.")
-        self.floors = gauge("requests_at_floor", "Running requests that hold no more than their budget.")
-
-    def log(self, runtime: Runtime) -> None:
-        """Publish the counters."""
-        counters = runtime.counters
-        self.rounds.labels(**self.labels).set(counters.rounds)
-        self.freed.labels(**self.labels).set(counters.blocks_freed)
-        self.saved.labels(**self.labels).set(sum(s.layout.dead_len for s in runtime.ledger.requests.values()))
-        self.pruned.labels(**self.labels).set(counters.requests_pruned)
-        self.seconds.labels(**self.labels).set(counters.round_seconds)
-        pressure = runtime.pressure
-        self.events.labels(**self.labels).set(pressure.events)
-        self.share.labels(**self.labels).set(pressure.share or 0)
-        self.floors.labels(**self.labels).set(pressure.at_floor())
-        for layer, count in enumerate(counters.evicted):
-            self.evicted.labels(**self.labels, layer=str(layer)).set(count)
-
-
-def start_metrics(result: Any, collector: Any, *args: Any, **kwargs: Any) -> None:
-    """AFTER ``SchedulerMetricsCollector.__init__``."""
-    collector._lethe = Metrics(dict(collector.labels))
-    current().monitor.export(dict(collector.labels))
-
-
-def log_metrics(result: Any, collector: Any, stats: Any) -> None:
-    """AFTER ``SchedulerMetricsCollector.log_stats``."""
-    collector._lethe.log(current())

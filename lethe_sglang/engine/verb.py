@@ -24,7 +24,7 @@ from sglang.utils import TypeBasedDispatcher
 from lethe_sglang.config import from_mapping
 from lethe_sglang.config.changes import reconfigured
 from lethe_sglang.config.loading import parse_json
-from lethe_sglang.engine import doors, entrypoints, guard, reach
+from lethe_sglang.engine import doors, entrypoints, guard, reach, replies
 from lethe_sglang.engine.monitor import Probe
 from lethe_sglang.engine.reconfigure import unfinished
 from lethe_sglang.engine.runtime import Runtime, current
@@ -260,3 +260,4 @@ def open_doors(engine_class: Any) -> None:
     if http is not None:
         add_routes(http.app, lambda: http.get_global_state().tokenizer_manager)
         doors.open_to(http.app, lambda: http.get_global_state().tokenizer_manager)
+        replies.widen_usage()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import textwrap
@@ -14,7 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from conftest import MODEL, WARM
 from problems import prompt
+from promtool import lint
 from routes import ANSWER, PLACES, PROBLEM, ROUTES
+
+from lethe_sglang.cli import top
+from lethe_sglang.engine.metrics import NAMES, PREFIX
 
 CPU_DEMO = ("--kv-evict", "lethe", "--kv-evict-config", "cpu-demo")
 
@@ -168,6 +173,97 @@ def test_metrics_and_server_info_report_eviction(server):
     assert size["states"] == 4 * cells, "lethe declares one state: 4 bytes a cell"
     assert size["table"] < 0.01 * size["pool"]
     assert "Auxiliary memory" in server.log.read_text(errors="replace"), "not reported at start"
+
+
+def test_what_is_scraped_is_what_the_ledger_says(server):
+    server.generate(prompt(PROBLEM), tokens=100)
+    page, report = top.scrape(server.url), server.lethe()
+    found = {name.removeprefix(PREFIX): page[name] for name in page.samples}
+    assert report["rounds"] >= 2 and report["blocks_freed_total"] >= 16
+    assert found["rounds_total"] == report["rounds"]
+    assert found["blocks_freed_total"] == report["blocks_freed_total"]
+    assert found["requests_pruned_total"] == report["requests_pruned"]
+    assert found["requests_retracted_total"] == report["requests_retracted"]
+    assert page.by(f"{PREFIX}evicted_cells_total", "layer_group") == {"0-3": sum(report["tokens_evicted_per_layer"])}
+    assert found["round_seconds_count"] == report["round_launches"]
+    assert found["round_seconds_sum"] == pytest.approx(report["round_seconds"], abs=1e-6)
+    assert found["budget_tokens"] == report["budget_tokens"] == 48 and found["layers"] == 4
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=60) as response:
+        families = re.split("(?=^# HELP )", response.read().decode(), flags=re.MULTILINE)
+    ours = "".join(family for family in families if family.startswith(f"# HELP {PREFIX}"))
+    assert lint(ours) == [] and all(f"# HELP {name} " in ours for name in NAMES)
+
+
+def at_once(*calls) -> list:
+    """What calls return that are made at the same time."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return [future.result() for future in [pool.submit(call) for call in calls]]
+
+
+def test_every_native_reply_says_what_eviction_did_to_it(server):
+    body = {"text": prompt(PROBLEM), "sampling_params": {"temperature": 0, "max_new_tokens": 120, "n": 2}}
+    told, short, none, streamed, both = at_once(
+        lambda: server.generate(prompt(PROBLEM), tokens=120)["meta"],
+        lambda: server.generate(prompt(PROBLEM), tokens=5)["meta"],
+        lambda: server.generate(prompt(PROBLEM), tokens=120, kv_evict="none")["meta"],
+        lambda: server.post("/generate", {**body, "stream": True})["text"],
+        lambda: server.post("/generate", body),
+    )
+    records = {record["rid"]: record for record in server.get("/kv_evict/requests")["requests"]}
+    record = records[told["id"]]
+    assert told["kv_evict"] == {
+        "rounds": record["rounds"],
+        "tokens_evicted": sum(record["evicted_per_layer"]) / 4,
+        "tokens_held": told["kv_evict"]["tokens_held"],
+        "share": 48,
+    }
+    assert record["rounds"] >= 2 and record["evicted_per_layer"][0] > 30
+    assert len(PROBLEM) + 32 <= told["kv_evict"]["tokens_held"] <= record["held_peak"] < record["stock_peak"]
+    pages = -(-(short["prompt_tokens"] + 5) // 16) * 16
+    assert short["kv_evict"] == {"rounds": 0, "tokens_evicted": 0.0, "tokens_held": pages, "share": None}
+    assert "kv_evict" not in none
+    chunks = [json.loads(line[6:])["meta_info"] for line in streamed.split("\n\n") if line.startswith("data: {")]
+    last = [chunk for chunk in chunks if chunk["finish_reason"]]
+    assert len(last) == 2 < len(chunks) and [chunk for chunk in chunks if "kv_evict" in chunk] == last
+    for meta in (*last, *(reply["meta_info"] for reply in both)):
+        assert meta["kv_evict"] == told["kv_evict"] and meta["completion_tokens"] == 120
+
+
+def test_an_aborted_request_says_what_had_happened_to_it(server):
+    body = {"text": prompt(PROBLEM), "rid": "gone", "sampling_params": {"max_new_tokens": 400, "ignore_eos": True}}
+    with ThreadPoolExecutor(1) as pool:
+        reply = pool.submit(server.post, "/generate", body)
+        while server.lethe()["requests_running"] == 0:
+            assert not reply.done()
+        server.post("/abort_request", {"rid": "gone"})
+        told = reply.result()["meta_info"]
+    assert told["finish_reason"]["type"] == "abort" and told["kv_evict"]["tokens_held"] >= len(PROBLEM)
+
+
+@pytest.mark.parametrize("route", ["chat", "completions"])
+def test_openai_usage_says_what_eviction_did(client, route):
+    create = (client.chat.completions if route == "chat" else client.completions).create
+    asked = {"messages": [{"role": "user", "content": PROBLEM}]} if route == "chat" else {"prompt": prompt(PROBLEM)}
+    asked |= {"model": "m", "temperature": 0, "max_tokens": 120}
+
+    def streamed(**more):
+        stream = create(**asked, **more, stream=True, stream_options={"include_usage": True})
+        *chunks, usage = [chunk.usage for chunk in stream]
+        assert chunks and not any(chunks)
+        return usage
+
+    none = {"extra_body": {"custom_params": {"kv_evict": "none"}}}
+    one, two, none, *streams = at_once(
+        lambda: create(**asked).usage,
+        lambda: create(**asked, n=2).usage,
+        lambda: create(**asked, **none).usage,
+        streamed,
+        lambda: streamed(n=2),
+    )
+    assert one.kv_evict["rounds"] >= 2 and one.kv_evict["share"] == 48
+    assert two.kv_evict == [one.kv_evict] * 2 and not hasattr(none, "kv_evict")
+    assert [usage.kv_evict for usage in streams] == [one.kv_evict, two.kv_evict]
+    assert [usage.completion_tokens for usage in streams] == [120, 240]
 
 
 def test_an_sglang_frontend_program(server):

@@ -45,6 +45,15 @@ def test_retraction_storms_leak_nothing_and_gathered_cells_stay_right(start):
     report = server.lethe()
     assert report["requests_retracted"] > 30
     assert report["rounds"] > 20 and report["shadow"]["checks"] > 2000
+    lives = {}
+    for record in server.get("/kv_evict/requests")["requests"]:
+        lives.setdefault(record["rid"], []).append(record)
+    for meta in (output["meta"] for output in outputs):
+        records = lives[meta["id"]]
+        assert len(records) <= meta["num_retractions"] + 1
+        assert meta["kv_evict"]["rounds"] == sum(record["rounds"] for record in records)
+        evicted = sum(sum(record["evicted_per_layer"]) for record in records)
+        assert meta["kv_evict"]["tokens_evicted"] == round(evicted / 4, 1)
     server.check_healthy()
 
     # The problem is read until the last step: an answer is right only if retraction lost nothing of the prompt.

@@ -36,12 +36,12 @@ def scraped(server) -> dict:
     """The quality metrics by name and by the labels that are ours."""
     with urllib.request.urlopen(f"{server.url}/metrics", timeout=60) as response:
         text = response.read().decode()
-    ours = ("reason", "steps", "agree")
+    ours, prefix = ("reason", "steps", "agree"), "sglang:kv_evict_quality_"
     return {
-        (sample.name.removeprefix("lethe:quality_"), *(sample.labels.get(label) for label in ours)): sample.value
+        (sample.name.removeprefix(prefix), *(sample.labels.get(label) for label in ours)): sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
-        if sample.name.startswith("lethe:quality_") and "le" not in sample.labels
+        if sample.name.startswith(prefix) and "le" not in sample.labels
     }
 
 

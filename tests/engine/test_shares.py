@@ -6,6 +6,7 @@ import pytest
 from conftest import config
 from problems import PROMPTS, WALKS
 
+from lethe_sglang.cli import top
 from lethe_sglang.policies import policy_names
 
 POOL, FLOOR = 1200, 48
@@ -24,7 +25,7 @@ ROOM = dict(tokens=180, ignore_eos=True)
 def pressed(request, start):
     server = start(
         *("--max-total-tokens", str(POOL), "--page-size", str(request.param), "--decode-log-interval", "1"),
-        *("--kv-evict", "lethe", "--kv-evict-config", config(**SETTINGS)),
+        *("--kv-evict", "lethe", "--kv-evict-config", config(**SETTINGS), "--enable-metrics"),
     ).wait()
     server.page = request.param
     yield server
@@ -54,7 +55,13 @@ def test_a_full_pool_is_shared_and_nobody_is_retracted(pressed):
     assert report["requests_retracted"] == before["requests_retracted"]
     assert report["pressure"]["share"] >= FLOOR
     assert report["shadow"]["checks"] > before["shadow"]["checks"] + 5000
-    pressed.check_healthy()
+    shares = [o["meta"]["kv_evict"]["share"] for o in outputs if o["meta"]["kv_evict"]["rounds"]]
+    assert len(shares) >= 6 and min(shares) >= FLOOR and max(shares) > FLOOR, shares
+    pressed.check_healthy()  # idle: SGLang has published its gauges
+    page = top.scrape(pressed.url)
+    assert page["sglang:kv_evict_pressure_events_total"] == report["pressure"]["events"]
+    assert page["sglang:kv_evict_pressure_share_tokens"] == report["pressure"]["share"]
+    assert page["sglang:kv_evict_held_blocks"] == pressed.lethe()["blocks_held"] == 0
 
 
 @pytest.mark.parametrize("policy", policy_names())

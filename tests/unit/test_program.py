@@ -21,7 +21,7 @@ from lethe_sglang.allocation.profile import save
 from lethe_sglang.cli import main as cli
 
 ROOT = Path(__file__).parents[2]
-OURS = {"show", "profile", "plan", "bench", "load", "burst", "eval", "model", "gpu", "profiles", "sensitivity"}
+OURS = {"show", "profile", "plan", "bench", "load", "burst", "eval", "model", "gpu", "profiles", "sensitivity", "top"}
 
 
 def foreign(folder: Path, **commands: str) -> dict[str, str]:
