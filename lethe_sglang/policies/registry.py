@@ -32,7 +32,7 @@ IN_TREE = {
     "random": "lethe_sglang.policies.random:RandomPolicy",
 }
 
-RESERVED = frozenset(("none", "policy", "budget", "rounds", "retain", "requests", "pool", "debug"))
+RESERVED = frozenset(("none", "policy", "budget", "rounds", "retain", "requests", "pool", "monitor", "debug"))
 """Names no policy can have: ``--kv-evict none`` is stock SGLang, and a policy's section stands beside these."""
 
 
