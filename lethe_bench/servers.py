@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -145,7 +145,7 @@ class Server:
         with self._open(path, body, timeout) as reply:
             return str(reply.read().decode())
 
-    def stream(self, path: str, body: dict[str, Any], timeout: float = 600) -> Iterator[dict[str, Any]]:
+    def stream(self, path: str, body: dict[str, Any], timeout: float = 600) -> Generator[dict[str, Any], None, None]:
         """Yield the events of a streamed answer to a POST request with a JSON body, as they come."""
         with self._open(path, body, timeout) as reply:
             for line in reply:

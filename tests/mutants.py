@@ -61,6 +61,7 @@ FLASH, PAGED = "tests/unit/test_flashattention_backend.py", "lethe_sglang/attent
 PAGE8 = f"{SERVE} -k page8"
 STORM = "tests/engine/test_pressure.py -k storm"
 LOAD, LOADED = "lethe_bench/load/run.py", "tests/bench/test_load.py"
+SOAK, SOAKED, JUDGED = "lethe_bench/soak/run.py", "tests/bench/test_soak.py", "lethe_bench/soak/verdict.py"
 FORCED, AT_ONCE = "lethe_bench/fidelity/run.py", "tests/bench/test_fidelity_loads.py"
 PATHS, TRAJECTORY = "tests/bench/test_trajectory.py", "lethe_bench/fidelity/trajectory.py"
 PRESSURE, ADMISSION, SHARES = (
@@ -940,6 +941,31 @@ MUTANTS = {
     ),
     "samples of another run are mixed in": Mutant(LOAD, "not in ([], [header])", "is None", f"{LOADED} -k goes_on"),
     "what is done is done again": Mutant(LOAD, "not in known]", "not in ()]", f"{LOADED} -k goes_on"),
+    "a growing process passes a soak": Mutant(
+        JUDGED, "seconds >= FITTED_SECONDS and slope > bound", "seconds < 0", f"{SOAKED} -k planted"
+    ),
+    "growth is that of the whole soak": Mutant(JUDGED, ") / 2 if samples else", ") / 200 if samples else", SOAKED),
+    "a difference passes a soak": Mutant(
+        JUDGED, "for name in found.different]", "for name in ()]", f"{SOAKED} -k planted"
+    ),
+    "a soak without a round passes": Mutant(JUDGED, "if not count]", "if False]", f"{SOAKED} -k planted"),
+    "a soak forgets to compare": Mutant(
+        SOAK, "if not self.recorded.same(", "if not self.recorded.replies.get(", f"{SOAKED} -k another_reply"
+    ),
+    "a soak leaves the server paused": Mutant(
+        SOAK,
+        "        finally:\n            self.server.post(",
+        "        except ArithmeticError:\n            self.server.post(",
+        f"{SOAKED} -k pause_ends",
+    ),
+    "a soak takes a refused flush for one": Mutant(
+        SOAK, "and not self._flush()", "and not (self._flush() or 1)", SOAKED
+    ),
+    "a soak reads its log once": Mutant(SOAK, "log.seek(self._read)", "log.seek(0)", f"{SOAKED} -k read_once"),
+    "Ctrl-C leaves a soak's server": Mutant(SOAK, "self.server.stop(grace=0)", "...", f"{SOAKED} -k ctrl_c"),
+    "an end under load overlooks an orphan": Mutant(
+        "lethe_bench/soak/ends.py", "    if left:", "    if server.status is None:", f"{SOAKED} -k stays"
+    ),
     "replies unlike stock's are not counted": Mutant(
         "lethe_bench/load/report.py", "sum(one != other for", "sum(one is other for", f"{LOADED} -k no_longer"
     ),

@@ -64,7 +64,7 @@ def put(server: Server, request: Request) -> dict[str, Any]:
         If the server refuses, hangs or is gone.
     """
     if request.kind == "disconnect":
-        with contextlib.closing(server.stream(request.path, request.body, TIMEOUT)) as events:  # type: ignore[type-var]
+        with contextlib.closing(server.stream(request.path, request.body, TIMEOUT)) as events:
             seen = list(itertools.islice(events, int(request.after)))
         if len(seen) < request.after:
             raise Wrong(f"the stream ended after {len(seen)} events")

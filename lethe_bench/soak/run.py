@@ -165,15 +165,16 @@ class Traffic:
 
     def act(self, name: str) -> None:
         """Do one act of control and keep what came of it."""
+        acts: dict[str, Callable[[], object]] = {
+            "retract": lambda: self._paused("retract"),
+            "pause": lambda: self._paused("in_place"),
+            "weights": lambda: self._paused("retract", self._update_weights),
+            "flush": self._flush,
+            "pressure": lambda: self._switch(name),
+            "always": lambda: self._switch(name),
+        }
         try:
-            {
-                "retract": lambda: self._paused("retract"),
-                "pause": lambda: self._paused("in_place"),
-                "weights": lambda: self._paused("retract", self._update_weights),
-                "flush": self._flush,
-                "pressure": lambda: self._switch(name),
-                "always": lambda: self._switch(name),
-            }[name]()
+            acts[name]()
         except Exception as error:  # as above
             self._failed(name, error)
         else:

@@ -116,7 +116,7 @@ def request(kind: str, rid: str, rng: random.Random, tokens: int) -> Request:
     question = rng.choice(QUESTIONS)
     short = tokens // 5
     if kind in ("chat", "n", "stream"):
-        body = {
+        body: dict[str, Any] = {
             "model": "default",
             "messages": [{"role": "user", "content": question}],
             "max_tokens": short,

@@ -330,7 +330,7 @@ def test_an_abort_that_is_told_as_an_error_is_no_error_and_a_short_stream_is_one
     abort, away = asked("abort"), asked("disconnect")
     assert put(Double(tmp_path / "log", **{"/generate": aborted}), abort) == {}
     server = Double(tmp_path / "log")
-    server.stream = lambda *args: iter([{}])
+    server.stream = lambda *args: (event for event in [{}])
     with pytest.raises(Wrong, match="after 1 events"):
         put(server, away)
 
