@@ -35,6 +35,10 @@ class Recorded:
     def __init__(self, replies: dict[str, list[int]]) -> None:
         self.replies = replies
 
+    def tokens(self, prompt: str) -> int:
+        """Return how many tokens of a reply are compared."""
+        return len(self.replies[prompt])
+
     def same(self, prompt: str, ids: list[int]) -> bool:
         """Whether a reply begins as stock's does."""
         expected = self.replies[prompt]

@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ from lethe_bench.soak.verdict import GONE
 
 ENDS_SECONDS = 180.0
 """A server is gone so long after a signal at the latest; one that is asked nicely lets its requests end first."""
+
+ANSWERED_SECONDS = 20.0
+"""A client knows so long after the last process has gone that it gets no reply."""
 
 LOADED_SECONDS = 4.0
 """From the requests to the signal: all of them decode by then."""
@@ -81,7 +84,7 @@ def ended_under_load(
         while (server.status is None or any(session(leader))) and time.monotonic() < deadline:
             time.sleep(0.1)
         left = [name for _, name in session(leader)]
-        hang = not all(reply.done() for reply in replies) if not left else False
+        hang = not left and bool(wait(replies, ANSWERED_SECONDS).not_done)
         server.stop(grace=0)  # what stayed, so that the requests at it come back
     if left:
         return f"still there after {within:g} s: {', '.join(sorted(left))}"

@@ -159,7 +159,7 @@ class Traffic:
         with self._lock:
             self.found.done[request.kind] += 1
             if request.kind == "none":
-                self.found.compared += 1
+                self.found.compared += self.recorded.tokens(request.body["text"])
                 if not self.recorded.same(request.body["text"], reply["output_ids"]):
                     self.found.different.append(request.rid)
 

@@ -106,8 +106,8 @@ def waves(seed: int, tokens: int = 320) -> Iterator[Wave]:
 
 
 def untouched(question: str, tokens: int) -> dict[str, Any]:
-    """Return the body of a greedy request that must be answered as stock answers it."""
-    params = {"temperature": 0, "max_new_tokens": tokens, "custom_params": {"kv_evict": "none"}}
+    """Return the body of a greedy request that must be answered, to its last token, as stock answers it."""
+    params = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True, "custom_params": {"kv_evict": "none"}}
     return {"text": f"Question: {question}\nAnswer:", "sampling_params": params}
 
 
@@ -133,11 +133,12 @@ def request(kind: str, rid: str, rng: random.Random, tokens: int) -> Request:
         "stop": {"stop": STOPS, "max_new_tokens": 2 * short},
         "schema": {"json_schema": json.dumps(SCHEMA)},
         "regex": {"regex": REGEX},
-        "logprobs": {},
+        "logprobs": {"ignore_eos": True},
         "abort": {"max_new_tokens": tokens, "ignore_eos": True},
         "disconnect": {"max_new_tokens": tokens, "ignore_eos": True},
     }[kind]
-    del body["sampling_params"]["custom_params"]
+    for unwanted in ("custom_params", "ignore_eos"):
+        del body["sampling_params"][unwanted]
     body = {**body, "rid": rid, "sampling_params": body["sampling_params"] | more}
     if kind == "logprobs":
         body |= {"return_logprob": True, "top_logprobs_num": 2}

@@ -41,7 +41,7 @@ class Soaked:
     memory
         Samples in order of time.
     compared, different
-        Untouched replies that were compared with stock's, and the names of those that differed.
+        Tokens of untouched replies that were compared with stock's, and the names of the replies that differed.
     effects
         What the server counted: rounds, requests retracted.
     alarms
@@ -108,7 +108,7 @@ def verdict(found: Soaked, bound: float = GROWTH, wanted: Sequence[str] = ()) ->
     wrong += [f"{name}: not stock's reply" for name in found.different]
     wrong += [f"never done: {name}" for name in wanted if not found.done[name]]
     if not found.compared:
-        wrong.append("no reply was compared with stock's")
+        wrong.append("no token was compared with stock's")
     wrong += [f"the server counted no {name}" for name, count in found.effects.items() if not count]
     for name in names(found.memory):
         slope, seconds = growth(found.memory, name)
@@ -148,7 +148,8 @@ def to_markdown(found: Soaked, bound: float, wrong: Sequence[str], about: dict[s
     lines += ["| what | times |", "| --- | ---: |"]
     lines += [f"| {name} | {count} |" for name, count in sorted(found.done.items())]
     lines += [f"| {name} (the server's count) | {count} |" for name, count in found.effects.items()]
-    lines += [f"| replies compared with stock's | {found.compared} |", f"| different | {len(found.different)} |"]
+    lines += [f"| tokens compared with stock's | {found.compared} |"]
+    lines += [f"| replies that differ from stock's | {len(found.different)} |"]
     lines += [f"| error: {_cell(error)} | {count} |" for error, count in sorted(found.errors.items())]
     lines += [f"| fault: {name} | {outcome} |" for name, outcome in (found.faults or {}).items()]
     lines += ["", f"Resident memory (MiB) of the idle server; at most {bound:g} MiB an hour more is allowed.", ""]
