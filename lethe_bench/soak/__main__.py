@@ -13,7 +13,7 @@ from lethe_bench.machine import machine, versions
 from lethe_bench.models import directory
 from lethe_bench.servers import ServerError
 from lethe_bench.soak.run import CONFIG, Soak
-from lethe_bench.soak.traffic import CONTROL, REQUESTS, waves
+from lethe_bench.soak.traffic import CONTROL, REQUESTS, SWITCHES, waves
 from lethe_bench.soak.verdict import GROWTH, to_json, to_markdown, verdict
 from lethe_sglang.config import ConfigError
 from lethe_sglang.files import write_atomically
@@ -56,7 +56,7 @@ def soaked(args: argparse.Namespace, soak: Soak) -> int:
         found.interrupted, status = True, 130
     except SystemExit as end:
         found.interrupted, status = True, int(end.code or 0)
-    wrong = verdict(found, args.growth, () if found.interrupted else (*REQUESTS, *CONTROL))
+    wrong = verdict(found, args.growth, () if found.interrupted else (*REQUESTS, *CONTROL, *SWITCHES))
     about = {
         "model": args.model_path if "/" not in args.model_path else soak.model.resolve().name,
         "minutes asked for": args.minutes,

@@ -134,6 +134,7 @@ class Traffic:
                 self.say(f"{self.found.seconds:6.0f} s  wave {wave.number}, {sum(self.found.errors.values())} errors")
                 if self.found.seconds >= seconds or self.server.status is not None:
                     return
+                self.act(wave.then)
         except (KeyboardInterrupt, SystemExit):
             self.found.interrupted = True
             self.server.stop(grace=0)  # so that the pool's threads come back

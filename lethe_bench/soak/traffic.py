@@ -23,12 +23,15 @@ REQUESTS = (
 )
 """Kinds of request; each comes once before any comes again. ``none`` is never evicted from, and compared with stock."""
 
-CONTROL = ("retract", "pressure", "pause", "weights", "always", "flush")
+CONTROL = ("retract", "pause", "weights", "flush")
 """What happens to a server while a wave runs, in this order, over and over; each wave begins where the last one ended.
 
 ``retract`` and ``pause`` pause generation and go on; ``weights`` loads the same weights again while all are retracted;
-``flush`` asks for a flush that a busy server refuses; ``pressure`` and ``always`` set ``rounds.when``.
+``flush`` asks for a flush that a busy server refuses.
 """
+
+SWITCHES = ("pressure", "always")
+"""What ``rounds.when`` becomes after a wave, in turn: only an idle server takes it."""
 
 WAVE, ACTS = 6, 2
 """Requests of a wave, all put at once, and acts of control meanwhile."""
@@ -78,11 +81,20 @@ class Request:
 
 @dataclass(frozen=True)
 class Wave:
-    """Requests that are put together, and acts of control meanwhile: seconds after the act in front, and which."""
+    """Requests that are put together.
+
+    Attributes
+    ----------
+    control
+        Acts meanwhile: seconds after the act in front, and which.
+    then
+        One of :data:`SWITCHES`.
+    """
 
     number: int
     requests: tuple[Request, ...]
     control: tuple[tuple[float, str], ...]
+    then: str
 
 
 def waves(seed: int, tokens: int = 320) -> Iterator[Wave]:
@@ -96,12 +108,12 @@ def waves(seed: int, tokens: int = 320) -> Iterator[Wave]:
         Length of a ``long`` reply; the others are a fraction of it.
     """
     rng = random.Random(seed)
-    kinds, acts = _decks(rng, REQUESTS), _again(CONTROL)
+    kinds, acts, switches = _decks(rng, REQUESTS), _again(CONTROL), _again(SWITCHES)
     number = 0
     while True:
         requests = tuple(request(next(kinds), f"soak-{number}-{place}", rng, tokens) for place in range(WAVE))
         control = tuple((round(rng.uniform(0.8, 2.5), 2), next(acts)) for _ in range(ACTS))
-        yield Wave(number, requests, control)
+        yield Wave(number, requests, control, next(switches))
         number += 1
 
 
@@ -128,7 +140,7 @@ def request(kind: str, rid: str, rng: random.Random, tokens: int) -> Request:
     body = untouched(question, short)
     if kind == "none":
         return Request(kind, rid, "/generate", body | {"rid": rid})
-    more: dict[str, Any] = {
+    more: dict[str, dict[str, Any]] = {
         "long": {"max_new_tokens": tokens, "ignore_eos": True, "custom_params": {"kv_evict": {"budget": 64}}},
         "stop": {"stop": STOPS, "max_new_tokens": 2 * short},
         "schema": {"json_schema": json.dumps(SCHEMA)},
@@ -136,10 +148,10 @@ def request(kind: str, rid: str, rng: random.Random, tokens: int) -> Request:
         "logprobs": {"ignore_eos": True},
         "abort": {"max_new_tokens": tokens, "ignore_eos": True},
         "disconnect": {"max_new_tokens": tokens, "ignore_eos": True},
-    }[kind]
+    }
     for unwanted in ("custom_params", "ignore_eos"):
         del body["sampling_params"][unwanted]
-    body = {**body, "rid": rid, "sampling_params": body["sampling_params"] | more}
+    body = {**body, "rid": rid, "sampling_params": body["sampling_params"] | more[kind]}
     if kind == "logprobs":
         body |= {"return_logprob": True, "top_logprobs_num": 2}
     if kind == "disconnect":

@@ -39,8 +39,9 @@ def test_every_kind_and_every_act_comes_soon_and_none_is_forgotten():
     kinds = [request.kind for wave in first(22) for request in wave.requests]
     for start in range(0, len(kinds), len(REQUESTS)):
         assert sorted(kinds[start : start + len(REQUESTS)]) == sorted(REQUESTS)
-    acts = [act for wave in first(3) for _, act in wave.control]
-    assert acts == list(CONTROL), "two minutes hold each act once"
+    acts = [act for wave in first(2) for _, act in wave.control]
+    assert acts == list(CONTROL), "two waves hold each act once"
+    assert [wave.then for wave in first(4)] == ["pressure", "always"] * 2
 
 
 def test_names_are_unique_and_only_untouched_requests_are_greedy_without_eviction():
@@ -231,7 +232,7 @@ def hurried(count, seed=0):
     """Waves without waits."""
     for wave in first(count, seed):
         requests = tuple(Request(**(vars(r) | {"after": min(r.after, 5)})) for r in wave.requests)
-        yield Wave(wave.number, requests, tuple((0.0, act) for _, act in wave.control))
+        yield Wave(wave.number, requests, tuple((0.0, act) for _, act in wave.control), wave.then)
 
 
 REPLIES = Recorded({untouched(question, 1)["text"]: [0, 1, 2] for question in QUESTIONS})
@@ -250,11 +251,11 @@ def test_waves_do_all_that_they_should_and_are_counted(tmp_path, quick):
     assert sum(found.done[kind] for kind in REQUESTS) == 36 and found.done["flush when idle"] == 6
     assert found.compared == 3 * found.done["none"] >= 9 and len(found.memory) == 6
     paths = [path for path, _ in server.posted]
-    assert paths.count("/pause_generation") == paths.count("/continue_generation") == 6
+    assert paths.count("/pause_generation") == paths.count("/continue_generation") == 9
     modes = [body["mode"] for path, body in server.posted if path == "/pause_generation"]
-    assert modes == ["retract", "in_place", "retract"] * 2
+    assert modes == ["retract", "in_place", "retract"] * 3
     switched = [body["rounds"]["when"] for path, body in server.posted if path == "/kv_evict"]
-    assert switched == ["pressure", "always"] * 2
+    assert switched == ["pressure", "always", "pressure", "always", "pressure"], "after the last wave nothing follows"
 
 
 def refuse(body):
@@ -279,7 +280,7 @@ def test_what_a_server_refuses_is_an_error(answers, line, tmp_path, quick):
 def test_a_pause_ends_whatever_happens_in_it(tmp_path, quick):
     server = Double(tmp_path / "log", **{"/update_weights_from_disk": refuse})
     traffic(server, 3)
-    assert [path for path, _ in server.posted].count("/continue_generation") == 3
+    assert [path for path, _ in server.posted].count("/continue_generation") == 5
 
 
 def test_another_reply_than_stocks_is_seen(tmp_path, quick):
@@ -311,7 +312,7 @@ def test_a_dead_server_ends_the_traffic(tmp_path, quick):
         server.status = 1
         raise ConnectionResetError
 
-    server.answers["/kv_evict"] = die
+    server.answers["/pause_generation"] = die
     found = traffic(server)
     assert found.errors["the server ended with status 1"] == 1 and len(found.memory) == 0
 
