@@ -47,3 +47,6 @@ else
   install_project "$venv"
 fi
 export PATH="$venv/bin:$PATH"
+# Modules are compiled when they are first imported, and kept, whatever the caller's environment says: to compile all
+# that SGLang imports takes longer than to run it, and a server is three processes.
+unset PYTHONDONTWRITEBYTECODE

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 LONGEST = (
     "test_state_machine",
+    "test_replay",
+    "test_reasoner",
+    "test_program",
+    "test_phase",
     "test_serving",
     "test_cuda_graphs",
     "test_pressure",
@@ -21,7 +25,6 @@ LONGEST = (
     "test_triton_rounds",
     "test_triton_compiles",
     "test_triton_select",
-    "test_reasoner",
     "test_counts",
 )
 """Files of all suites; a name may stand for one in two of them."""

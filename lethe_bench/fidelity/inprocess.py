@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -72,10 +72,8 @@ class InProcess(Run):
         for arm in configs:
             (self.out / arm).mkdir(exist_ok=True)
         progress = tqdm(total=sum(len(arms) for _, arms in tasks), file=sys.stderr, disable=not tasks)
-        context = multiprocessing.get_context("spawn")
         journal = Journal(self.out / ROUNDS)
-        started = (str(self.model), 1 if self.jobs > 1 else torch.get_num_threads())
-        with progress, ProcessPoolExecutor(self.jobs, context, start_worker, started) as pool:
+        with progress, self._workers() as pool:
             work = [pool.submit(force, document, arms, str(self.out)) for document, arms in tasks]
             try:
                 for done in as_completed(work):
@@ -84,6 +82,12 @@ class InProcess(Run):
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+
+    def _workers(self) -> Executor:
+        """Return what forces documents side by side: processes, or a thread of this one where there is one job."""
+        if self.jobs == 1:
+            return ThreadPoolExecutor(1, "", start_worker, (str(self.model), torch.get_num_threads()))
+        return ProcessPoolExecutor(self.jobs, multiprocessing.get_context("spawn"), start_worker, (str(self.model), 1))
 
     def _write_samples(self, prompts: dict[str, list[int]], eos: int) -> None:
         journal = Journal(self.out / "samples.jsonl")
