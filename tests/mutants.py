@@ -1214,8 +1214,8 @@ MUTANTS = {
     ),
     "a live server takes a floor beyond its pool": Mutant(
         "lethe_sglang/engine/reconfigure.py",
-        "*_pool(runtime, config)]",
-        "]",
+        "*_pool(runtime, config), ",
+        "",
         "tests/unit/test_reconfigure.py -k cannot_hold",
     ),
     "the reach forgets the interval": Mutant(
