@@ -29,7 +29,7 @@ whose name begins with ``X-Request-Id-``, and no others."""
 PLACES: tuple[tuple[str, ...], ...] = ((), ("sampling_params",), ("parameters", "sampling_params"), ("options",))
 """Where a body may have ``custom_params``: OpenAI's routes and Anthropic's, SGLang's own, Vertex', Ollama's."""
 
-_HEARD = "lethe_kv_evict"
+_OVERRIDE = "lethe_kv_evict"
 """Key of an ASGI scope: what the request has asked for."""
 
 Scope = MutableMapping[str, Any]
@@ -39,8 +39,8 @@ class Refused(HTTPException):
     """An override that is not legal; raised while a route reads the body, so before it does anything."""
 
 
-class Ear:
-    """ASGI middleware that hears what a request asks for while its route reads the body.
+class OverrideMiddleware:
+    """ASGI middleware that reads the override of a request while its route reads the body.
 
     Parameters
     ----------
@@ -57,22 +57,22 @@ class Ear:
         """Pass a request on, and note in its scope what it asks for before the route has the end of the body."""
         pieces: list[bytes] = []
 
-        async def hearing() -> Any:
+        async def receive_override() -> Any:
             message = await receive()
             if message["type"] == "http.request":
                 pieces.append(message.get("body", b""))
                 if not message.get("more_body"):
                     try:
-                        scope[_HEARD] = heard(scope["headers"], b"".join(pieces), self.manager())
+                        scope[_OVERRIDE] = override_of(scope["headers"], b"".join(pieces), self.manager())
                     except ConfigError as error:
                         raise Refused(400, str(error)) from None
                     pieces.clear()  # the request may run for long
             return message
 
-        await self.app(scope, hearing if scope["type"] == "http" else receive, send)
+        await self.app(scope, receive_override if scope["type"] == "http" else receive, send)
 
 
-def heard(headers: Any, body: bytes, manager: Any) -> Any:
+def override_of(headers: Any, body: bytes, manager: Any) -> Any:
     """Return what a request asks for, None if nothing.
 
     Parameters
@@ -132,15 +132,15 @@ def _read(manager: Any, asked: Any, where: str = "custom_params.kv_evict") -> Re
     return None if request is None else parse_override(asked, request.config, manager.context_len, where)
 
 
-def lay_in(manager: Any, obj: Any, request: Any = None) -> None:
-    """BEFORE ``TokenizerManager._init_req_state``: the request asks for what its door has heard.
+def apply_override(manager: Any, obj: Any, request: Any = None) -> None:
+    """BEFORE ``TokenizerManager._init_req_state``: the request asks for what the middleware has read.
 
     Raises
     ------
     ConfigError
         If it asks for something else in a place that no door looks at: one of several sampling parameters.
     """
-    asked = getattr(request, "scope", {}).get(_HEARD)
+    asked = getattr(request, "scope", {}).get(_OVERRIDE)
     if asked is None:
         return
     params = obj.sampling_params
@@ -183,5 +183,5 @@ def open_to(app: FastAPI, manager: Callable[[], Any]) -> None:
             return response
         return JSONResponse({"error": {"message": error.detail}}, status_code=error.status_code)
 
-    app.user_middleware.append(Middleware(Ear, manager=manager))
+    app.user_middleware.append(Middleware(OverrideMiddleware, manager=manager))
     app.add_exception_handler(Refused, refuse)

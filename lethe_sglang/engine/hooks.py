@@ -35,7 +35,7 @@ LAUNCHER_HOOKS = (
     Hook(
         f"{_TOKENIZER}._init_req_state",
         BEFORE,
-        doors.lay_in,
+        doors.apply_override,
         "Every HTTP route creates its request here, and here the HTTP request is known, too: what it asks for in a "
         "header or in a part of the body that its route drops becomes a sampling parameter.",
     ),

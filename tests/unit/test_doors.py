@@ -40,7 +40,7 @@ def headers(**named) -> list[tuple[bytes, bytes]]:
 
 def heard(body=None, **named):
     text = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return doors.heard(headers(**named), text, manager())
+    return doors.override_of(headers(**named), text, manager())
 
 
 NONE = {"custom_params": {"kv_evict": "none"}}
@@ -87,7 +87,7 @@ def test_who_says_it_twice_has_to_say_the_same():
     with pytest.raises(ConfigError, match="X-KV-Evict and X-Request-Id-KV-Evict ask for different"):
         heard({}, X_KV_Evict="none", X_Request_Id_KV_Evict="on")
     with pytest.raises(ConfigError, match=r"X-KV-Evict and X-KV-Evict \(2\) ask"):
-        doors.heard([*headers(X_KV_Evict="none"), *headers(X_KV_Evict="on")], b"", manager())
+        doors.override_of([*headers(X_KV_Evict="none"), *headers(X_KV_Evict="on")], b"", manager())
     with pytest.raises(ConfigError, match=r"custom_params\.kv_evict and options\.custom_params\.kv_evict ask"):
         heard({"custom_params": {"kv_evict": "on"}, "options": NONE})
     with pytest.raises(ConfigError, match=r"^custom_params\.kv_evict and sampling_params\.custom_params\.kv_evict ask"):
@@ -134,7 +134,7 @@ class Served:
 
         async def create(request: Request):
             obj = SimpleNamespace(sampling_params={"temperature": 0})
-            doors.lay_in(self.manager, obj, request)
+            doors.apply_override(self.manager, obj, request)
             self.given.append(obj.sampling_params.get("custom_params"))
             return obj.sampling_params
 
@@ -225,7 +225,7 @@ def test_the_configuration_of_now_decides():
 def test_what_was_heard_is_laid_into_each_request_of_a_batch_and_beside_what_else_is_there():
     def laid(params, asked, preferred=None):
         obj = SimpleNamespace(sampling_params=params)
-        doors.lay_in(manager(preferred=preferred), obj, SimpleNamespace(scope={"lethe_kv_evict": asked}))
+        doors.apply_override(manager(preferred=preferred), obj, SimpleNamespace(scope={"lethe_kv_evict": asked}))
         return obj.sampling_params
 
     assert laid(None, "none") == {"custom_params": {"kv_evict": "none"}}
@@ -246,7 +246,7 @@ def test_what_was_heard_is_laid_into_each_request_of_a_batch_and_beside_what_els
     assert laid({"custom_params": [3]}, "none") == {"custom_params": [3]}, "check_request refuses it"
     for request in (None, SimpleNamespace(headers={})):  # an engine's, and that of SGLang's gRPC server
         obj = SimpleNamespace(sampling_params=shared)
-        doors.lay_in(manager(), obj, request)
+        doors.apply_override(manager(), obj, request)
         assert obj.sampling_params is shared
 
 
@@ -291,7 +291,7 @@ def test_junk_is_refused_in_one_short_line_and_never_otherwise(junk):
 @given(JUNK, st.lists(st.sampled_from(doors.HEADERS), max_size=2), st.binary(max_size=40))
 def test_junk_in_bodies_and_headers_is_refused_in_one_short_line_and_never_otherwise(junk, names, raw):
     def read(body, named):
-        asked = doors.heard(named, body, manager())
+        asked = doors.override_of(named, body, manager())
         return None if asked is None else parse_override(asked, CONFIG, 4096)
 
     named = [(name.lower().encode(), raw) for name in names]
@@ -311,8 +311,8 @@ def test_depth_and_number_are_no_way_around():
     refused_or_legal(lambda: parse_override({"k" * 1_000_000: 1}, CONFIG))
     refused_or_legal(lambda: parse_override({1: 2, None: 3, (4,): 5}, CONFIG))
     body = b'{"custom_params": {"kv_evict": ' + b"[" * 50_000 + b"]" * 50_000 + b"}}"
-    refused_or_legal(lambda: doors.heard([], body, manager()))
-    refused_or_legal(lambda: doors.heard([(b"x-kv-evict", b'{"budget": ' + b"[" * 50_000)], b"", manager()))
+    refused_or_legal(lambda: doors.override_of([], body, manager()))
+    refused_or_legal(lambda: doors.override_of([(b"x-kv-evict", b'{"budget": ' + b"[" * 50_000)], b"", manager()))
 
 
 def test_a_floor_above_the_largest_of_the_server_is_refused_in_either_mode():
