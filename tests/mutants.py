@@ -42,6 +42,7 @@ COMMON, REFERENCE = "lethe_sglang/kernels/common.py", "lethe_sglang/kernels/refe
 SCORED, PHASE = "lethe_sglang/attention/scored.py", "tests/unit/test_phase.py"
 PLACES = "lethe_sglang/kernels/reference_round.py"
 LIKENESS = "lethe_sglang/kernels/triton/likeness.py"
+PLACES = "lethe_sglang/kernels/triton/places.py"
 UNIT, SERVE = "tests/unit/test_rounds.py", "tests/engine/test_serving.py"
 ARTIFACT, MEASURE, CACHE = (
     "tests/unit/test_profile_artifact.py",
@@ -224,6 +225,15 @@ MUTANTS = {
     ),
     "likeness takes a launch a layer": Mutant(
         ROUNDS, "type(policy).key_feature is Policy.key_feature", "False", "tests/bench/test_counts.py -k keydiff"
+    ),
+    "a GPU's ties go to the earlier candidate": Mutant(
+        PLACES, "(order << 32) | j,", "(order << 32) | (n - j),", "tests/kernels/test_triton_places.py -k tie"
+    ),
+    "a GPU's place is that in a list's last part": Mutant(
+        PLACES, "place += above", "place = above", "tests/kernels/test_triton_places.py -k twins"
+    ),
+    "a GPU sorts what a policy ranks by places with torch": Mutant(
+        ROUNDS, "        better_place=kernels.better_place,\n", "", "tests/bench/test_counts.py -k whole"
     ),
     "places ascend": Mutant(FEATURES, "torch.arange(n - 1, -1, -1,", "torch.arange(0, n, 1,", f"{REF} -k default"),
     "a layer that comes to be narrow is packed so at once": Mutant(

@@ -136,19 +136,22 @@ def count(setting: Setting, policy_name: str = "lethe", **options: Any) -> dict[
     Returns
     -------
     dict
-        ``launches`` of torch and of Triton, how many of them the policy's own ``ranking`` takes, ``uploads``,
+        ``launches`` of torch and of Triton, how many of both the policy's own ``ranking`` takes, ``uploads``,
         ``host_us`` (median of ``REPEATS``), and of the cells kept the share that ``moved``.
     """
     section = {policy_name: options} if options else {}
     policy = from_mapping({"policy": policy_name, **section}).built_policy
-    rank, ranking, triton = type(policy).rank, Counted(), list[str]()
+    rank, ranking, triton, of_ranking = type(policy).rank, Counted(), list[str](), list[str]()
 
     def launched(self: Any, *rest: Any) -> None:
         triton.append(self.kernel.__name__)
 
     def ranked(self: Any, candidates: Any) -> Any:
+        before = len(triton)
         with ranking:
-            return rank(self, candidates)
+            ranks = rank(self, candidates)
+        of_ranking.extend(triton[before:])
+        return ranks
 
     with (
         mock.patch.object(rounds, "kernels_for", lambda device: launchers),
@@ -164,7 +167,7 @@ def count(setting: Setting, policy_name: str = "lethe", **options: Any) -> dict[
             "torch": sum(counted.kernels.values()),
             "triton": len(triton),
             "launches": sum(counted.kernels.values()) + len(triton),
-            "ranking": sum(ranking.kernels.values()),
+            "ranking": sum(ranking.kernels.values()) + len(of_ranking),
             "uploads": counted.uploads,
             "kernels": dict(counted.kernels) | dict(Counter(triton)),
         }

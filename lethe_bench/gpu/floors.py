@@ -37,6 +37,11 @@ def select_bytes(segments: int, candidates: int) -> int:
     return segments * (candidates * (4 + 1 + 1 + 1) + 8)
 
 
+def places_bytes(segments: int, candidates: int) -> int:
+    """Score, likeness and a flag of each candidate in, its rank out."""
+    return segments * candidates * (4 + 4 + 1 + 4)
+
+
 def zero_bytes(layers: int, tokens: int) -> int:
     """One state of each token's cells, and the token's slot (int64)."""
     return tokens * (4 * layers + 8)
@@ -61,6 +66,8 @@ def floor_of(shape: Shape, point: Point) -> int:
             return repack_bytes(shape, batch * layers * point.packed)
         case "select":
             return select_bytes(layers * batch, point.kept + INTERVAL)
+        case "places":
+            return places_bytes(layers * batch, point.kept + INTERVAL)
         case "round":
             return sum(floor_of(shape, point._replace(kernel=half)) for half in ("repack", "select"))
         case "zero":
@@ -75,6 +82,8 @@ def memory_of(shape: Shape, point: Point) -> int:
     cell = 2 * shape.kv_heads * shape.head_dim * shape.itemsize
     if point.kernel in ("repack", "round"):
         return point.batch * shape.layers * point.kept * (2 * cell + 64)
+    if point.kernel == "places":
+        return point.batch * shape.layers * (point.kept + INTERVAL) * 64
     if point.kernel in ("score", "score-fp8", "attention"):
         return point.batch * point.length * (cell + 32)
     return point.batch * (point.length + INTERVAL) * 64 * max(1, shape.layers // 4)

@@ -60,7 +60,7 @@ def points() -> list[Point]:
         [Point(kernel, b, k, p) for k in KEPTS for b in BATCHES for kernel in ("score", "attention", "indices")]
         for p in PREFIXES
     ]
-    rounds = [Point(kernel, b, k) for k in KEPTS for b in BATCHES for kernel in ("repack", "select")]
+    rounds = [Point(kernel, b, k) for k in KEPTS for b in BATCHES for kernel in ("repack", "select", "places")]
     small = [Point(kernel, b) for b in BATCHES for kernel in ("zero", "schedule")]
     fp8 = [Point("score-fp8", b, k) for k in KEPTS for b in BATCHES]
     return [*first, *rounds, Point("round", 64, BUDGET), *small, *fp8, *(point for more in others for point in more)]

@@ -12,6 +12,7 @@ from lethe_bench.gpu.models import Shape
 from lethe_sglang.kernels import table
 from lethe_sglang.kernels.common import Attention, Batch, Lists, Schedule, States
 from lethe_sglang.kernels.triton.indices import fill_lists
+from lethe_sglang.kernels.triton.places import better_place
 from lethe_sglang.kernels.triton.repack import repack, scratch_bytes
 from lethe_sglang.kernels.triton.score import schedule, score
 from lethe_sglang.kernels.triton.select import select
@@ -107,6 +108,14 @@ def make_select(shape: Shape, point: Point) -> Launch:
     return lambda: select(rank, valid, pinned, count)
 
 
+def make_places(shape: Shape, point: Point) -> Launch:
+    """All layers' ranks of a round of the default policy."""
+    size = (shape.layers, point.batch, point.kept + INTERVAL)
+    score, likeness = (torch.rand(size, device="cuda") for _ in range(2))
+    valid = torch.ones(size, dtype=torch.bool, device="cuda")
+    return lambda: better_place(score, likeness, valid, 0.5)
+
+
 def make_round(shape: Shape, point: Point) -> Launch:
     """Make a round's device part: selection and repacking. Ranking, bookkeeping and the host are not in it."""
     halves = [make_select(shape, point), make_repack(shape, point)]
@@ -138,6 +147,7 @@ MAKERS: dict[str, Callable[[Shape, Point], Launch]] = {
     "indices": make_indices,
     "repack": make_repack,
     "select": make_select,
+    "places": make_places,
     "round": make_round,
     "zero": make_zero,
     "schedule": make_schedule,

@@ -186,10 +186,10 @@ def shown(
     def over_ranks(values: torch.Tensor) -> torch.Tensor:
         return values if reduce_scores is None else reduce_scores(values)
 
-    feature = None
+    kernels, feature = kernels_for(cells.key.device), None
     if policy.uses_keys:
         usual = type(policy).key_feature is Policy.key_feature
-        made = kernels_for(cells.key.device).likeness if usual else partial(by_layer, policy.key_feature)
+        made = kernels.likeness if usual else partial(by_layer, policy.key_feature)
         feature = over_ranks(made(cells.keys, ordered(candidate.cells), candidate.valid))
     position, score, memory = candidate[2:]
     return Candidates(
@@ -199,4 +199,5 @@ def shown(
         feature=feature,
         valid=candidate.valid,  # whatever the order, what is not valid comes last
         length=committed,
+        better_place=kernels.better_place,
     )

@@ -12,7 +12,8 @@ def kernels_for(device: torch.device | str) -> ModuleType:
     """Return the module with the kernels of a device.
 
     Both have ``schedule``, ``score``, ``fill_lists``, ``fill_pages`` and ``start_states`` for steps, and ``gather``,
-    ``likeness``, ``select``, ``rewrite_rows``, ``place`` and ``repack`` for rounds, with one signature.
+    ``likeness``, ``better_place``, ``select``, ``rewrite_rows``, ``place`` and ``repack`` for rounds, with one
+    signature.
 
     Parameters
     ----------

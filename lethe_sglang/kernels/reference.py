@@ -23,13 +23,14 @@ from lethe_sglang.kernels.common import (
     token_lists,
     update,
 )
-from lethe_sglang.kernels.reference_round import gather, likeness, place, rewrite_rows
+from lethe_sglang.kernels.reference_round import better_place, gather, likeness, place, rewrite_rows
 from lethe_sglang.kernels.table import NEVER, read
 
 if TYPE_CHECKING:
     from lethe_sglang.policies.base import Accumulation
 
 __all__ = [
+    "better_place",
     "fill_lists",
     "fill_pages",
     "gather",

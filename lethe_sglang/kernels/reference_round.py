@@ -41,6 +41,11 @@ def likeness(keys: torch.Tensor, cells: torch.Tensor, valid: torch.Tensor) -> to
     return features.by_layer(features.likeness, keys, cells, valid)
 
 
+def better_place(score: torch.Tensor, likeness: torch.Tensor, valid: torch.Tensor, share: float) -> torch.Tensor:
+    """Rank candidates by the better of two places."""
+    return features.better_place(score, likeness, valid, share)
+
+
 def rewrite_rows(req_to_token: torch.Tensor, table: torch.Tensor, extent: Extent) -> torch.Tensor:
     """Rewrite the row entries and return the slots that are not in use any more."""
     n = _read(table)

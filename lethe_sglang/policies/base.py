@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import ConfigDict
 
-from lethe_sglang.policies.features import likeness
+from lethe_sglang.policies.features import better_place, likeness
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor as Tensor
 else:  # policies import torch where they compute: what only reads a configuration starts without it
     Tensor = Any
@@ -78,6 +80,8 @@ class Candidates(NamedTuple):
         bool ``[L, B, n]``: false beyond a layer's candidates.
     length
         int64 ``[B]``: tokens of each sequence so far.
+    better_place
+        :func:`~lethe_sglang.policies.features.better_place`, for which a GPU takes two launches.
     """
 
     score: Tensor | None
@@ -86,6 +90,7 @@ class Candidates(NamedTuple):
     feature: Tensor | None
     valid: Tensor
     length: Tensor
+    better_place: Callable[[Tensor, Tensor, Tensor, float], Tensor] = better_place
 
     def need(self, state: Literal["score", "position", "memory", "feature"]) -> Tensor:
         """Return a state that the policy has declared."""

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 NEAR_DUPLICATES = 0.5
 """Cosine above which two keys are near-duplicates, as in R-KV's official code."""
 
+BEHIND = 0.41
+"""Part of a place by which the list of keys is behind that of scores: no share of whole percents makes the two tie."""
+
 
 def pooled(score: Tensor, valid: Tensor, kernel: int, how: str) -> Tensor:
     """Pool scores over neighbouring candidates.
@@ -125,3 +128,29 @@ def places(values: Tensor, valid: Tensor) -> Tensor:
     last_to_first = values.masked_fill(~valid, float("-inf")).argsort(dim=-1, stable=True)
     numbers = torch.arange(n - 1, -1, -1, dtype=values.dtype, device=values.device)
     return torch.empty_like(values).scatter_(-1, last_to_first, numbers.expand_as(values))
+
+
+def better_place(score: Tensor, likeness: Tensor, valid: Tensor, share: float) -> Tensor:
+    """Rank candidates by the better of two places: that by score, and that by unlikeness of the key.
+
+    With the places ``p_s`` and ``p_k``, from 0, by descending score and by ascending likeness::
+
+        -min(p_s / (1 - share), (p_k + 0.41) / share)
+
+    So of those that come first about ``share`` come from the top of the list by unlikeness. Those that tie within a
+    list go by the later one.
+
+    Parameters
+    ----------
+    score, likeness, valid
+        float32, float32 and bool ``[..., n]``; what is not valid comes last in both lists.
+    share
+        Of the list by unlikeness, 0 < share < 1.
+
+    Returns
+    -------
+    torch.Tensor
+        float32 ``[..., n]``; larger is better.
+    """
+    by_key = places(-likeness, valid) + BEHIND
+    return -(places(score, valid) / (1 - share)).minimum(by_key / share)

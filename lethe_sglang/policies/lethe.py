@@ -8,10 +8,6 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from lethe_sglang.policies.base import Accumulation, Candidates, Policy, Tensor
-from lethe_sglang.policies.features import places
-
-BEHIND = 0.41
-"""Part of a place by which the list of keys is behind that of scores: no share of whole percents makes the two tie."""
 
 
 @dataclass(frozen=True)
@@ -67,5 +63,4 @@ class LethePolicy(Policy):
         score = candidates.need("score")
         if not self.key_share:
             return score
-        by_key = places(-candidates.need("feature"), candidates.valid) + BEHIND
-        return -(places(score, candidates.valid) / (1 - self.key_share)).minimum(by_key / self.key_share)
+        return candidates.better_place(score, candidates.need("feature"), candidates.valid, self.key_share)

@@ -73,7 +73,7 @@ def test_the_grid_of_the_issue_is_listed(capsys):
                     assert sum(f" {key}: byte floor " in line for line in lines) == 1, key
             assert any(f"repack batch={batch} kept={kept} " in line for line in lines)
             assert any(f"score-fp8 batch={batch} kept={kept} prefix=0:" in line for line in lines)
-    assert len(lines) == 108 + 24 + 8 + 1 + 12
+    assert len(lines) == 108 + 36 + 8 + 1 + 12
     assert len({point.key for point in points()}) == len(points())
 
 
@@ -131,6 +131,7 @@ def test_byte_floors():
     # K, V, score 68, four times; two int64 indices, twice
     assert floors.repack_bytes(TINY, cells=10) == 10 * (272 + 32) == 3040
     assert floors.select_bytes(segments=6, candidates=10) == 6 * 78 == 468
+    assert floors.places_bytes(segments=6, candidates=10) == 6 * 130 == 780
     assert floors.zero_bytes(layers=3, tokens=5) == 5 * 20 == 100
     assert floors.schedule_bytes(batch=4) == 128
     qwen = MODELS["qwen2.5-7b"]  # K of a cell 4 x 128 x 2 = 1024; a request 28 x 260 + 20 = 7300

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 CUDA = torch.cuda.is_available()
-MODULES = ("score", "indices", "select", "repack", "rounds", "likeness", "start_states")
+MODULES = ("score", "indices", "select", "repack", "rounds", "likeness", "places", "start_states")
 
 if not CUDA:  # Triton decides at import; the variable must not reach the servers that other tests start
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":

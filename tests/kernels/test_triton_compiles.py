@@ -21,7 +21,7 @@ PROGRAM = textwrap.dedent(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from lethe_sglang.kernels.table import NEVER, ROUND, column
-    from lethe_sglang.kernels.triton import indices, likeness, repack, rounds, score, select, start_states
+    from lethe_sglang.kernels.triton import indices, likeness, places, repack, rounds, score, select, start_states
 
     def build(name, tuned, pointers, constants, floats=()):
         kernel, config = tuned.kernel, tuned.configs[0]
@@ -91,6 +91,9 @@ PROGRAM = textwrap.dedent(
     for keys, dim in [("bf16", 128), ("fp8e5", 80), ("fp32", 256)]:
         constants = {"KV_HEADS": 8, "HEAD_DIM": dim, "DIM_PAD": triton.next_power_of_2(dim)}
         build(f"likeness-{keys}-{dim}", likeness._KERNEL, {"keys": keys, **looked_at}, constants)
+    lists = {"score": "i32", "likeness": "i32", "valid": "u8", "parts": "i64"}
+    build("sort", places._SORT, lists, {"PART": places.PART})
+    build("better-place", places._KERNEL, {**lists, "rank": "fp32"}, {"BEHIND": places.BEHIND}, ["by_score", "by_key"])
     print(json.dumps(built))
     """
 )
@@ -109,7 +112,7 @@ def test_every_kernel_compiles(tmp_path, capability):
     )
     assert run.returncode == 0, run.stderr[-4000:]
     built = json.loads(run.stdout.splitlines()[-1])
-    assert len(built) == 22 + (capability >= 89)
+    assert len(built) == 24 + (capability >= 89)
     assert all(kernel["binary"] for kernel in built.values())
     assert {name: kernel["shared"] for name, kernel in built.items() if kernel["shared"] > SHARED_MEMORY} == {}
     assert {
