@@ -38,7 +38,7 @@ def numbers(shape, seed, special):
 
 @pytest.mark.parametrize(
     ("n", "part", "share"),
-    [(1, 8, 0.5), (2, 8, 0.5), (5, 8, 0.2), (8, 8, 0.5), (9, 8, 0.99), (16, 8, 0.01), (27, 8, 0.5), (27, 1024, 0.35)],
+    [(1, 8, 0.5), (2, 8, 0.5), (5, 8, 0.2), (8, 8, 0.5), (9, 8, 0.99), (16, 8, 0.01), (27, 8, 0.5), (1025, 1024, 0.35)],
 )
 def test_ranks_are_the_twins(device, parts_of, n, part, share):
     parts_of(part)
