@@ -42,7 +42,7 @@ def numbers(shape, seed, special):
 )
 def test_ranks_are_the_twins(device, parts_of, n, part, share):
     parts_of(part)
-    check(*numbers((2, 1, n), seed=n, special=SPECIAL[n % 4]), device, share)
+    check(*numbers((1 if n > 100 else 2, 1, n), seed=n, special=SPECIAL[n % 4]), device, share)
 
 
 @pytest.mark.parametrize("part", [4, 16])
