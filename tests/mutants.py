@@ -42,7 +42,7 @@ COMMON, REFERENCE = "lethe_sglang/kernels/common.py", "lethe_sglang/kernels/refe
 SCORED, PHASE = "lethe_sglang/attention/scored.py", "tests/unit/test_phase.py"
 PLACES = "lethe_sglang/kernels/reference_round.py"
 LIKENESS = "lethe_sglang/kernels/triton/likeness.py"
-PLACES = "lethe_sglang/kernels/triton/places.py"
+BETTER = "lethe_sglang/kernels/triton/places.py"
 UNIT, SERVE = "tests/unit/test_rounds.py", "tests/engine/test_serving.py"
 ARTIFACT, MEASURE, CACHE = (
     "tests/unit/test_profile_artifact.py",
@@ -227,10 +227,10 @@ MUTANTS = {
         ROUNDS, "type(policy).key_feature is Policy.key_feature", "False", "tests/bench/test_counts.py -k keydiff"
     ),
     "a GPU's ties go to the earlier candidate": Mutant(
-        PLACES, "(order << 32) | j,", "(order << 32) | (n - j),", "tests/kernels/test_triton_places.py -k tie"
+        BETTER, "(order << 32) | j,", "(order << 32) | (n - j),", "tests/kernels/test_triton_places.py -k tie"
     ),
     "a GPU's place is that in a list's last part": Mutant(
-        PLACES, "place += above", "place = above", "tests/kernels/test_triton_places.py -k twins"
+        BETTER, "place += above", "place = above", "tests/kernels/test_triton_places.py -k twins"
     ),
     "a GPU sorts what a policy ranks by places with torch": Mutant(
         ROUNDS, "        better_place=kernels.better_place,\n", "", "tests/bench/test_counts.py -k whole"
@@ -922,9 +922,7 @@ MUTANTS = {
         "total += float(sum(values.sum() for values in groups)) / count / len(parts)",
         "tests/bench/test_fidelity.py -k means_of_both",
     ),
-    "keys have the share of scores": Mutant(
-        "lethe_sglang/policies/lethe.py", "by_key / self.key_share", "by_key / (1 - self.key_share)", f"{REF} -k few"
-    ),
+    "keys have the share of scores": Mutant(FEATURES, "by_key / share)", "by_key / (1 - share))", f"{REF} -k few"),
     "recall has no part in what a layer costs": Mutant(
         "lethe_sglang/allocation/rules.py",
         "(profile.fidelity.kl, profile.fidelity.recall))",
