@@ -59,7 +59,7 @@ def readable(command: Iterable[str], model_path: str) -> list[str]:
 
 
 class CpuMeter:
-    """CPU that processes other than a server and the clients run beside it use, from its making on (Linux).
+    """CPU that a server uses, and processes other than it and the clients run beside it, from its making on (Linux).
 
     Parameters
     ----------
@@ -75,12 +75,18 @@ class CpuMeter:
 
     def others(self) -> float:
         """Share of the machine's CPU time since the start, in [0, 1], that went to other processes."""
-        (wall, busy, ours), (wall_then, busy_then, ours_then) = self._read(), self._start
-        used = (busy - busy_then) - (ours - ours_then)
-        return min(1.0, max(0.0, used / max(wall - wall_then, 1e-9) / (os.cpu_count() or 1)))
+        wall, busy, server, clients = self._since()
+        return min(1.0, max(0.0, (busy - server - clients) / max(wall, 1e-9) / (os.cpu_count() or 1)))
 
-    def _read(self) -> tuple[float, float, float]:
-        """Seconds: the clock, CPU time of all processes, CPU time of the server's session and of ended clients."""
+    def server(self) -> float:
+        """CPU time of the server's processes since the start (s): unlike the clock, it does not run while they wait."""
+        return self._since()[2]
+
+    def _since(self) -> tuple[float, ...]:
+        return tuple(now - then for now, then in zip(self._read(), self._start, strict=True))
+
+    def _read(self) -> tuple[float, float, float, float]:
+        """Seconds: the clock; CPU time of all processes, of the server's session, of clients (ended, and itself)."""
         tick = os.sysconf("SC_CLK_TCK")
         user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
         session, ours = self._server.pid, 0
@@ -93,4 +99,4 @@ class CpuMeter:
         if self._itself:
             clients.append(resource.getrusage(resource.RUSAGE_SELF))
         total = (user + nice + system + irq + softirq + steal) / tick
-        return time.monotonic(), total, ours / tick + sum(used.ru_utime + used.ru_stime for used in clients)
+        return time.monotonic(), total, ours / tick, sum(used.ru_utime + used.ru_stime for used in clients)

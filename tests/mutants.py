@@ -187,6 +187,27 @@ MUTANTS = {
         "vacant = (i < room)",
         "tests/kernels/test_triton_rounds.py",
     ),
+    "a round drops of what it keeps": Mutant(
+        PLACES,
+        "(candidate.score * counted).sum(-1) for counted in (candidate.valid, keep)",
+        "(candidate.score * counted).sum(-1) for counted in (keep, keep)",
+        UNIT,
+    ),
+    "a GPU sums scores beyond a layer's candidates": Mutant(
+        "lethe_sglang/kernels/triton/rounds.py",
+        "mask=j < own, other=0.0)",
+        "mask=j < width, other=0.0)",
+        "tests/kernels/test_triton_rounds.py",
+    ),
+    "sums that have not arrived are read": Mutant(
+        "lethe_sglang/engine/dropped.py", "self._coming[0][1].query()", "True", SCRAPED
+    ),
+    "times are summed as scores": Mutant(
+        ROUNDS,
+        'gathers = rule is not None and rule.rule != "recurrence"',
+        "gathers = rule is not None",
+        "tests/unit/test_rounds.py -k lack_of_a_score",
+    ),
     "a GPU's rows keep dead entries": Mutant(
         "lethe_sglang/kernels/triton/rounds.py",
         "range(prefix + packed, tail, BLOCK)",

@@ -31,6 +31,7 @@ SPEEDS = {
     "output throughput": _number("output_throughput"),
     "time to first token, median": _number("ttft_median"),
     "time to first token, p90": _number("ttft_p90"),
+    "the server's CPU time per output token": _number("server_cpu"),
 }
 SPEEDS_OF_LONG = {
     "output tokens per second of the long requests meanwhile": _number("long_rate"),

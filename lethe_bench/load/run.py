@@ -26,6 +26,9 @@ from lethe_bench.throughput.measure import DECODE, SERVER_FACTS, evicted, parse_
 from lethe_sglang.config import ConfigError
 from lethe_sglang.files import Journal, read_lines
 
+_FORMAT = 2
+"""Of samples; raised when they come to have another number."""
+
 _PROGRESS = 100
 """Points of a curve that are kept."""
 
@@ -39,7 +42,8 @@ class Sample:
     arm, repeat, load
         Which arm; which repeat, from 1; how many requests came at once.
     numbers
-        What was measured: times in seconds, counts, tokens per second.
+        What was measured: times in seconds, counts, tokens per second; ``server_cpu`` in CPU seconds of all the
+        server's processes per output token, which waiting for a core does not lengthen.
     ttfts
         Time to first token of each request that came (s).
     progress
@@ -80,7 +84,7 @@ class Samples:
     """
 
     def __init__(self, out: Path, settings: dict[str, Any]) -> None:
-        path, header = out / "samples.jsonl", json.loads(json.dumps(settings))
+        path, header = out / "samples.jsonl", json.loads(json.dumps({"format": _FORMAT, **settings}))
         if (kept := read_lines(path)[:1]) not in ([], [header]):
             differ = [name for name in header if kept[0].get(name) != header[name]]
             raise ConfigError(f"--out {out}: holds samples of another run (other {', '.join(differ)}); give another")
@@ -167,7 +171,7 @@ def measure(server: Server, plan: Sweep, arm: str, repeat: int, load: int, vocab
             reading.result()
     finally:  # at Ctrl-C the thread ends with the server
         pool.shutdown(wait=False, cancel_futures=True)
-    others_cpu, after = meter.others(), server.get("/server_info")
+    others_cpu, server_cpu, after = meter.others(), meter.server(), server.get("/server_info")
     counted = evicted(before, after, arm) or {}
     pressure = counted.get("pressure") or {}
     seconds, start = come.ended - come.began, long.tokens_at(come.began)
@@ -184,6 +188,8 @@ def measure(server: Server, plan: Sweep, arm: str, repeat: int, load: int, vocab
         "events": pressure.get("events", 0),
         "tokens_evicted": sum(counted.get("tokens_evicted_per_layer", [0])),
     }
+    output = load * plan.arriving[1] + sum(map(len, long.replies))
+    numbers["server_cpu"] = server_cpu / output
     if plan.long:
         numbers |= {"long_tokens": meanwhile, "long_rate": meanwhile / seconds, "long_seconds": long.ended - long.began}
     curve = [(at - come.began, tokens - start) for at, tokens in long.progress if come.began <= at <= come.ended]

@@ -67,6 +67,9 @@ class RoundResult(NamedTuple):
     kept_position
         int32 ``[sum k]``: logical positions kept (request-major, then layer; in no order within a layer), or None if
         positions are not tracked.
+    mass
+        float32 ``[L, B, 2]``: the attention that all candidates have gathered (salience, of this rank's heads), and
+        that of the kept ones; None of a policy that gathers none.
     """
 
     freed: torch.Tensor
@@ -75,6 +78,7 @@ class RoundResult(NamedTuple):
     valid: torch.Tensor
     pinned: torch.Tensor
     kept_position: torch.Tensor | None
+    mass: torch.Tensor | None
 
 
 def run_round(
@@ -119,14 +123,17 @@ def run_round(
     rank = policy.rank(candidates)
     keep = as_stored(kernels.select(rank, candidates.valid, n.pinned.expand(rank.shape[:2]), n.kept.t()), order)
     freed = kernels.rewrite_rows(req_to_token, table, extent)
+    rule = policy.accumulation
+    gathers = rule is not None and rule.rule != "recurrence"
     renewed = candidate._replace(memory=remembered)  # written anew instead of moved, like positions
-    source, destination, kept_position = kernels.place(req_to_token, table, renewed, keep, cells, extent)
+    if not gathers:
+        renewed = renewed._replace(score=None)
+    source, destination, kept_position, mass = kernels.place(req_to_token, table, renewed, keep, cells, extent)
     made = {"position"} if remembered is None else {"position", "memory"}
     moved = [buffer for name, buffer in cells.buffers.items() if name not in made]
     kernels.repack(moved, source, destination, scratch)
-    rule, score = policy.accumulation, candidates.score
-    salience = rank if score is None or rule is None or rule.rule == "recurrence" else score
-    return RoundResult(freed, rank, salience, candidates.valid, n.pinned, kept_position)
+    salience = candidates.score if gathers and candidates.score is not None else rank
+    return RoundResult(freed, rank, salience, candidates.valid, n.pinned, kept_position, mass)
 
 
 TEMPORARY_BYTES = 72

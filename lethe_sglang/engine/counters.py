@@ -9,6 +9,8 @@ from typing import Any
 
 from lethe_sglang.cache.layout import RoundPlan
 from lethe_sglang.cache.ledger import RequestState
+from lethe_sglang.cache.rounds import RoundResult
+from lethe_sglang.engine.dropped import Dropped
 
 FINISHED = 1024
 """Finished requests whose records are kept."""
@@ -36,6 +38,8 @@ class Counters:
         Blocks that rounds gave back, and the most that one finished request held (blocks).
     round_seconds
         Host time spent in rounds.
+    dropped
+        The share of the score mass that rounds drop.
     closed
         Requests that have finished, were aborted or retracted; the number of the newest record.
     finished
@@ -52,6 +56,7 @@ class Counters:
     blocks_freed: int = 0
     peak_request: int = 0
     round_seconds: float = 0.0
+    dropped: Dropped = field(default_factory=Dropped)
     closed: int = 0
     finished: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=FINISHED))
     publish: Callable[[float | None], None] = lambda seconds: None
@@ -61,11 +66,12 @@ class Counters:
         """The newest record."""
         return self.finished[-1] if self.finished else None
 
-    def count_launch(self, states: Sequence[RequestState], plans: Sequence[RoundPlan], freed: int) -> None:
-        """Count a launch that gave ``freed`` blocks back; ``states`` are those before it."""
+    def count_launch(self, states: Sequence[RequestState], plans: Sequence[RoundPlan], result: RoundResult) -> None:
+        """Count a launch; ``states`` are those before it."""
         self.launches += 1
         self.rounds += len(plans)
-        self.blocks_freed += freed
+        self.blocks_freed += result.freed.numel()
+        self.dropped.add(result.mass)
         self.requests_pruned += sum(state.rounds == 0 for state in states)
         for plan in plans:
             for layer, (n, k) in enumerate(zip(plan.candidates, plan.kept, strict=True)):
@@ -74,6 +80,7 @@ class Counters:
     def spend(self, seconds: float) -> None:
         """Count the host time that the rounds of a step took."""
         self.round_seconds += seconds
+        self.dropped.settle()
         self.publish(seconds)
 
     def record(self, state: RequestState) -> None:

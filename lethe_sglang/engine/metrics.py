@@ -21,6 +21,9 @@ PREFIX = "sglang:kv_evict_"
 BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 """Upper bounds of the histogram of round seconds: from one request on a GPU to a full batch on a CPU."""
 
+SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+"""Upper bounds of the histogram of the score mass that a round drops."""
+
 
 def held(runtime: Runtime) -> int:
     """Blocks that running requests hold; a shared prefix is counted for each of them."""
@@ -61,7 +64,8 @@ GAUGES = (
 EVICTED = "evicted_cells_total", "Cells evicted in a group of layers: a token evicted in one layer is one cell."
 LAYERS = "layers", "Layers of a group, which keep equally many tokens."
 SECONDS = "round_seconds", "Host time that the rounds of a step took."
-NAMES = tuple(PREFIX + name for name, *_ in (*COUNTERS, *GAUGES, EVICTED, LAYERS, SECONDS))
+DROPPED = "score_mass_dropped_ratio", "Share of the score of a request's candidates that one of its rounds dropped."
+NAMES = tuple(PREFIX + name for name, *_ in (*COUNTERS, *GAUGES, EVICTED, LAYERS, SECONDS, DROPPED))
 
 
 class Metrics:
@@ -93,6 +97,7 @@ class Metrics:
         self.gauges = [gauge(name, text).labels(**labels) for name, text, _ in GAUGES]
         self.evicted, self.layers = made(Counter, *EVICTED, "layer_group"), gauge(*LAYERS, "layer_group")
         self.seconds = made(Histogram, *SECONDS, buckets=BUCKETS).labels(**labels)
+        runtime.counters.dropped.observe = made(Histogram, *DROPPED, buckets=SHARES).labels(**labels).observe
         self.count()
 
     def count(self, seconds: float | None = None) -> None:
@@ -112,6 +117,7 @@ class Metrics:
 
     def refresh(self) -> None:
         """Publish what is the case now."""
+        self.runtime.counters.dropped.settle()
         self.count()
         for child, gauge in zip(self.gauges, GAUGES, strict=True):
             child.set(gauge.read(self.runtime))

@@ -349,7 +349,7 @@ class Runtime:
     def _launch(self, plans: list[RoundPlan], states: list[RequestState], allocator: Any) -> None:
         result = self._run(plans)
         allocator.free_segment(result.freed, start_pos=0)
-        self.counters.count_launch(states, plans, result.freed.numel())
+        self.counters.count_launch(states, plans, result)
         for state, plan in zip(states, plans, strict=True):
             self.ledger.commit(state, plan)
         if self.config.budget.allocation == "breakpoint":

@@ -26,6 +26,7 @@ def snapshot(runtime: Runtime) -> dict[str, Any]:
         (:meth:`Pressure.report`), and ``quality`` where no request is sampled (:meth:`Monitor.report`).
     """
     counters, config = runtime.counters, runtime.config
+    counters.dropped.settle()
     packed = sum(s.layout.prefix + s.layout.packed for s in runtime.ledger.requests.values())
     out: dict[str, Any] = {
         "policy": config.policy,
@@ -43,6 +44,7 @@ def snapshot(runtime: Runtime) -> dict[str, Any]:
         "rounds": counters.rounds,
         "round_launches": counters.launches,
         "round_seconds": round(counters.round_seconds, 6),
+        "score_mass_dropped": counters.dropped.mean,
         "requests_pruned": counters.requests_pruned,
         "requests_retracted": counters.retracted,
         "tokens_evicted_per_layer": list(counters.evicted),

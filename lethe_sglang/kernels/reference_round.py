@@ -78,8 +78,8 @@ def place(
     keep: torch.Tensor,
     cells: Cells,
     extent: Extent,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Say where kept cells lie and where they go; write the states that are made anew instead of moved."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Say where kept cells lie and where they go; write the states that are made anew; sum scores, all and kept."""
     n = _read(table)
     owner, block = destinations(n, keep, extent)
     number = torch.where(keep, n.start.t().unsqueeze(2) + keep.cumsum(-1) - 1, extent.kept).reshape(-1)
@@ -98,7 +98,10 @@ def place(
             chosen = compact(values)
             store.index_copy_(0, destination, chosen)
             written = chosen if store is cells.position else written
-    return source, destination, written
+    mass = None
+    if candidate.score is not None:
+        mass = torch.stack([(candidate.score * counted).sum(-1) for counted in (candidate.valid, keep)], -1)
+    return source, destination, written, mass
 
 
 def destinations(n: Rounds, keep: torch.Tensor, extent: Extent) -> tuple[torch.Tensor, torch.Tensor]:

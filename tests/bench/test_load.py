@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
@@ -128,9 +129,13 @@ def served(monkeypatch):
     class Meter:
         def __init__(self, server, itself):
             assert itself, "requests are sent from here"
+            self.began = Served.now
 
         def others(self):
             return 0.01
+
+        def server(self):
+            return (Served.now - self.began) / 2
 
     monkeypatch.setattr(load_run, "CpuMeter", Meter)
 
@@ -264,6 +269,7 @@ def test_retractions_of_stock_are_read_from_its_log_and_events_from_the_plugin(s
     assert (stock.numbers["retracted_requests"], stock.numbers["rounds"], stock.numbers["tokens_peak"]) == (2, 0, 240)
     pressed = measure(a_server(Served, SWEEP, "pressure", tmp_path), SWEEP, "pressure", 1, 3, 1000)
     assert (pressed.numbers["events"], pressed.numbers["rounds"], pressed.numbers["retracted_requests"]) == (2, 4, 0)
+    assert pressed.numbers["server_cpu"] == pytest.approx(80 * 0.1 / 2 / (3 * 80)), "half of 0.1 s a step, for three"
     calm = measure(a_server(Served, SWEEP, "pressure", tmp_path), SWEEP, "pressure", 1, 2, 1000)
     assert calm.numbers["rounds"] == 0
 
@@ -271,9 +277,11 @@ def test_retractions_of_stock_are_read_from_its_log_and_events_from_the_plugin(s
 def test_the_meter_counts_this_process_to_the_others_unless_it_is_a_client():
     server = SimpleNamespace(pid=-1)
     meters = [CpuMeter(server), CpuMeter(server, itself=True)]
+    of_this_session = CpuMeter(SimpleNamespace(pid=os.getsid(0)))
     exec("import time\nend = time.process_time() + 0.3\nwhile time.process_time() < end: pass")
-    other, itself = (meter._read()[2] - meter._start[2] for meter in meters)
+    other, itself = (meter._read()[3] - meter._start[3] for meter in meters)
     assert other < 0.1 and itself > 0.25
+    assert meters[0].server() == 0 and of_this_session.server() > 0.25
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -311,6 +319,7 @@ def test_the_page_of_a_sweep_says_at_which_load_replies_are_no_longer_stock_s(se
     assert rows("requests retracted") == [["1", "0", "0", "0"], ["2", "0", "0", "0"], ["4", "2", "0", "0"]]
     assert rows("rounds") == [["1", "0", "4", "0"], ["2", "0", "4", "0"], ["4", "0", "4", "4"]]
     assert rows("output throughput")[0][:4] == ["1", "2", "2", "1"], "stock takes twice the time a token"
+    assert rows("the server's CPU time per output token")[0][:4] == ["1", "0.5", "0.5", "1"]
     assert "Absolute times on a shared CPU mean nothing" in page and "## Speeds" not in page
     assert (tmp_path / "load.svg").read_text().startswith("<?xml")
     data = json.loads((tmp_path / "load.json").read_text())

@@ -186,6 +186,7 @@ def test_what_is_scraped_is_what_the_ledger_says(server):
     assert found["requests_retracted_total"] == report["requests_retracted"]
     assert page.by(f"{PREFIX}evicted_cells_total", "layer_group") == {"0-3": sum(report["tokens_evicted_per_layer"])}
     assert found["round_seconds_count"] == report["round_launches"]
+    assert found["score_mass_dropped_ratio_count"] == report["rounds"] and 0 < report["score_mass_dropped"] < 1
     assert found["round_seconds_sum"] == pytest.approx(report["round_seconds"], abs=1e-6)
     assert found["budget_tokens"] == report["budget_tokens"] == 48 and found["layers"] == 4
     with urllib.request.urlopen(f"{server.url}/metrics", timeout=60) as response:

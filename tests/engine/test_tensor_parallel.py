@@ -1,9 +1,10 @@
-"""Two ranks on a CPU keep the same cells; prompts are private."""
+"""Two ranks on a CPU keep the same cells, in SGLang's deterministic mode; prompts are private."""
 
 from __future__ import annotations
 
 import re
 import time
+from pathlib import Path
 
 import pytest
 from conftest import config
@@ -15,7 +16,7 @@ def server(start):
     settings = config(
         budget={"tokens": 48},
         rounds={"interval": 16},
-        lethe={"half_life": 7},
+        lethe={"half_life": 7, "score_every": 3},
         retain={"prompt": "evict"},
         debug={"kept_hash": True, "shadow": True},
         monitor={"fraction": 1.0},
@@ -29,6 +30,10 @@ def server(start):
         "lethe",
         "--kv-evict-config",
         settings,
+        "--enable-deterministic-inference",
+        "--attention-backend",
+        "torch_native",
+        env={"PYTHONPATH": str(Path(__file__).parent / "deterministic_on_cpu")},
     ).wait()
     yield server
     server.check_healthy()
@@ -36,6 +41,7 @@ def server(start):
 
 
 def test_both_ranks_keep_the_same_cells(server):
+    assert server.get("/server_info")["enable_deterministic_inference"] is True
     problem, answer = walk(3, steps=40)
     assert server.generate(prompt(problem), tokens=300, kv_evict="none")["text"] == answer
     server.generate_all(PROMPTS[:4], 4, tokens=120)

@@ -67,7 +67,8 @@ PROGRAM = textwrap.dedent(
     build("gather", rounds._GATHER, {**tables, **stores, **states}, {**columns, "LAYERS": 28})
     build("rewrite", rounds._REWRITE, {**tables, "freed": "i64"}, columns)
     moved = {name: "i32" for name in ("gaps", "source", "destination", "written")}
-    build("place", rounds._PLACE, {**tables, **stores, **states, **moved, "keep": "i8"}, {**columns, "LAYERS": 28})
+    moved |= {"keep": "i8", "mass": "fp32"}
+    build("place", rounds._PLACE, {**tables, **stores, **states, **moved}, {**columns, "LAYERS": 28})
     words = {name: ("*i32",) * 5 for name in ("buffers", "scratches")}
     for scatter in (True, False):
         build(f"repack-{scatter}", repack._KERNEL, {**words, "source": "i64", "destination": "i64"},

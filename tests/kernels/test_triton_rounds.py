@@ -86,7 +86,9 @@ def compare(device, *args, **options):
     for (name, mine), (_, theirs) in zip(found, expected, strict=True):
         for a, b in zip(mine, theirs, strict=True):
             assert (a is None) == (b is None)
-            if a is not None:
+            if a is not None and name == "place" and b.is_floating_point():
+                torch.testing.assert_close(a, b)  # sums
+            elif a is not None:
                 assert torch.equal(a.to(b.dtype), b), name
     assert all(torch.equal(a, b) for a, b in zip(left, rows, strict=True))
 
@@ -122,7 +124,7 @@ def test_states_may_be_missing(device):
     assert candidate[2:] == (None, None, None)
     keep = candidate.valid & (torch.arange(extent.candidates, device=device) % 6 == 0)
     assert int(keep.sum()) == extent.kept
-    assert launchers.place(rows, lines, candidate, keep, bare, extent)[2] is None
+    assert launchers.place(rows, lines, candidate, keep, bare, extent)[2:] == (None, None)
 
 
 @pytest.mark.parametrize(

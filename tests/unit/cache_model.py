@@ -76,6 +76,7 @@ class MiniPool:
             state.pinned = pinned_cells(state.layout.prefix, state.rest, sinks, own_sinks)
         plans = [self.ledger.plan(s, self.seq[s.row], budgets[s.row] if budgets else s.budgets) for s in states]
         result = run_round(plans, self.cells, self.req_to_token, policy)
+        self.mass = result.mass
         freed = (result.freed[:: self.page] // self.page).tolist()
         assert len(freed) * self.page == result.freed.numel(), "freed slots are not whole pages"
         assert not set(freed) & set(self.free) and len(set(freed)) == len(freed), "double free"

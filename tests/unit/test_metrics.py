@@ -13,6 +13,7 @@ import sglang.srt.observability.metrics_collector as stock
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.parser import text_string_to_metric_families as families
 from promtool import lint
+from torch import tensor
 
 from lethe_sglang.cache.layout import RoundPlan, RowLayout
 from lethe_sglang.cache.ledger import RequestState
@@ -50,6 +51,11 @@ def plan(evicted):
     return RoundPlan(0, 1, 0, 0, 0, 0, 0, nothing, candidates, (10,) * len(evicted), 0)
 
 
+def result(freed=0, mass=None):
+    """What a launch leaves that is counted: slots, and for each layer the scores of a request's cells, all and kept."""
+    return SimpleNamespace(freed=tensor(range(freed)), mass=None if mass is None else tensor(mass))
+
+
 class Scraped:
     """Metrics of a double in a registry of their own, and what a scrape of it says."""
 
@@ -77,7 +83,7 @@ def test_what_is_scraped_is_what_was_counted_when_it_was_counted():
     world = runtime()
     scraped = Scraped(world)
     assert (scraped["rounds_total"], scraped["round_seconds_count"]) == (0, 0), "a series starts at 0"
-    world.counters.count_launch([state(), state(rounds=3)], [plan((5, 5, 2, 5)), plan((6, 6, 0, 6))], freed=17)
+    world.counters.count_launch([state(), state(rounds=3)], [plan((5, 5, 2, 5)), plan((6, 6, 0, 6))], result(17))
     world.counters.spend(0.25)
     assert scraped["evicted_cells_total"] == {"0-1,3": 33, "2": 2}
     assert sum(scraped["evicted_cells_total"].values()) == sum(world.counters.evicted)
@@ -105,13 +111,47 @@ def test_gauges_are_what_running_requests_hold():
 def test_cells_belong_to_the_group_that_evicted_them():
     world = runtime()
     scraped = Scraped(world)
-    world.counters.count_launch([state()], [plan((5, 5, 2, 5))], freed=0)
+    world.counters.count_launch([state()], [plan((5, 5, 2, 5))], result())
     world.counters.spend(0.1)
     world.budgets = (20, 20, 20, 20)
-    world.counters.count_launch([state()], [plan((1, 1, 1, 1))], freed=0)
+    world.counters.count_launch([state()], [plan((1, 1, 1, 1))], result())
     world.counters.spend(0.1)
     assert scraped["evicted_cells_total"] == {"0-1,3": 15, "2": 2, "0-3": 4}
     assert scraped["layers"] == {"0-1,3": 3, "2": 1, "0-3": 4}
+
+
+def test_the_score_mass_that_rounds_drop_is_a_share_over_all_layers():
+    """Two requests, two layers, the scores of all candidates and of the kept ones; the third was never scored."""
+    world = runtime((12, 12))
+    scraped = Scraped(world)
+    mass = [[[6.0, 5.0], [1.0, 1.0], [0.0, 0.0]], [[2.0, 1.0], [3.0, 1.0], [0.0, 0.0]]]
+    world.counters.count_launch([state()] * 3, [plan((2, 2))] * 3, result(mass=mass))
+    assert scraped["score_mass_dropped_ratio_count"] == 0, "nobody has looked whether the sums are there"
+    world.counters.spend(0.1)
+    assert scraped["score_mass_dropped_ratio_count"] == 2
+    assert scraped["score_mass_dropped_ratio_sum"] == pytest.approx(2 / 8 + 2 / 4)
+    assert world.counters.dropped.mean == pytest.approx((2 / 8 + 2 / 4) / 2)
+    world.counters.count_launch([state()], [plan((2, 2))], result())
+    world.counters.spend(0.1)
+    assert scraped["score_mass_dropped_ratio_count"] == 2, "a policy without a score"
+
+
+def test_sums_that_are_on_their_way_are_not_waited_for_and_stay_in_their_order():
+    class Copy:
+        arrived = False
+
+        def query(self):
+            return self.arrived
+
+    world, copies = runtime((12,)), [Copy(), Copy()]
+    scraped = Scraped(world)
+    world.counters.dropped._coming.extend([(tensor([[[4.0, 3.0]]]), copies[0]), (tensor([[[4.0, 1.0]]]), copies[1])])
+    copies[1].arrived = True
+    scraped.metrics.refresh()
+    assert world.counters.dropped.mean is None
+    copies[0].arrived = True
+    scraped.metrics.refresh()
+    assert scraped["score_mass_dropped_ratio_count"] == 2 and world.counters.dropped.mean == 0.5
 
 
 @pytest.mark.parametrize(
@@ -203,7 +243,7 @@ def test_the_dashboard_rates_counters_and_nothing_else():
     for text in expressions():
         rated = {base(name) for name in re.findall(r"rate\(([\w:]+)", text)}
         plain = {base(name) for name in WORD.findall(text)} - rated
-        assert all(name.endswith(("_total", "_seconds", "_k3")) for name in rated), text
+        assert all(name.endswith(("_total", "_seconds", "_k3", "_ratio")) for name in rated), text
         assert not [name for name in plain if name.endswith("_total")], text
 
 

@@ -40,8 +40,8 @@ WAITS = {
     "bincount",
     "__contains__",
 }
-HOST_ONLY = {("flashinfer.py", "update"), ("length_classes.py", "lengths")}
-"""Functions that read lengths and plans, which are host tensors."""
+HOST_ONLY = {("flashinfer.py", "update"), ("length_classes.py", "lengths"), ("dropped.py", "_count")}
+"""Functions that read lengths, plans and sums whose copy has arrived, which are host tensors."""
 
 
 def waits(name, args, kwargs):

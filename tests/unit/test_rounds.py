@@ -45,6 +45,12 @@ def dense_reference(pool, row, budgets, recent_from, sinks):
     return kept
 
 
+def summed(pool, plan):
+    """The score of what a layer holds of a request outside its recent window, float32 ``[L]``."""
+    held = enumerate(pool.truth[plan.row])
+    return torch.tensor([sum(pool.score(plan.row, layer, p) for p in t if p < plan.new_tail) for layer, t in held])
+
+
 @pytest.mark.parametrize("page", [1, 8, 16])
 @pytest.mark.parametrize("prefix", [0, 16])
 @pytest.mark.parametrize("budgets", [(12, 12, 12), (5, 20, 11), (30, 3, 3), (2, 23, 24)])
@@ -58,9 +64,11 @@ def test_many_rounds_keep_what_a_dense_reference_keeps(page, prefix, budgets):
             before = {s.row: s.layout.tail for s in due}
             plans = pool.round(due, BY_SCORE, sinks=2)
             rounds += len(plans)
-            for plan in plans:
+            for plan, mass in zip(plans, pool.mass.unbind(1), strict=True):
                 assert plan.new_tail - before[plan.row] >= pool.ledger.interval
+                gathered = summed(pool, plan)
                 pool.truth[plan.row] = dense_reference(pool, plan.row, budgets, plan.new_tail, sinks=2)
+                torch.testing.assert_close(mass, torch.stack((gathered, summed(pool, plan)), 1))
         for row, state in states.items():
             assert [set(p) for p in own_positions(pool, row)] == [t | set(range(prefix)) for t in pool.truth[row]]
             for positions in own_positions(pool, row):
@@ -257,6 +265,13 @@ def test_streaming_keeps_sinks_and_the_latest():
     state = pool.admit(1, 40, 0, (5, 5, 5))
     pool.round([state], StreamingPolicy(), sinks=2)
     assert own_positions(pool, 1)[1] == [0, 1, *range(31, 40)]
+
+
+@pytest.mark.parametrize("policy", ["streaming", "lazy"])
+def test_neither_times_nor_the_lack_of_a_score_is_summed(policy):
+    pool = MiniPool()
+    pool.round([pool.admit(1, 60, 0, (9, 9, 9))], from_mapping({"policy": policy}).built_policy)
+    assert pool.mass is None
 
 
 def test_random_is_the_same_sample_however_many_rounds_there_were():

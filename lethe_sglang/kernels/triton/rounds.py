@@ -122,6 +122,7 @@ def _place(
     cells,
     keep,
     position,
+    score,
     memory,
     gaps,
     positions,
@@ -129,6 +130,7 @@ def _place(
     source,
     destination,
     written,
+    mass,
     width,
     room_width,
     row_stride,
@@ -137,7 +139,9 @@ def _place(
     ROW: tl.constexpr,
     PREFIX: tl.constexpr,
     OLD_PACKED: tl.constexpr,
+    OLD_TAIL: tl.constexpr,
     NEW_PACKED: tl.constexpr,
+    NEW_TAIL: tl.constexpr,
     OLD_KEPT: tl.constexpr,
     KEPT: tl.constexpr,
     EXCESS: tl.constexpr,
@@ -175,8 +179,10 @@ def _place(
         vacancies += tl.sum(vacant, axis=0)
     tl.debug_barrier()
 
+    own = old_kept + tl.load(line + NEW_TAIL) - tl.load(line + OLD_TAIL)
     moved = 0
     count = 0
+    before, after = 0.0, 0.0
     for start in range(0, width, BLOCK):
         j = start + tl.arange(0, BLOCK)
         chosen = tl.load(keep + j, mask=j < width, other=0) != 0
@@ -204,8 +210,15 @@ def _place(
         if memories is not None:
             renewed = tl.load(memory + segment * width + j, mask=chosen, other=0.0)
             tl.store(memories + target, renewed, mask=chosen)
+        if score is not None:
+            gathered = tl.load(score + segment * width + j, mask=j < own, other=0.0)
+            before += tl.sum(gathered, axis=0)
+            after += tl.sum(tl.where(chosen, gathered, 0.0), axis=0)
         moved += tl.sum(moves, axis=0)
         count += tl.sum(taken, axis=0)
+    if score is not None:
+        tl.store(mass + 2 * segment, before)
+        tl.store(mass + 2 * segment + 1, after)
 
 
 _GATHER = Tuned(_gather, [config(BLOCK=256), config(BLOCK=128), config(BLOCK=512)])
@@ -323,7 +336,7 @@ def place(
     keep: torch.Tensor,
     cells: Cells,
     extent: Extent,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Say where kept cells lie and where they go, and write the states that are made anew, in one launch.
 
     A kept cell that lies in its layer's own buffer at one of the first ``min(k_l, m)`` places stays. Those places that
@@ -337,21 +350,21 @@ def place(
     table, cells, extent
         See :func:`gather`.
     candidate
-        ``position`` and ``memory``, where they are not None, become states of the cells at their new places.
+        ``position`` and ``memory`` (or None) become states of the cells at their new places; ``score`` is summed.
     keep
         bool ``[L, B, n]``: as many as the table says.
 
     Returns
     -------
     tuple
-        Source and destination, int32 ``[extent.kept]``, request-major, then layer; and the positions of these cells,
-        int32, or None.
+        Source and destination, int32 ``[extent.kept]``, request-major, then layer; the positions of these cells, int32,
+        or None; and the sums of scores, of all candidates and of the kept ones, float32 ``[L, B, 2]``, or None.
     """
     batch, layers = _expect(req_to_token, table, cells)
     shape = [layers, batch, extent.candidates]
     expect("cells", candidate.cells, INTEGER, shape)
     expect("keep", keep, torch.bool, shape)
-    expect_contiguous(cells=candidate.cells, keep=keep, position=candidate.position, memory=candidate.memory)
+    expect_contiguous(keep=keep, **candidate._asdict())
 
     def made(*size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.int32, device=table.device)
@@ -359,7 +372,8 @@ def place(
     source, destination, gaps = made(extent.kept), made(extent.kept), made(layers, batch, extent.most_packed)
     positions = None if candidate.position is None else cells.position
     written = None if positions is None else made(extent.kept)
-    names = ("row", "prefix", "old_packed", "new_packed", "old_kept", "kept", "excess", "holes", "start")
+    mass = None if candidate.score is None else torch.empty((layers, batch, 2), device=table.device)
+    names = ("row", "prefix", "old_packed", "old_tail", "new_packed", "new_tail", "old_kept", "kept", "excess")
     _PLACE.launch(
         lambda meta: (batch, layers),
         (bucket(extent.candidates), bucket(batch)),
@@ -367,20 +381,20 @@ def place(
         table,
         candidate.cells,
         keep.view(torch.int8),
-        candidate.position,
-        candidate.memory,
+        *candidate[2:],
         gaps,
         positions,
         None if candidate.memory is None else cells.memory,
         source,
         destination,
         written,
+        mass,
         extent.candidates,
         extent.most_packed,
         req_to_token.stride(0),
         table.stride(0),
         cells.blocks,
-        *_columns(layers, *names),
+        *_columns(layers, *names, "holes", "start"),
         layers,
     )
-    return source, destination, written
+    return source, destination, written, mass
