@@ -562,7 +562,7 @@ MUTANTS = {
         "lethe_sglang/engine/entrypoints.py", "larger, mem_fraction_static=fraction)", "larger)", GRAPHS
     ),
     "graphs are captured that no batch reaches": Mutant(
-        "lethe_sglang/engine/guard.py", "resolved.max_running_requests or MOST_CAPTURED", "MOST_CAPTURED", GRAPHS
+        "lethe_sglang/engine/graphs.py", "resolved.max_running_requests or MOST_CAPTURED", "MOST_CAPTURED", GRAPHS
     ),
     "a check is passed by a tensor of other strides": Mutant(
         LAUNCH, "tensor.shape, tensor.stride(), dtypes", "tensor.shape, (1,) * tensor.dim(), dtypes", DISPATCH
@@ -1078,9 +1078,9 @@ MUTANTS = {
         "tests/engine/test_refusals.py -k floor",
     ),
     "the launcher does not look at the pool": Mutant(
-        "lethe_sglang/engine/entrypoints.py",
-        "for info in () if request.measures else init_result.scheduler_infos:",
-        "for info in ():",
+        "lethe_sglang/engine/proof.py",
+        "for rank in () if request.measures else ranks:",
+        "for rank in ():",
         "tests/engine/test_refusals.py -k floor",
     ),
     "k3 of a live server is of the other direction": Mutant(
