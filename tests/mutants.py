@@ -1077,6 +1077,39 @@ MUTANTS = {
         "if False:",
         "tests/engine/test_refusals.py -k floor",
     ),
+    "a controller passes on one replica's word": Mutant(
+        "lethe_sglang/engine/proof.py",
+        "in controller._scheduler_init_infos]",
+        "in controller._scheduler_init_infos[:1]]",
+        "tests/engine/test_refusals.py -k each_replica",
+    ),
+    "one proven replica is enough": Mutant(
+        "lethe_sglang/engine/proof.py",
+        "if len(ranks) < replicas or any(",
+        "if any(",
+        "tests/engine/test_refusals.py -k each_replica",
+    ),
+    "a request comes between two replicas' changes": Mutant(
+        "lethe_sglang/engine/verb.py",
+        "async with manager.is_pause_cond:",
+        "async with asyncio.Lock():",
+        "tests/unit/test_verb.py -k stays_so",
+    ),
+    "a request on its way is not looked for": Mutant(
+        "lethe_sglang/engine/verb.py",
+        "if idle_options(changed) and await",
+        "if False and await",
+        "tests/unit/test_verb.py -k no_replica",
+    ),
+    "what one replica refuses another takes": Mutant(
+        "lethe_sglang/engine/verb.py",
+        'changed = (await ask(manager, "check", **asked))',
+        'changed = (await ask(manager, "reconfigure", **asked, agreed=False))',
+        "tests/unit/test_verb.py -k one_refuses",
+    ),
+    "layers are counted once a replica": Mutant(
+        TOP, 'page.each(f"{EVICT}layers"', 'page.by(f"{EVICT}layers"', f"{FRAME} -k replicas"
+    ),
     "the launcher does not look at the pool": Mutant(
         "lethe_sglang/engine/proof.py",
         "for rank in () if request.measures else ranks:",

@@ -211,6 +211,7 @@ def options(**values):
         "prefill_attention_backend": None,
         "decode_attention_backend": None,
         "disable_overlap_schedule": True,
+        "dp_size": 1,
         "cuda_graph_config": graphs(prefill="breakable", decode="full"),
     }
     return SimpleNamespace(**{**stock, **values})
@@ -319,6 +320,7 @@ def test_a_server_of_unequal_budgets_is_refused_fa3(sglang_front, capsys, monkey
     ("measures", "debug", "server", "named"),
     [
         (True, {}, {"attention_backend": "torch_native", "disable_overlap_schedule": False}, "overlap"),
+        (True, {}, {"attention_backend": "torch_native", "dp_size": 2}, "lethe profile: measures on one replica; set"),
         (True, {}, {}, "lethe profile: needs --attention-backend torch_native, the server uses flashinfer"),
         (False, {"shadow": True}, {"attention_backend": "triton"}, "no step that a CUDA graph .*--disable-cuda-graph"),
         (False, {"shadow": True}, {"cuda_graph_config": graphs(prefill="breakable", decode="disabled")}, "shadow: com"),
