@@ -681,7 +681,7 @@ MUTANTS = {
         SECTION, "_ = policy.accumulation", "_ = policy", f"{POLICIES} -k own_code"
     ),
     "a profile written anew is not taken over": Mutant(
-        "lethe_sglang/engine/runtime.py", "if not changed and budgets != self.budgets:", "if False:", LIVE
+        RULES, "if not changed and budgets != runtime.budgets:", "if False:", LIVE
     ),
     "a list of budgets outlives its allocation": Mutant(
         "lethe_sglang/config/changes.py",
