@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
@@ -114,6 +115,8 @@ def test_a_live_server_changes_on_all_replicas_or_on_none(pair):
 
 
 def test_metrics_and_quality_are_of_each_replica(pair):
+    for rank in (0, 1):
+        ask(pair, PROMPTS[6 + rank], rank, tokens=2)  # gauges are published at prefills
     deadline = time.monotonic() + 60
     while not all(state["quality"]["probes"] for state in states(pair)):
         assert time.monotonic() < deadline, [state["quality"] for state in states(pair)]
@@ -151,10 +154,14 @@ class Router(Forked):
         self.start()
 
     def wait(self):
+        """Until it knows two healthy servers."""
         super().wait(START_SECONDS)
-        while self.get("/readiness")["healthy_workers"] < 2:
+        while True:
+            with contextlib.suppress(urllib.error.HTTPError):  # it knows none yet
+                if self.get("/readiness")["healthy_workers"] == 2:
+                    return
+            assert time.monotonic() - self._started < START_SECONDS, self.log.read_text()
             time.sleep(0.05)
-        return self
 
 
 def test_the_example_of_servers_behind_sglangs_router(alone, pair, log_dir):

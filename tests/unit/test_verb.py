@@ -66,7 +66,13 @@ class Front:
         self.before(message)
         for number in reversed(range(len(self.replicas))):  # whoever is first
             self.number = number
-            self._result_dispatcher(verb.answer(self.replicas[number].scheduler, message))
+            self._result_dispatcher(self._answer_of(number, message))
+
+    def _answer_of(self, number, message):
+        try:
+            return verb.answer(self.replicas[number].scheduler, message)
+        except RuntimeError as error:  # a scheduler that died would leave the front waiting
+            return verb.KvEvictReqOutput(replica=number, error=f"died: {error}", answer={})
 
     def change(self, options):
         config = reconfigured(self.replicas[0].runtime.config, options)
