@@ -147,9 +147,9 @@ def frame(url: str, page: Page, before: Page | None = None, seconds: float = 0.0
     grid.add_column(style="bold")
     grid.add_column()
     (labels, _), *_ = page.samples[f"{EVICT}rounds_total"]
-    replicas = len(page.each(f"{EVICT}rounds_total"))
-    several = f", {replicas} data-parallel replicas" if replicas > 1 else ""
-    grid.add_row("lethe top", f"{url}  {labels.get('model_name', '')}{several}")
+    grid.add_row("lethe top", f"{url}  {labels.get('model_name', '')}")
+    if (replicas := len(page.each(f"{EVICT}rounds_total"))) > 1:
+        grid.add_row("replicas", f"{replicas} data-parallel ones, added up")
     for name, text in (*_memory(page), *_eviction(page, before, seconds), *_quality(page)):
         grid.add_row(name, text)
     return grid

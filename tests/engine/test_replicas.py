@@ -58,14 +58,14 @@ def ask(server, text, rank=None, tokens=120, kv_evict=None, **sampling) -> dict:
 
 
 def test_both_replicas_evict_and_reply_as_one_server_does(alone, pair):
-    expected = alone.generate_all(PROMPTS[:6], 6, tokens=120, ignore_eos=True)
+    expected = alone.generate_all(PROMPTS[:4], 4, tokens=110, ignore_eos=True)
     before = [state["rounds"] for state in states(pair)]
-    found = pair.generate_all(PROMPTS[:6], 6, tokens=120, ignore_eos=True)
+    found = pair.generate_all(PROMPTS[:4], 4, tokens=110, ignore_eos=True)
     assert [reply["text"] for reply in found] == [reply["text"] for reply in expected]
     told = [reply["meta"]["kv_evict"] for reply in found]
-    assert told == [reply["meta"]["kv_evict"] for reply in expected] and min(each["rounds"] for each in told) >= 3
+    assert told == [reply["meta"]["kv_evict"] for reply in expected] and min(each["rounds"] for each in told) >= 2
     ranks = [reply["meta"]["dp_rank"] for reply in found]
-    assert ranks.count(0) == ranks.count(1) == 3
+    assert ranks.count(0) == ranks.count(1) == 2
     rounds = [sum(each["rounds"] for each, rank in zip(told, ranks, strict=True) if rank == mine) for mine in (0, 1)]
     after = states(pair)
     assert [state["rounds"] - old for state, old in zip(after, before, strict=True)] == rounds
@@ -81,18 +81,18 @@ def test_both_replicas_evict_and_reply_as_one_server_does(alone, pair):
 def test_a_request_is_treated_as_it_asks_on_each_replica(pair):
     for rank in (0, 1):
         text = PROMPTS[6 + rank]
-        own = ask(pair, text, rank)["meta_info"]
+        own = ask(pair, text, rank, tokens=80)["meta_info"]
         assert own["dp_rank"] == rank and own["kv_evict"]["share"] <= 48
-        assert "kv_evict" not in ask(pair, text, rank, kv_evict="none")["meta_info"]
+        assert "kv_evict" not in ask(pair, text, rank, tokens=4, kv_evict="none")["meta_info"]
         with pytest.raises(urllib.error.HTTPError) as error:
-            ask(pair, text, rank, kv_evict={"budget": 1})
+            ask(pair, text, rank, tokens=4, kv_evict={"budget": 1})
         assert error.value.code == 400
 
 
 def test_a_live_server_changes_on_all_replicas_or_on_none(pair):
     """One replica decodes: what needs an idle server is refused by it, so the idle one does not take it either."""
     reply: dict = {}
-    thread = threading.Thread(target=lambda: reply.update(ask(pair, WALKS[7], rank=1, tokens=400)))
+    thread = threading.Thread(target=lambda: reply.update(ask(pair, WALKS[7], rank=1, tokens=240)))
     thread.start()
     deadline = time.monotonic() + 60
     while not states(pair)[1]["requests_running"]:
@@ -139,8 +139,8 @@ def test_metrics_and_quality_are_of_each_replica(pair):
     assert scraped["sglang:kv_evict_budget_tokens"] == {"0": 48, "1": 48}
     assert set(scraped["sglang:kv_evict_quality_probes_total"]) == {"0", "1"}
     out = WARM.run(["-m", "lethe_sglang.cli.main", "top", pair.url, "--once"])
-    assert "2 data-parallel replicas" in out.stdout, out.stdout + out.stderr
-    assert f"rounds      {told[0]['rounds'] + told[1]['rounds']:,}" in out.stdout and "at the floor of 48" in out.stdout
+    assert "replicas   2 data-parallel ones" in out.stdout, out.stdout + out.stderr
+    assert f"rounds     {told[0]['rounds'] + told[1]['rounds']:,}" in out.stdout and "at the floor of 48" in out.stdout
 
 
 class Router(Forked):

@@ -121,7 +121,7 @@ def test_of_data_parallel_replicas_it_shows_the_sum_and_of_what_is_the_same_one(
     other = [line.replace("} 64", "} 32") if 'dp_rank="1"' in line and "share" in line else line for line in both]
     table = top.frame("u", top.Page("\n".join(dict.fromkeys(other))))
     rows = dict(zip(*(list(column.cells) for column in table.columns), strict=True))
-    assert rows["lethe top"] == "u  reasoner, 2 data-parallel replicas"
+    assert rows["replicas"] == "2 data-parallel ones, added up"
     assert rows["requests"].startswith("24 running") and rows["rounds"].startswith("2,468, 5.0 ms")
     assert rows["pool"].endswith("3,000 of 4,000 tokens used, 0 cached")
     assert rows["pressure"] == "share 64 and 32 at the last of 10 events; 0 requests at the floor of 48"
