@@ -593,7 +593,7 @@ MUTANTS = {
         "lethe_sglang/engine/entrypoints.py", "larger, mem_fraction_static=fraction)", "larger)", GRAPHS
     ),
     "graphs are captured that no batch reaches": Mutant(
-        "lethe_sglang/engine/guard.py", "resolved.max_running_requests or MOST_CAPTURED", "MOST_CAPTURED", GRAPHS
+        "lethe_sglang/engine/graphs.py", "resolved.max_running_requests or MOST_CAPTURED", "MOST_CAPTURED", GRAPHS
     ),
     "a check is passed by a tensor of other strides": Mutant(
         LAUNCH, "tensor.shape, tensor.stride(), dtypes", "tensor.shape, (1,) * tensor.dim(), dtypes", DISPATCH
@@ -712,7 +712,7 @@ MUTANTS = {
         SECTION, "_ = policy.accumulation", "_ = policy", f"{POLICIES} -k own_code"
     ),
     "a profile written anew is not taken over": Mutant(
-        "lethe_sglang/engine/runtime.py", "if not changed and budgets != self.budgets:", "if False:", LIVE
+        RULES, "if not changed and budgets != runtime.budgets:", "if False:", LIVE
     ),
     "a list of budgets outlives its allocation": Mutant(
         "lethe_sglang/config/changes.py",
@@ -1106,10 +1106,43 @@ MUTANTS = {
         "if False:",
         "tests/engine/test_refusals.py -k floor",
     ),
+    "a controller passes on one replica's word": Mutant(
+        "lethe_sglang/engine/proof.py",
+        "in controller._scheduler_init_infos]",
+        "in controller._scheduler_init_infos[:1]]",
+        "tests/engine/test_refusals.py -k each_replica",
+    ),
+    "one proven replica is enough": Mutant(
+        "lethe_sglang/engine/proof.py",
+        "if len(ranks) < replicas or any(",
+        "if any(",
+        "tests/engine/test_refusals.py -k each_replica",
+    ),
+    "a request comes between two replicas' changes": Mutant(
+        "lethe_sglang/engine/verb.py",
+        "async with manager.is_pause_cond:",
+        "async with asyncio.Lock():",
+        "tests/unit/test_verb.py -k stays_so",
+    ),
+    "a request on its way is not looked for": Mutant(
+        "lethe_sglang/engine/verb.py",
+        "if idle_options(changed) and await",
+        "if False and await",
+        "tests/unit/test_verb.py -k no_replica",
+    ),
+    "what one replica refuses another takes": Mutant(
+        "lethe_sglang/engine/verb.py",
+        'changed = (await ask(manager, "check", **asked))',
+        'changed = (await ask(manager, "reconfigure", **asked, agreed=False))',
+        "tests/unit/test_verb.py -k one_refuses",
+    ),
+    "layers are counted once a replica": Mutant(
+        TOP, 'page.each(f"{EVICT}layers"', 'page.by(f"{EVICT}layers"', f"{FRAME} -k replicas"
+    ),
     "the launcher does not look at the pool": Mutant(
-        "lethe_sglang/engine/entrypoints.py",
-        "for info in () if request.measures else init_result.scheduler_infos:",
-        "for info in ():",
+        "lethe_sglang/engine/proof.py",
+        "for rank in () if request.measures else ranks:",
+        "for rank in ():",
         "tests/engine/test_refusals.py -k floor",
     ),
     "k3 of a live server is of the other direction": Mutant(

@@ -3,7 +3,7 @@
 SGLang's own CPU engine (``SGLANG_USE_CPU_ENGINE=1``) needs the CPU build of sgl-kernel and runs best with AMX. Without
 that build, and without an accelerator, SGLang 0.5.23 starts no server at all. This platform fills the gap: every
 operator takes its plain torch form. It is slow and complete: overlap scheduling, the radix cache, paging, chunked
-prefill and tensor parallelism (over gloo) all run.
+prefill, tensor parallelism (over gloo) and data parallelism all run.
 """
 
 import os
@@ -72,13 +72,14 @@ class PortableCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
             server_args.attention_backend = self.get_default_attention_backend()
         if server_args.dtype == "auto":  # half precision is emulated, hence slower, in plain torch
             server_args.dtype = "float32"
+        ranks = server_args.tp_size * server_args.dp_size
         if server_args.mem_fraction_static is None:
-            server_args.mem_fraction_static = MEMORY_FRACTION / server_args.tp_size
+            server_args.mem_fraction_static = MEMORY_FRACTION / ranks
         if server_args.max_total_tokens is None:
             server_args.max_total_tokens = MAX_TOTAL_TOKENS
         server_args.sleep_on_idle = True  # a spinning scheduler would take a core from the model
-        if server_args.tp_size > 1:
-            _share_cores(server_args.tp_size)
+        if ranks > 1:
+            _share_cores(ranks)
 
     def init_backend(self) -> None:
         """Use, in a worker process, as many threads as each rank has cores, or ``OMP_NUM_THREADS``."""

@@ -13,7 +13,7 @@ import math
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -82,7 +82,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 class Page:
-    """The numbers of one scrape, those of the first rank where several publish: name -> labels and value of each."""
+    """The numbers of one scrape, name -> labels and value of each.
+
+    Of the tensor-parallel ranks of a replica, which hold the same, it has the first; of data-parallel ones, all.
+    """
 
     def __init__(self, text: str) -> None:
         self.samples: dict[str, list[tuple[dict[str, str], float]]] = {}
@@ -97,10 +100,17 @@ class Page:
 
     def by(self, name: str, label: str) -> dict[str, float]:
         """Sum a number over all labels but one: value of that label -> number."""
-        found: dict[str, float] = {}
+        return self._by(name, label, math.fsum)
+
+    def each(self, name: str, label: str = "dp_rank") -> dict[str, float]:
+        """Return a number of which replicas have their own or the same: value of the label -> the largest."""
+        return self._by(name, label, max)
+
+    def _by(self, name: str, label: str, join: Callable[[list[float]], float]) -> dict[str, float]:
+        found: dict[str, list[float]] = {}
         for labels, value in self.samples.get(name, ()):
-            found[labels.get(label, "")] = found.get(labels.get(label, ""), 0.0) + value
-        return found
+            found.setdefault(labels.get(label, ""), []).append(value)
+        return {key: join(values) for key, values in sorted(found.items())}
 
 
 def scrape(url: str) -> Page:
@@ -138,6 +148,8 @@ def frame(url: str, page: Page, before: Page | None = None, seconds: float = 0.0
     grid.add_column()
     (labels, _), *_ = page.samples[f"{EVICT}rounds_total"]
     grid.add_row("lethe top", f"{url}  {labels.get('model_name', '')}")
+    if (replicas := len(page.each(f"{EVICT}rounds_total"))) > 1:
+        grid.add_row("replicas", f"{replicas} data-parallel ones, added up")
     for name, text in (*_memory(page), *_eviction(page, before, seconds), *_quality(page)):
         grid.add_row(name, text)
     return grid
@@ -171,12 +183,14 @@ def _eviction(page: Page, before: Page | None, seconds: float) -> Rows:
     each = f", {1e3 * spent / steps:,.1f} ms in a step that has any" if steps else ""
     yield "rounds", counted("rounds_total") + each
     yield "evicted", f"{counted('blocks_freed_total')} blocks freed, {number('requests_pruned_total')} requests pruned"
-    layers = page.by(f"{EVICT}layers", "layer_group")
+    layers = page.each(f"{EVICT}layers", "layer_group")
     for group, cells in sorted(page.by(f"{EVICT}evicted_cells_total", "layer_group").items()):
         yield "", f"{cells / max(layers.get(group, 1), 1):,.0f} tokens in each of the layers {group}"
     events = page[f"{EVICT}pressure_events_total"]
-    last = f"share {number('pressure_share_tokens')} at the last of {events:,.0f} events" if events else "no event yet"
-    yield "pressure", f"{last}; {number('requests_at_floor')} requests at the floor of {number('budget_tokens')}"
+    shares = " and ".join(f"{share:,.0f}" for share in page.each(f"{EVICT}pressure_share_tokens").values()) or "0"
+    last = f"share {shares} at the last of {events:,.0f} events" if events else "no event yet"
+    floor = max(page.each(f"{EVICT}budget_tokens").values(), default=0)
+    yield "pressure", f"{last}; {number('requests_at_floor')} requests at the floor of {floor:,.0f}"
 
 
 def _quality(page: Page) -> Rows:

@@ -2,7 +2,7 @@
 
 What travels to the scheduler is ``server_args._lethe``, an ``EvictionRequest``: unpickling it imports this module, so a
 process in which the plugin is broken dies instead of serving without eviction; and the launcher reports ready only
-after every rank has reported that its hooks are in place (``launch``).
+after every rank has reported that its hooks are in place (``launch``, ``proof``).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sglang.srt.plugins.hook_registry import HookType
 from lethe_sglang import __version__
 from lethe_sglang.allocation.fingerprint import ModelFingerprint, fingerprint_of
 from lethe_sglang.config import ConfigError, EvictionConfig, resolve
-from lethe_sglang.engine import compat, guard
+from lethe_sglang.engine import compat, graphs, guard, proof
 from lethe_sglang.engine.hooking import Hook, install
 from lethe_sglang.policies import policy_names
 from lethe_sglang.profiling import automatic
@@ -209,7 +209,7 @@ def capture_larger_batches(server_args: Any, previous: Callable[[Any], None]) ->
     previous(server_args)
     request, view = requested(server_args), resolving_view(server_args)
     named = {("decode", "max_bs"), ("decode", "bs")} & server_args._cuda_graph_config_locked
-    if request is None or request.measures or named or (batches := guard.graph_batches(view)) is None:
+    if request is None or request.measures or named or (batches := graphs.graph_batches(view)) is None:
         return
     logger.info(
         "KV eviction: decode graphs of up to %d requests, SGLang would take %d; --cuda-graph-max-bs-decode names it",
@@ -260,31 +260,9 @@ def launch(original: Callable[..., Any], cls: type, server_args: Any, *args: Any
     verb.open_doors(cls)
     server_args._lethe = request
     result = original(cls, server_args, *args, **kwargs)
-    _check_ranks(request, resolved_view(server_args).page_size or 1, *result)
+    resolved = resolved_view(server_args)
+    proof.check_ranks(request, resolved.dp_size, resolved.page_size or 1, *result)
     return result
-
-
-def _check_ranks(request: EvictionRequest, page_size: int, init_result: Any, processes: Any) -> None:
-    """Let the launcher report ready only after every rank has reported the request's id, and the pool holds a floor."""
-    stock_wait = init_result.wait_for_ready
-
-    def wait_for_ready() -> None:
-        stock_wait()
-        reported = [info.get("lethe") for info in init_result.scheduler_infos]
-        try:
-            if any(report != request.request_id for report in reported):
-                raise RuntimeError(
-                    f"--kv-evict: a scheduler started without eviction (ranks reported {reported}, expected "
-                    f"{request.request_id}); check SGLANG_PLUGINS and the plugin errors in the log"
-                )
-            for info in () if request.measures else init_result.scheduler_infos:
-                guard.check_pool(request.config, page_size, info["max_total_num_tokens"])
-        except (ConfigError, RuntimeError) as error:
-            for process in processes or ():
-                process.kill()
-            request.fail(error)
-
-    init_result.wait_for_ready = wait_for_ready
 
 
 # -- scheduler --------------------------------------------------------------------------------------------------------
@@ -319,7 +297,7 @@ def start_scheduler(scheduler: Any, server_args: Any, *args: Any, **kwargs: Any)
             resolved.page_size or 1,
             model.context_len,
             measures=request.measures,
-            captured=guard.captures(resolved),
+            captured=graphs.captures(resolved),
             deterministic=bool(resolved.enable_deterministic_inference),
         )
     )
@@ -364,6 +342,13 @@ ENTRY_HOOKS = (
         launch,
         "The layers' budgets are settled once for all ranks before a scheduler starts, and the launcher may not report "
         "ready before every rank has said that it evicts. Whoever launches, server arguments may come from elsewhere.",
+    ),
+    Hook(
+        "sglang.srt.managers.data_parallel_controller.DataParallelController.get_init_info",
+        HookType.AFTER,
+        proof.relay,
+        "Data-parallel ranks report to a process of SGLang's that drops what it does not know; the launcher has to "
+        "hear from each of them that it evicts.",
     ),
     Hook(
         "sglang.srt.managers.scheduler.Scheduler.__init__",

@@ -15,9 +15,6 @@ if TYPE_CHECKING:
 BACKENDS = ("torch_native", "flashinfer", "triton", "fa3")
 """Attention backends that decode over packed rows."""
 
-MOST_CAPTURED = 512
-"""Largest batch of which a decode graph is captured unless the operator says so: SGLang's own on its largest GPUs."""
-
 _WHOLE = ("auto", "float32", "bf16", "bfloat16", "float16")
 _FP8 = ("fp8_e4m3", "fp8_e5m2")
 
@@ -63,6 +60,7 @@ _FLAGS = {
     "enable_return_routed_experts": ("routed-expert capture", "captures by slot"),
     "smg_grpc_mode": ("SMG's gRPC server", f"{_OTHER_LAUNCHER}; --grpc-port serves gRPC beside HTTP"),
     "use_ray": ("Ray", _OTHER_LAUNCHER),
+    "elastic_ep_backend": ("elastic expert parallelism", "ranks join that have not proven that they evict"),
     "encoder_only": ("encoder-only servers", "there is nothing to evict"),
     "prefill_only_disable_kv_cache": ("embedding-only or prefill-only KV", "there is nothing to evict"),
 }
@@ -84,10 +82,10 @@ REFUSALS = (
         "KV is transferred by row",
     ),
     Refusal(
-        "data parallelism",
-        lambda c: c.dp_size > 1 or c.attn_dp_size > 1 or bool(c.enable_dp_attention),
-        "set --dp-size 1 and run one server per replica behind a router",
-        "ranks report to a controller",
+        "data-parallel attention",
+        lambda c: c.attn_dp_size > 1 or bool(c.enable_dp_attention),
+        "remove --enable-dp-attention and set --attn-dp-size 1; --dp-size alone works",
+        "ranks of one tensor-parallel group hold different requests, and rounds average scores over that group",
     ),
     Refusal("pipeline parallelism", lambda c: c.pp_size > 1, "set --pp-size 1", "a rank holds some layers only"),
     Refusal(
@@ -123,7 +121,7 @@ REFUSALS = (
     ),
     Refusal(
         "full CUDA graphs of prefill",
-        lambda c: _graph(c, "prefill") == "full",
+        lambda c: graph_backend(c, "prefill") == "full",
         "leave the prefill CUDA graph's backend unset",
         "private prompts score outside the graph",
     ),
@@ -167,6 +165,16 @@ _SUPPORTED = (
         "tensor parallelism",
         "yes",
         "scores are averaged over ranks in rounds; tested with 2 ranks on a CPU, not run on GPUs",
+    ),
+    (
+        "data parallelism (--dp-size)",
+        "yes",
+        "each replica has its own pool and proves at the start that it evicts; tested with 2 on a CPU, not run on GPUs",
+    ),
+    (
+        "several servers behind SGLang's router",
+        "yes",
+        "overrides of one request by header: sglang-router forwards no others (examples/router.py)",
     ),
     ("attention backend torch_native", "yes", "on any device, without CUDA graphs"),
     ("attention backends flashinfer and triton, CUDA graphs", "CUDA only", "ran on an H100"),
@@ -273,7 +281,7 @@ def attention_backends(resolved: Any) -> tuple[str | None, str | None]:
     )
 
 
-def _graph(resolved: Any, phase: str) -> str | None:
+def graph_backend(resolved: Any, phase: str) -> str | None:
     """Return the CUDA graph backend of ``prefill`` or ``decode``, None where there is no such option."""
     backend: str | None = getattr(getattr(resolved.cuda_graph_config, phase, None), "backend", None)
     return backend
@@ -292,31 +300,6 @@ def check_request(params: Mapping[str, Any]) -> None:
         raise ConfigError(f"a server with --kv-evict does not take {'; '.join(found)}")
 
 
-def captures(resolved: Any) -> bool:
-    """Whether decode steps are replayed from CUDA graphs."""
-    return _graph(resolved, "decode") not in (None, "disabled")
-
-
-def graph_batches(resolved: Any) -> list[int] | None:
-    """Return the batch sizes of decode graphs where eviction wants more than SGLang's own, else None.
-
-    SGLang takes its largest from the GPU's memory, for requests that hold all they have read. Requests that are evicted
-    from hold a fraction of that, so more of them run, and a batch beyond the largest graph runs eagerly: 32 layers of
-    launches from Python. Larger graphs cost 2 MB a request of memory by SGLang's reckoning (256 to 512 on 80 GB: 0.5
-    GB), and each size some start-up time, so there are fewer sizes than SGLang would have.
-    """
-    graphs = resolved.cuda_graph_config.decode
-    largest = min(4 * graphs.max_bs, MOST_CAPTURED, resolved.max_running_requests or MOST_CAPTURED)
-    if (
-        not (on_cuda(resolved) and captures(resolved))
-        or largest <= graphs.max_bs
-        or resolved.disable_cuda_graph_padding
-    ):
-        return None
-    steps = (size for size in range(16, largest, 16) if size > graphs.max_bs and (size <= 256 or size % 32 == 0))
-    return [*graphs.bs, *steps, largest]
-
-
 def check_debug(resolved: Any, debug: DebugConfig, measures: bool) -> None:
     """Refuse checks and the measuring of a profile where they would be wrong or silently do nothing.
 
@@ -327,10 +310,12 @@ def check_debug(resolved: Any, debug: DebugConfig, measures: bool) -> None:
     """
     if measures and not resolved.disable_overlap_schedule:
         raise ConfigError("lethe profile: counts a step too many under overlap; set --disable-overlap-schedule")
+    if measures and resolved.dp_size > 1:
+        raise ConfigError("lethe profile: measures on one replica; set --dp-size 1")
     _, decode = attention_backends(resolved)
     if measures and decode != "torch_native":
         raise ConfigError(f"lethe profile: needs --attention-backend torch_native, the server uses {decode}")
-    replays = any(_graph(resolved, phase) not in (None, "disabled") for phase in ("prefill", "decode"))
+    replays = any(graph_backend(resolved, phase) not in (None, "disabled") for phase in ("prefill", "decode"))
     if debug.shadow and on_cuda(resolved) and replays:
         raise ConfigError("debug.shadow: compares no step that a CUDA graph replays; set --disable-cuda-graph")
 

@@ -16,6 +16,7 @@ AFTER, AROUND, BEFORE = HookType.AFTER, HookType.AROUND, HookType.BEFORE
 _MANAGERS = "sglang.srt.managers"
 _SCHEDULER = f"{_MANAGERS}.scheduler.Scheduler"
 _TOKENIZER = f"{_MANAGERS}.tokenizer_manager.TokenizerManager"
+_CONTROLLER = f"{_MANAGERS}.data_parallel_controller.DataParallelController"
 _BATCH = f"{_MANAGERS}.schedule_batch"
 _COMPONENTS = f"{_MANAGERS}.scheduler_components"
 _CACHE = "sglang.srt.mem_cache"
@@ -236,6 +237,13 @@ RELIANCES = (
     Reliance(f"{_SCHEDULER}.collect_inflight_reqs", "Names what still runs: some changes need an idle server."),
     Reliance(f"{_MANAGERS}.communicator.FanOutCommunicator", "Carries the verb to the scheduler and its answer back."),
     Reliance(f"{_MANAGERS}.io_struct.hook_custom_types", "Registers the type of that message."),
+    Reliance(f"{_CONTROLLER}._record_scheduler_init_infos", "Collects what the ranks of all replicas report."),
+    Reliance(f"{_CONTROLLER}.send_control_message", "Hands the verb on to every replica."),
+    Reliance(
+        f"{_TOKENIZER}.generate_request",
+        "Passes is_pause_cond, then reads under model_update_lock: who holds the first keeps requests out, and the "
+        "second says whether one is on its way.",
+    ),
     Reliance(f"{_TOKENIZER}.auto_create_handle_loop", "Starts the loop that receives the answer."),
     Reliance("sglang.srt.utils.auth.auth_level", "Authorises the verb as SGLang's other admin verbs are."),
     Reliance(f"{_COMPONENTS}.output_streamer.SchedulerOutputStreamer", "Subclassed: accounts of finished requests."),

@@ -1,7 +1,8 @@
 """A live server takes a new configuration: what is refused, and why (``Runtime.reconfigure``).
 
 Everything that decides is equal on all tensor-parallel ranks (configurations, budgets, host numbers of the ledger, the
-scheduler's queues), so that either every rank applies a request or none does.
+scheduler's queues), so that either every rank applies a request or none does. Data-parallel replicas differ in their
+queues and in the size of their pools; the front asks all of them before it tells any (``verb``).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lethe_sglang.config import EvictionConfig
-from lethe_sglang.config.changes import when
+from lethe_sglang.config.changes import changes, when
 from lethe_sglang.engine import guard
 from lethe_sglang.errors import ConfigError, one_line
 
@@ -25,6 +26,23 @@ def unfinished(scheduler: Any) -> tuple[int, int]:
         running.add(scheduler.chunked_req)
     waiting = [*scheduler.waiting_queue, *scheduler.grammar_manager.grammar_queue]
     return sum(not req.finished() for req in running), len(waiting)
+
+
+def change(
+    runtime: Runtime, config: EvictionConfig, budgets: tuple[int, ...], busy: tuple[int, int]
+) -> dict[str, list[Any]]:
+    """Return what a configuration and its budgets would change, by dotted key, if nothing stands against it.
+
+    Raises
+    ------
+    ConfigError
+        As :func:`check`.
+    """
+    changed = changes(runtime.config, config)
+    if not changed and budgets != runtime.budgets:
+        changed["budget.profile"] = [config.budget.profile] * 2  # its file holds another one now
+    check(runtime, changed, config, settled(budgets, runtime.num_layers), busy)
+    return changed
 
 
 def check(
@@ -62,14 +80,19 @@ def _untimely(changed: Mapping[str, Any], busy: tuple[int, int]) -> Iterable[str
     fixed = [option for option in changed if when(option) == "start"]
     if fixed:
         yield f"{', '.join(fixed)}: settled when the server starts; leave it out, or start the server anew"
-    implied = changed.get("policy", ())  # the options of two policies go and come with them
-    idle = [option for option in changed if when(option) == "idle" and option.partition(".")[0] not in implied]
+    idle = idle_options(changed)
     if idle and any(busy):
         running, waiting = busy
         yield (
             f"{', '.join(idle)}: changes on an idle server only, and {running} requests are running, {waiting} "
             "waiting; wait until they are done, or abort them (POST /abort_request with abort_all: true)"
         )
+
+
+def idle_options(changed: Mapping[str, Any]) -> list[str]:
+    """Name the options that change on an idle server only; those of two policies go and come with them."""
+    implied = changed.get("policy", ())
+    return [option for option in changed if when(option) == "idle" and option.partition(".")[0] not in implied]
 
 
 def _states(runtime: Runtime, config: EvictionConfig) -> Iterable[str]:

@@ -27,13 +27,12 @@ from lethe_sglang.cache.ledger import Ledger, RequestState
 from lethe_sglang.cache.pool import PackedKVPool
 from lethe_sglang.cache.rounds import RoundResult, groups, run_round
 from lethe_sglang.config import ConfigError, EvictionConfig, RequestOverride, parse_request
-from lethe_sglang.config.changes import changes
 from lethe_sglang.engine.counters import Counters, lives
 from lethe_sglang.engine.monitor import Monitor
 from lethe_sglang.engine.observing import watching
 from lethe_sglang.engine.pressure import Pressure
 from lethe_sglang.engine.ranks import Ranks
-from lethe_sglang.engine.reconfigure import check, settled
+from lethe_sglang.engine.reconfigure import change
 from lethe_sglang.observers.base import Observer
 
 if TYPE_CHECKING:
@@ -138,10 +137,7 @@ class Runtime:
         ConfigError
             With the reason; then nothing has changed.
         """
-        changed = changes(self.config, config)
-        if not changed and budgets != self.budgets:
-            changed["budget.profile"] = [config.budget.profile] * 2  # its file holds another one now
-        check(self, changed, config, settled(budgets, self.num_layers), busy)
+        changed = change(self, config, budgets, busy)
         if changed:
             self._configure(config, budgets)
             self._start_ledger()

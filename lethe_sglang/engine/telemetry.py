@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from sglang.srt.runtime_context import get_parallel
+
 from lethe_sglang.cache.pool import state_bytes
 from lethe_sglang.engine.metrics import held, saved
 from lethe_sglang.engine.reach import reach
@@ -94,9 +96,14 @@ def announce(runtime: Runtime) -> None:
     logger.info("KV eviction: resolved configuration %s", config.model_dump_json())
 
 
+def replica() -> int:
+    """Return the data-parallel replica of this scheduler, 0 where there is one."""
+    return int(get_parallel().dp_rank or 0)
+
+
 def internal_state(result: Any, controller: Any, request: Any) -> Any:
     """AFTER ``SchedulerInternalStateController.get_internal_state``."""
-    result.internal_state["lethe"] = snapshot(current())
+    result.internal_state["lethe"] = {"dp_rank": replica(), **snapshot(current())}
     return result
 
 

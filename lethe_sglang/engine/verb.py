@@ -5,6 +5,10 @@ broadcasts to all tensor-parallel ranks like its own control requests; rank 0 an
 does not do: its message is typed to hold numbers only, and the answer is a bare yes or no.
 
     front: options over the configuration, layers' budgets  ->  every rank: check, apply  ->  front: take it over
+
+Data-parallel replicas get the message from SGLang's controller, and each answers. Their queues differ, so one could
+take a change that another refuses. So with several of them all are asked first, and only if all agree all are told;
+meanwhile no new request passes the front, so who is idle stays so (:func:`_on_all`).
 """
 
 from __future__ import annotations
@@ -13,12 +17,13 @@ import asyncio
 import functools
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from sglang.srt.managers.communicator import FanOutCommunicator
 from sglang.srt.managers.io_struct import BaseReq, hook_custom_types
+from sglang.srt.runtime_context import get_parallel
 from sglang.utils import TypeBasedDispatcher
 
 from lethe_sglang.config import from_mapping
@@ -26,9 +31,10 @@ from lethe_sglang.config.changes import reconfigured
 from lethe_sglang.config.loading import parse_json
 from lethe_sglang.engine import doors, entrypoints, guard, reach, replies
 from lethe_sglang.engine.monitor import Probe
-from lethe_sglang.engine.reconfigure import unfinished
+from lethe_sglang.engine.reconfigure import change, idle_options, unfinished
 from lethe_sglang.engine.runtime import Runtime, current
-from lethe_sglang.errors import ConfigError, show
+from lethe_sglang.engine.telemetry import replica
+from lethe_sglang.errors import ConfigError, one_line, show
 from lethe_sglang.observers.measure import Measurer
 from lethe_sglang.profiling.settle import settle
 
@@ -43,8 +49,9 @@ class KvEvictReq(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]
 
 
 class KvEvictReqOutput(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]
-    """From rank 0: the answer, or the one line that says why not."""
+    """From rank 0 of a replica: which one it is, and the answer or the one line that says why not."""
 
+    replica: int
     error: str | None
     answer: dict[str, Any]
 
@@ -55,16 +62,28 @@ hook_custom_types(KvEvictReq, KvEvictReqOutput)
 # -- scheduler --------------------------------------------------------------------------------------------------------
 
 
-def _reconfigure(runtime: Runtime, scheduler: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+def _check(runtime: Runtime, scheduler: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    runtime.monitor.settle(scheduler)
     config, budgets = from_mapping(arguments["config"]), tuple(arguments["budgets"])
-    found = runtime.reconfigure(config, budgets, unfinished(scheduler))
+    return {"changed": change(runtime, config, budgets, unfinished(scheduler))}
+
+
+def _reconfigure(runtime: Runtime, scheduler: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    runtime.monitor.settle(scheduler)  # a prefill that nobody has sent is no reason to refuse
+    config, budgets = from_mapping(arguments["config"]), tuple(arguments["budgets"])
+    try:
+        found = runtime.reconfigure(config, budgets, unfinished(scheduler))
+    except ConfigError as error:
+        if arguments["agreed"]:  # the other replicas have it by now: they would not evict alike
+            raise RuntimeError(f"a replica refused a change to which it had agreed: {error}") from error
+        raise
     if found["changed"]:
         reach.warn(runtime)
     return found
 
 
 def _requests(runtime: Runtime, scheduler: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-    return runtime.counters.records_after(arguments["after"])
+    return runtime.counters.records_after(arguments["after"][replica()])
 
 
 def _measured(runtime: Runtime, scheduler: Any, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -75,6 +94,7 @@ def _measured(runtime: Runtime, scheduler: Any, arguments: dict[str, Any]) -> di
 
 
 ACTIONS: dict[str, Callable[[Runtime, Any, dict[str, Any]], dict[str, Any]]] = {
+    "check": _check,
     "reconfigure": _reconfigure,
     "requests": _requests,
     "measured": _measured,
@@ -86,8 +106,8 @@ def answer(scheduler: Any, request: KvEvictReq) -> KvEvictReqOutput:
     try:
         found = ACTIONS[request.action](current(), scheduler, request.arguments)
     except ConfigError as error:
-        return KvEvictReqOutput(error=str(error), answer={})
-    return KvEvictReqOutput(error=None, answer=found)
+        return KvEvictReqOutput(replica=replica(), error=str(error), answer={})
+    return KvEvictReqOutput(replica=replica(), error=None, answer=found)
 
 
 def listen(result: None, scheduler: Any) -> None:
@@ -100,26 +120,28 @@ def listen(result: None, scheduler: Any) -> None:
 # -- front ------------------------------------------------------------------------------------------------------------
 
 
-async def call(manager: Any, action: str, **arguments: Any) -> dict[str, Any]:
-    """Send a message from the front and return the answer.
+async def ask(manager: Any, action: str, **arguments: Any) -> list[dict[str, Any]]:
+    """Send a message from the front and return the answers of all data-parallel replicas, in their order.
 
     Raises
     ------
     ConfigError
-        If the scheduler refuses.
+        If one refuses; where there are several, with its number.
     """
     manager.auto_create_handle_loop()
-    (reply,) = await _channel(manager)(KvEvictReq(action=action, arguments=arguments))
-    if reply.error is not None:
-        raise ConfigError(reply.error)
-    found: dict[str, Any] = reply.answer
-    return found
+    replies = await _channel(manager)(KvEvictReq(action=action, arguments=arguments))
+    replies.sort(key=lambda reply: reply.replica)
+    refused = [reply for reply in replies if reply.error is not None]
+    if refused:
+        several = len(replies) > 1
+        raise one_line([f"dp_rank {r.replica}: {r.error}" if several else r.error for r in refused])
+    return [reply.answer for reply in replies]
 
 
 def _channel(manager: Any) -> Any:
-    """Return the manager's line to the scheduler, laid at its first use. One answers: data parallelism is refused."""
+    """Return the manager's line to the schedulers, laid at its first use; each replica answers."""
     if not hasattr(manager, "_lethe_channel"):
-        manager._lethe_channel = FanOutCommunicator(manager._dispatch_to_scheduler, 1)
+        manager._lethe_channel = FanOutCommunicator(manager._dispatch_to_scheduler, get_parallel().num_dp_ranks)
         manager._lethe_lock = asyncio.Lock()
         pairs = [(KvEvictReqOutput, manager._lethe_channel.handle_recv)]
         manager._result_dispatcher += TypeBasedDispatcher(pairs)
@@ -154,9 +176,59 @@ async def reconfigure(manager: Any, options: Any) -> dict[str, Any]:
         assert request.model is not None, "the launcher takes it"
         budgets = await asyncio.to_thread(settle, config, request.model, _refuse)  # a profile's lock may be held
         plain = config.model_dump(mode="json", exclude_unset=True)
-        found = await call(manager, "reconfigure", config=plain, budgets=list(budgets))
+        found = await _on_all(manager, {"config": plain, "budgets": list(budgets)})
         manager.server_args._lethe = replace(request, config=config, budgets=budgets)
     return {**found, "configuration": configuration(manager)}
+
+
+async def _on_all(manager: Any, asked: dict[str, Any]) -> dict[str, Any]:
+    """Let every replica take a change, or none."""
+    if get_parallel().num_dp_ranks == 1:
+        (alone,) = await ask(manager, "reconfigure", **asked, agreed=False)
+        return alone
+    async with manager.is_pause_cond:  # who comes waits here, as while SGLang changes weights of a paused server
+        changed = (await ask(manager, "check", **asked))[0]["changed"]
+        if idle_options(changed) and await manager.model_update_lock.is_locked():  # every request reads under it
+            raise ConfigError(
+                f"kv_evict: {', '.join(idle_options(changed))}: changes on an idle server only, and a request is on "
+                "its way; wait until it is done, or abort it (POST /abort_request with abort_all: true)"
+            )
+        found = await ask(manager, "reconfigure", **asked, agreed=True)
+    later = any(each["effective"] != "now" for each in found)
+    return {"changed": found[0]["changed"], "effective": "next round" if later else "now"}
+
+
+async def records(manager: Any, after: Sequence[int]) -> dict[str, Any]:
+    """Return what requests have held (``Counters.records_after``).
+
+    Parameters
+    ----------
+    manager
+        SGLang's tokenizer manager.
+    after
+        Number of a record, or one for each data-parallel replica; ``[0]`` stands for all records.
+
+    Returns
+    -------
+    dict
+        ``requests`` and ``newest``. Of several replicas each record has its ``dp_rank``, and ``newest`` is a list.
+
+    Raises
+    ------
+    ConfigError
+        If there is another number of them than of replicas.
+    """
+    replicas = get_parallel().num_dp_ranks
+    if len(after) != replicas and list(after) != [0]:
+        raise ConfigError(
+            f"kv_evict: after: got {show(list(after))}, expected {replicas} numbers of records, one for each dp_rank "
+            "in its order, or 0 for all"
+        )
+    found = await ask(manager, "requests", after=list(after) if len(after) == replicas else [0] * replicas)
+    if replicas == 1:
+        return found[0]
+    told = [{**record, "dp_rank": rank} for rank, part in enumerate(found) for record in part["requests"]]
+    return {"requests": told, "newest": [part["newest"] for part in found]}
 
 
 def _refuse(path: Any) -> None:
@@ -203,9 +275,9 @@ def add_routes(app: Any, manager: Callable[[], Any]) -> None:
 
     async def requests(request: Any) -> dict[str, Any]:
         after = request.query_params.get("after", "0")
-        if not re.fullmatch(r"[0-9]{1,18}", after):
+        if not re.fullmatch(r"[0-9]{1,18}(,[0-9]{1,18}){0,999}", after):
             raise ConfigError(f"kv_evict: after: got {show(after)}, expected the number of a record, or 0 for all")
-        return await call(manager(), "requests", after=int(after))
+        return await records(manager(), [int(number) for number in after.split(",")])
 
     def endpoint(function: Callable[[Any], Any]) -> Any:
         async def respond(request: Any) -> Any:
@@ -235,16 +307,17 @@ def engine_configuration(engine: Any) -> dict[str, Any]:
     return configuration(engine.tokenizer_manager)
 
 
-def engine_requests(engine: Any, after: int = 0) -> dict[str, Any]:
-    """Become ``sgl.Engine.kv_evict_requests``: see ``Counters.records_after``."""
-    found: dict[str, Any] = engine.loop.run_until_complete(call(engine.tokenizer_manager, "requests", after=int(after)))
+def engine_requests(engine: Any, after: int | Sequence[int] = 0) -> dict[str, Any]:
+    """Become ``sgl.Engine.kv_evict_requests``: see :func:`records`."""
+    numbers = [int(number) for number in (after if isinstance(after, Sequence) else [after])]
+    found: dict[str, Any] = engine.loop.run_until_complete(records(engine.tokenizer_manager, numbers))
     return found
 
 
 def engine_measured(engine: Any) -> dict[str, Any]:
     """Become ``sgl.Engine.kv_evict_measured``, for ``lethe profile``: see ``Measurer.reports``."""
-    found: dict[str, Any] = engine.loop.run_until_complete(call(engine.tokenizer_manager, "measured"))
-    return found
+    found: list[dict[str, Any]] = engine.loop.run_until_complete(ask(engine.tokenizer_manager, "measured"))
+    return found[0]
 
 
 def open_doors(engine_class: Any) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import inspect
 import json
 import pickle
 import re
@@ -64,7 +66,9 @@ EVICT = ("--kv-evict", "lethe", "--kv-evict-config", "cpu-demo")
         ((*EVICT, "--attention-backend", "flex_attention"), "flex_attention: set --attention-backend to torch_native"),
         ((*EVICT, "--enable-mixed-chunk"), "remove --enable-mixed-chunk"),
         ((*EVICT, "--pp-size", "2"), "--pp-size 1"),
-        ((*EVICT, "--dp-size", "2"), "--dp-size 1"),
+        ((*EVICT, "--tp", "2", "--dp-size", "2", "--enable-dp-attention"), "remove --enable-dp-attention"),
+        ((*EVICT, "--tp", "2", "--attn-dp-size", "2"), "set --attn-dp-size 1; --dp-size alone works"),
+        ((*EVICT, "--elastic-ep-backend", "mooncake"), "remove --elastic-ep-backend"),
         ((*EVICT, "--enable-streaming-session"), "--enable-streaming-session"),
         ((*EVICT, "--tokenizer-worker-num", "2"), "--tokenizer-worker-num 1"),
         ((*EVICT, "--kv-canary", "log"), "--kv-canary none"),
@@ -115,20 +119,67 @@ def test_under_pressure_the_pool_must_hold_one_floor(sections, tokens, named):
 
 
 def test_a_launcher_refuses_a_floor_that_the_schedulers_pool_cannot_hold():
-    from lethe_sglang.engine import entrypoints as front
-
-    request = front.EvictionRequest(
-        config=from_mapping({"budget": {"tokens": 900}, "rounds": {"when": "pressure"}}), from_cli=False
-    )
-    killed = []
-    ranks = [{"lethe": request.request_id, "max_total_num_tokens": 1000}]
-    ready = SimpleNamespace(wait_for_ready=lambda: None, scheduler_infos=ranks)
-    front._check_ranks(request, 1, ready, [SimpleNamespace(kill=lambda: killed.append(True))])
-    with pytest.raises(front.ConfigError, match=r"budget\.tokens: got 900"):
+    asked = {"budget": {"tokens": 900}, "rounds": {"when": "pressure"}}
+    ready, infos, killed = launched(asked)
+    infos[0] |= {"lethe": ready.asked.request_id, "max_total_num_tokens": 1000}
+    with pytest.raises(ValueError, match=r"budget\.tokens: got 900"):
         ready.wait_for_ready()
     assert killed
-    ranks[0]["max_total_num_tokens"] = 4000
+    infos[0]["max_total_num_tokens"] = 4000
     ready.wait_for_ready()
+
+
+def launched(asked, replicas=1):
+    """What a launcher waits for: its result, what has been reported so far, and who was killed."""
+    from lethe_sglang.engine import entrypoints, proof
+
+    request, killed = entrypoints.EvictionRequest(config=from_mapping(asked), from_cli=False), []
+    ready = SimpleNamespace(wait_for_ready=lambda: None, scheduler_infos=[{}], asked=request)
+    proof.check_ranks(request, replicas, 1, ready, [SimpleNamespace(kill=lambda: killed.append(True))])
+    return ready, ready.scheduler_infos, killed
+
+
+def reported(request, *ranks):
+    """What SGLang's controller reports when its ranks have, each with an id and the size of its pool."""
+    from sglang.srt.managers.data_parallel_controller import DataParallelController
+
+    from lethe_sglang.engine import proof
+
+    infos = [{"lethe": name, "max_total_num_tokens": size, "max_req_input_len": 9} for name, size in ranks]
+    controller = SimpleNamespace(
+        server_args=SimpleNamespace(_lethe=request),
+        _scheduler_init_info_lock=contextlib.nullcontext(),
+        _scheduler_init_infos=infos,
+        max_total_num_tokens=infos[0]["max_total_num_tokens"],
+        max_req_input_len=9,
+        startup_time=None,
+    )
+    stock = inspect.unwrap(DataParallelController.get_init_info)(controller)
+    assert "lethe" not in stock and proof.relay(stock, SimpleNamespace(server_args=None)) is stock
+    return proof.relay(stock, controller)
+
+
+def test_each_replica_has_to_say_that_it_evicts_and_to_hold_a_floor():
+    """SGLang's controller drops what it does not know of its ranks' reports; the hook passes it on."""
+    asked = {"budget": {"tokens": 900}, "rounds": {"when": "pressure"}}
+    ready, infos, killed = launched(asked, replicas=2)
+    right = ready.asked.request_id
+    for ranks, named in (
+        (((right, 4000), (None, 4000)), r"without eviction \(ranks reported \['.*', None\], expected"),
+        (((right, 4000), ("another", 4000)), "without eviction"),
+        (((right, 4000),), "of each of 2"),
+        (((right, 4000), (right, 1000)), r"budget\.tokens: got 900"),
+    ):
+        infos[0] = reported(ready.asked, *ranks)
+        with pytest.raises((RuntimeError, ValueError), match=named):
+            ready.wait_for_ready()
+        assert killed.pop()
+    infos[0] = {"status": "ready", "max_total_num_tokens": 4000}  # the hook did not run
+    with pytest.raises(RuntimeError, match="without eviction"):
+        ready.wait_for_ready()
+    infos[0] = reported(ready.asked, (right, 4000), (right, 5000))
+    ready.wait_for_ready()
+    assert infos[0]["lethe"] == right and "lethe_ranks" not in infos[0]
 
 
 def test_a_name_that_another_distribution_claims_is_refused_with_who_does(sglang_front, capsys, monkeypatch):
@@ -160,6 +211,7 @@ def options(**values):
         "prefill_attention_backend": None,
         "decode_attention_backend": None,
         "disable_overlap_schedule": True,
+        "dp_size": 1,
         "cuda_graph_config": graphs(prefill="breakable", decode="full"),
     }
     return SimpleNamespace(**{**stock, **values})
@@ -268,6 +320,7 @@ def test_a_server_of_unequal_budgets_is_refused_fa3(sglang_front, capsys, monkey
     ("measures", "debug", "server", "named"),
     [
         (True, {}, {"attention_backend": "torch_native", "disable_overlap_schedule": False}, "overlap"),
+        (True, {}, {"attention_backend": "torch_native", "dp_size": 2}, "lethe profile: measures on one replica; set"),
         (True, {}, {}, "lethe profile: needs --attention-backend torch_native, the server uses flashinfer"),
         (False, {"shadow": True}, {"attention_backend": "triton"}, "no step that a CUDA graph .*--disable-cuda-graph"),
         (False, {"shadow": True}, {"cuda_graph_config": graphs(prefill="breakable", decode="disabled")}, "shadow: com"),
@@ -289,11 +342,11 @@ def test_checks_that_a_backend_cannot_do_are_refused(measures, debug, server, na
 
 
 def test_a_server_knows_whether_its_decode_steps_are_captured():
-    from lethe_sglang.engine import guard
+    from lethe_sglang.engine import graphs as graph_rules
 
-    assert guard.captures(options())
-    assert not guard.captures(options(cuda_graph_config=graphs(prefill="full", decode="disabled")))
-    assert not guard.captures(options(cuda_graph_config=None))
+    assert graph_rules.captures(options())
+    assert not graph_rules.captures(options(cuda_graph_config=graphs(prefill="full", decode="disabled")))
+    assert not graph_rules.captures(options(cuda_graph_config=None))
 
 
 @pytest.mark.parametrize(
@@ -482,7 +535,8 @@ def test_every_refusal_of_the_table_fires_and_reaches_the_support_matrix(sglang_
         "FlexKV": {"enable_flexkv": True},
         "external cache linker": {"enable_unified_cache_external_linker": True},
         "custom radix cache backend": {"radix_cache_backend": "x"},
-        "data parallelism": {"dp_size": 2},
+        "data-parallel attention": {"attn_dp_size": 2},
+        "elastic expert parallelism": {"elastic_ep_backend": "mooncake"},
         "pipeline parallelism": {"pp_size": 2},
         "decode context parallelism": {"dcp_size": 2},
         "KV cache sharding": {"enable_kv_cache_sharding": True},
@@ -639,13 +693,12 @@ def test_whoever_launches_settles_what_is_asked_for_though_no_flag_was_read_here
     from sglang.srt.entrypoints.engine import Engine
 
     from lethe_sglang.engine import entrypoints as front
-    from lethe_sglang.engine import hooking, verb
+    from lethe_sglang.engine import hooking, proof, verb
 
     asked, given = sglang_front(*EVICT), []
     monkeypatch.setattr(verb, "open_doors", lambda engine: None)
-    monkeypatch.setattr(front, "_check_ranks", lambda *args: None)
-    launched = ([], [])
-    front.launch(lambda cls, args: given.append(args) or launched, Engine, asked)
+    monkeypatch.setattr(proof, "check_ranks", lambda *args: None)
+    front.launch(lambda cls, args: given.append(args) or ([], []), Engine, asked)
     assert given[0]._lethe.budgets == (33,) * 4
     targets = {"_init_req_state", "_validate_one_request"}
     assert targets <= {target.rpartition(".")[2] for target in hooking._installed}

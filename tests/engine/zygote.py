@@ -9,6 +9,7 @@ nothing, has no thread and has loaded no plugin.
         program
           spawner        forks in place of new interpreters; has run nothing of the program
           its children   of multiprocessing, and modules that it runs with ``subprocess``
+            spawner      where a child has children: under ``--dp-size`` a controller starts the schedulers
 """
 
 from __future__ import annotations
@@ -100,7 +101,6 @@ def _execute(command: list[str], environment: dict[str, str], folder: str) -> No
     """Do what a command line says behind the interpreter."""
     os.chdir(folder)
     _set_environment(environment)
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     spawner = Spawner()
     _spawn_from(spawner)
     _run_modules_from(spawner)
@@ -138,7 +138,8 @@ def _spawn_from(spawner: Spawner) -> None:
     def spawn(path, arguments, descriptors):
         if arguments[-1] != "--multiprocessing-fork":
             return original(path, arguments, descriptors)
-        return spawner.spawn({int(number): int(number) for number in descriptors}, code=arguments[-2])
+        numbers = {int(number): int(number) for number in descriptors}
+        return spawner.spawn(numbers, code=arguments[-2], spawns="--dp-size" in sys.argv)
 
     multiprocessing.util.spawnv_passfds = spawn
 
@@ -169,16 +170,19 @@ class Spawner:
     """A fork of the program before it has run anything, which forks the program's children.
 
     They go through a process that ends at once, so that they become the program's own: it is their subreaper, may wait
-    for them and is who they see as their parent.
+    for them and is who they see as their parent. ``unused`` are descriptors that they do not get.
     """
 
-    def __init__(self):
+    def __init__(self, unused: list[int] | None = None):
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
         self._line, line = socket.socketpair()
         program = os.getpid()
         if os.fork():
             line.close()
             return
         self._line.close()
+        for descriptor in unused or ():
+            os.close(descriptor)
         _answer(line, program)
 
     def spawn(self, descriptors: dict[int, int], environment: dict[str, str] | None = None, **what) -> int:
@@ -225,6 +229,8 @@ def _become_child(request: dict, received: list[int], program: int) -> None:
     """Do what the command line of a spawned process says, once the program is this process's parent."""
     while os.getppid() != program:
         time.sleep(0.001)
+    if request.get("spawns"):
+        _spawn_from(Spawner(received))
     waiting = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, _HIGH) for descriptor in received]
     for descriptor in received:
         os.close(descriptor)

@@ -114,6 +114,20 @@ def test_pressure_and_quality_are_shown_where_they_are_exported(serve, capsys):
     assert re.search(r"quality +skipped: 9\s", out)
 
 
+def test_of_data_parallel_replicas_it_shows_the_sum_and_of_what_is_the_same_one():
+    floor = f"# TYPE sglang:kv_evict_budget_tokens gauge\nsglang:kv_evict_budget_tokens{{{LABELS}}} 48\n"
+    lines = (METRICS + PRESSED + floor).splitlines()
+    both = [line.replace('tp_rank="0"', f'tp_rank="0",dp_rank="{rank}"') for line in lines for rank in "01"]
+    other = [line.replace("} 64", "} 32") if 'dp_rank="1"' in line and "share" in line else line for line in both]
+    table = top.frame("u", top.Page("\n".join(dict.fromkeys(other))))
+    rows = dict(zip(*(list(column.cells) for column in table.columns), strict=True))
+    assert rows["replicas"] == "2 data-parallel ones, added up"
+    assert rows["requests"].startswith("24 running") and rows["rounds"].startswith("2,468, 5.0 ms")
+    assert rows["pool"].endswith("3,000 of 4,000 tokens used, 0 cached")
+    assert rows["pressure"] == "share 64 and 32 at the last of 10 events; 0 requests at the floor of 48"
+    assert rows[""] == "14 tokens in each of the layers 3", "what both have freed"
+
+
 def test_a_second_frame_has_rates():
     before, later = top.Page(METRICS), top.Page(METRICS.replace('rank="0"} 1234', 'rank="0"} 1244'))
     rows = dict(zip(*(list(column.cells) for column in top.frame("u", later, before, 4.0).columns), strict=True))
