@@ -203,7 +203,9 @@ def _command(args: argparse.Namespace, plan: Arms) -> str:
         shown["config"] = Path(args.config).name
     shown["server_args"] = shlex.join(plan.readable(plan.server_args))
     for name, value in shown.items():
-        if value not in (None, ""):
+        if value is True:
+            words.append(f"--{name.replace('_', '-')}")
+        elif value not in (None, "", False):
             shown_value = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
             words += [f"--{name.replace('_', '-')}", shown_value]
     return shlex.join(words)

@@ -32,6 +32,11 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     add = add_options(parser, ARMS, "the evicting arms")
     add("--loads", "LIST", "requests at once, one load after the other", ",".join(map(str, LOADS)), type=loads)
+    parser.add_argument(
+        "--one-server",
+        action="store_true",
+        help="let one server take the configurations of the evicting arms in turn: less depends on what else runs",
+    )
     add("--out", "DIR", "results directory", Path("out/load"), type=Path)
 
 
@@ -43,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     ConfigError
         If an option or the configuration cannot be used.
     """
-    return measured(args, checked_plan(args, Sweep, ("loads",)))
+    return measured(args, checked_plan(args, Sweep, ("loads", "one_server")))
 
 
 def measured(args: argparse.Namespace, plan: Sweep) -> int:

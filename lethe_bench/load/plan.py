@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from lethe_bench.throughput.plan import Arms
 from lethe_sglang.config import ConfigError
@@ -20,12 +20,16 @@ class Sweep(Arms):
     ----------
     loads
         How many, one measurement after the other on the same server.
+    one_server
+        Whether one server takes the configurations of all arms in turn, each repeat the other way round. No start lies
+        between two measurements then, so a machine that changes meanwhile disturbs their ratio less.
     """
 
     legal_arms: ClassVar[tuple[str, ...]] = ("stock", "idle", "always", "pressure")
 
     arms: tuple[str, ...] = ("stock", "always", "pressure")
     loads: tuple[int, ...] = LOADS
+    one_server: bool = False
 
     @property
     def title(self) -> str:
@@ -35,10 +39,41 @@ class Sweep(Arms):
     @property
     def workload(self) -> str:
         """What is asked of each server, in words."""
+        where = "a server of its own for each arm and repeat"
+        if self.one_server:
+            where = "one server, which takes the arms' configurations in turn"
         return (
             f"{', '.join(map(str, self.loads))} requests of {self.input_len} + {self.output_len} tokens at once, one "
-            "load after the other on a server of its own for each arm and repeat"
+            f"load after the other on {where}"
         )
+
+    def check(self) -> None:
+        """Refuse a plan whose arms could not serve the workload or would not differ.
+
+        Raises
+        ------
+        ConfigError
+            With one line that names the option and a legal value.
+        """
+        super().check()
+        if self.one_server and "stock" in self.arms:
+            legal = ",".join(arm for arm in self.legal_arms if arm != "stock")
+            raise ConfigError(f"--one-server: a server of stock takes no configuration; give --arms {legal} or fewer")
+
+    def change(self, arm: str) -> dict[str, Any]:
+        """Return what a server of the first arm is told (``POST /kv_evict``) to become another's."""
+        first, other = (self.arm_config(name) for name in (self.arms[0], arm))
+        assert first is not None and other is not None, "checked"
+        sections = other.model_dump(mode="json").items()
+        told = first.model_dump(mode="json")
+        varied = {
+            name
+            for each in self.arms
+            if (config := self.arm_config(each)) is not None
+            for name, value in config.model_dump(mode="json").items()
+            if value != told[name]
+        }
+        return {name: value for name, value in sections if name in varied}
 
     @property
     def long(self) -> int:

@@ -106,7 +106,7 @@ def missing(plan: Sweep, samples: Sequence[Sample]) -> Iterator[tuple[int, str, 
     """Yield the servers that are still needed: repeat, arm, and the loads that it lacks."""
     known = {(sample.repeat, sample.arm, sample.load) for sample in samples}
     for repeat in range(1, plan.repeats + 1):
-        for arm in plan.arms:
+        for arm in plan.arms[::-1] if plan.one_server and repeat % 2 == 0 else plan.arms:
             if loads := [load for load in plan.loads if (repeat, arm, load) not in known]:
                 yield repeat, arm, loads
 
@@ -130,16 +130,23 @@ def run(plan: Sweep, samples: Sequence[Sample], vocabulary: int, say: Callable[[
     ServerError
         If a server fails, or a request does not get all of its tokens.
     """
-    for repeat, arm, loads in missing(plan, list(samples)):
-        say(f"repeat {repeat}, {arm}: starting the server")
+    turns = list(missing(plan, list(samples)))
+    for several in [turns] if plan.one_server else [[turn] for turn in turns]:
+        if not several:
+            return
+        first = plan.arms[0] if plan.one_server else several[0][1]
+        say(f"repeat {several[0][0]}, {first}: starting the server")
         with TemporaryDirectory(prefix="lethe-load-") as folder:
             offline = {"HF_HUB_OFFLINE": "1"} if Path(plan.model_path).is_dir() else {}
-            server = Server(plan.server_command(arm), plan.port, Path(folder) / "server.log", offline)
+            server = Server(plan.server_command(first), plan.port, Path(folder) / "server.log", offline)
             with explained(server), server:
                 warm_up(server, plan)
-                for load in loads:
-                    say(f"repeat {repeat}, {arm}: {load} at once")
-                    yield measure(server, plan, arm, repeat, load, vocabulary)
+                for repeat, arm, loads in several:
+                    if plan.one_server:
+                        server.post("/kv_evict", plan.change(arm))
+                    for load in loads:
+                        say(f"repeat {repeat}, {arm}: {load} at once")
+                        yield measure(server, plan, arm, repeat, load, vocabulary)
 
 
 def measure(server: Server, plan: Sweep, arm: str, repeat: int, load: int, vocabulary: int) -> Sample:

@@ -23,6 +23,7 @@ from lethe_bench.servers import Server, ServerError, some_free_port
 from lethe_bench.throughput.report import About
 from lethe_sglang.cli import main as program
 from lethe_sglang.config import ConfigError, resolve
+from lethe_sglang.config.changes import reconfigured
 
 MODEL = str(Path(__file__).parents[2] / "models" / "reasoner-dev")
 CONFIG = resolve("lethe", '{"rounds": {"interval": 16}}', 48)
@@ -50,18 +51,25 @@ class Served(Server):
     """
 
     served: list = []  # noqa: RUF012
+    told: list = []  # noqa: RUF012
+    starts = 0
     now = 0.0
     short_done = Event()
     breaks_after = 10**6
 
     def __enter__(self):
         source = dict(zip(self.command, self.command[1:], strict=False)).get("--kv-evict-config")
-        config = resolve(None, source) if source else None
-        idle = config is not None and config.budget.tokens > 100
-        self.arm = "stock" if config is None else "idle" if idle else config.rounds.when
+        self.config = resolve(None, source) if source else None
         self.log.write_text("started\n")
         self.rounds = 0
+        Served.starts += 1
         return self
+
+    @property
+    def arm(self):
+        if self.config is None:
+            return "stock"
+        return "idle" if self.config.budget.tokens > 100 else self.config.rounds.when
 
     def stop(self, grace=0):
         pass
@@ -83,6 +91,9 @@ class Served(Server):
         return {"device": "cpu", "page_size": 1, "internal_states": [{} if self.arm == "stock" else {"lethe": state}]}
 
     def post(self, path, body, timeout=600):
+        if path == "/kv_evict":
+            Served.told.append(sorted(body))
+            self.config = reconfigured(self.config, body)
         return "{}"
 
     def stream(self, path, body, timeout=600):
@@ -122,6 +133,7 @@ class Burning(Served):
 @pytest.fixture
 def served(monkeypatch):
     Served.served, Served.now, Served.breaks_after, Served.short_done = [], 0.0, 10**6, Event()
+    Served.told, Served.starts = [], 0
     monkeypatch.setattr(load_run, "time", SimpleNamespace(monotonic=lambda: Served.now))
     monkeypatch.setattr(load_run, "Server", Served)
     monkeypatch.setattr(load_run, "warm_up", lambda server, plan: None)
@@ -335,6 +347,25 @@ def test_ample_memory_is_compared_with_the_arm_that_is_never_due(served, tmp_pat
     page = (tmp_path / "load.md").read_text()
     assert "| output throughput | 2 | 1 | 2 |" in page and "pressure / stock | pressure / idle | idle / stock" in page
     assert f"| {report.DIFFER} | 0 | 0 | 0 |" in page and "| rounds | 0 | 0 | 0 |" in page
+
+
+def test_one_server_takes_the_arms_in_turn_each_repeat_the_other_way_round(served, tmp_path, capsys):
+    Served.breaks_after = 5
+    options = ("--loads", "1,2", "--arms", "idle,pressure", "--one-server")
+    assert ask("load", tmp_path, *options) == 1
+    capsys.readouterr()
+    assert Served.served[:5] == [("idle", 1), ("idle", 2), ("pressure", 1), ("pressure", 2), ("pressure", 1)]
+    Served.breaks_after, Served.served, Served.starts = 10**6, [], 0
+    assert ask("load", tmp_path, *options) == 0
+    assert (Served.starts, Served.served) == (1, [("pressure", 2), ("idle", 1), ("idle", 2)])
+    assert all(told == ["budget", "rounds"] for told in Served.told)
+    page = capsys.readouterr().out
+    assert "one server, which takes the arms' configurations in turn" in page and " --one-server\n" in page
+    assert ask("load", tmp_path, *options) == 0 and Served.starts == 1, "nothing is missing"
+    assert ask("load", tmp_path, "--loads", "1", "--one-server") == 2
+    assert (
+        "--one-server: a server of stock takes no configuration; give --arms idle,always" in capsys.readouterr().err
+    )
 
 
 def test_a_burst_has_a_page_with_both_kinds_of_requests(served, monkeypatch, tmp_path):
