@@ -760,7 +760,7 @@ MUTANTS = {
         True,
     ),
     "the support page is not the guard's": Mutant(
-        "lethe_sglang/engine/guard.py",
+        "lethe_sglang/engine/support.py",
         "scores are averaged over ranks in rounds",
         "scores are summed over ranks in rounds",
         "tests/unit/test_docs.py -k generated",

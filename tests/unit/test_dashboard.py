@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import sys
+import urllib.parse
 import xml.etree.ElementTree
 from pathlib import Path
 
@@ -59,8 +61,27 @@ def test_a_panel_without_data_says_so(dashboard):
     assert page.count("no data") == sum(panel["type"] == "timeseries" for panel in content["panels"])
 
 
-def test_no_prometheus_is_one_line(dashboard, monkeypatch, capsys, tmp_path):
-    out = tmp_path / "page.html"
-    monkeypatch.setattr(sys, "argv", ["dashboard.py", "http://127.0.0.1:9", "--minutes", "5", "--out", str(out)])
-    assert dashboard.main() == 1 and not out.exists()
-    assert capsys.readouterr().err.startswith("dashboard: no answer from http://127.0.0.1:9: ")
+COMMAND = "scripts/dashboard.py http://127.0.0.1:9090 --minutes 30 --out out/dashboard.html"
+"""As the page on monitoring has it."""
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_the_command_writes_a_page_or_says_in_a_line_why_not(dashboard, monkeypatch, capsys, tmp_path, answers):
+    asked = []
+
+    def urlopen(url, timeout):
+        asked.append(url)
+        if not answers:
+            raise OSError("refused")
+        return io.BytesIO(b'{"data": {"result": []}}')
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", COMMAND.split())
+    monkeypatch.setattr(dashboard.urllib.request, "urlopen", urlopen)
+    assert dashboard.main() == (0 if answers else 1)
+    assert (tmp_path / COMMAND.split()[-1]).exists() is answers
+    assert asked[0].startswith("http://127.0.0.1:9090/api/v1/query_range?query=sum%28sglang%3Anum_running_reqs")
+    query = dict(urllib.parse.parse_qsl(asked[0].partition("?")[2]))
+    assert float(query["end"]) - float(query["start"]) == pytest.approx(1800) and float(query["step"]) == 7.5
+    told = capsys.readouterr()
+    assert told.err == ("" if answers else "dashboard: no answer from http://127.0.0.1:9090: refused\n")
