@@ -61,13 +61,10 @@ def unproven(claims: Mapping[str, Sequence[str]]) -> list[str]:
     from lethe_sglang.engine.support import SUPPORTED
 
     states = {feature: state for feature, state, _ in SUPPORTED}
-    lines = [
-        f"{feature}: yes, but no test proves it"
-        for feature in states
-        if states[feature] == "yes" and feature not in claims
-    ]
-    return lines + [
-        f"{tests[0]} proves {name!r}, which is no row" for name, tests in claims.items() if name not in states
+    bare = [feature for feature, state in states.items() if state == "yes" and feature not in claims]
+    return [
+        *(f"{feature}: yes, but no test proves it" for feature in bare),
+        *(f"{tests[0]} proves {name!r}, which is no row" for name, tests in claims.items() if name not in states),
     ]
 
 

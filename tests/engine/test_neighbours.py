@@ -150,6 +150,8 @@ GRAMMARS = {
     "ebnf": 'root ::= step{24}\nstep ::= [a-z] ">" [a-z] ","',
 }
 WORDS = {"type": "object", "properties": {"words": LIST}, "required": ["words"], "additionalProperties": False}
+BLANKS = ("60", "61")
+"""Tokens of a blank and of the end of a line: a tool's schema lets any number of them through."""
 NEVER = [22, 27, 31]
 """Tokens that a custom logit processor does not let through: a, f and j."""
 
@@ -191,7 +193,7 @@ def mixed(kv_evict) -> dict[str, tuple[str, dict]]:
         **{kind: native(CHAINS[0], kv_evict, 160, **{kind: grammar}) for kind, grammar in GRAMMARS.items()},
         "processor": (path, processed),
         "answer": chat(kv_evict, response_format=answer),
-        "tool": chat(kv_evict, tools=[say], tool_choice="required"),
+        "tool": chat(kv_evict, tools=[say], tool_choice="required", logit_bias=dict.fromkeys(BLANKS, -100)),
     }
 
 
@@ -262,14 +264,14 @@ def test_a_grammar_holds_over_rounds(answers, kind):
         assert fits(kind, replies[kind]["text"]), replies[kind]["text"]
 
 
-@pytest.mark.proves("constrained decoding", "reasoning and tool parsers")
+@pytest.mark.proves("constrained decoding", "reasoning parsers")
 def test_a_schema_holds_after_reasoning(answers):
     for replies in answers:
         thought, text, _ = said(replies["answer"])
         assert len(thought) >= 38 and fits("json_schema", text), (thought, text)
 
 
-@pytest.mark.proves("reasoning and tool parsers")
+@pytest.mark.proves("tool parsers")
 def test_a_tool_is_called_after_reasoning(answers):
     for replies in answers:
         thought, _, calls = said(replies["tool"])
