@@ -46,7 +46,7 @@ SUPPORTED = (
     ),
     ("constrained decoding", "yes", "regular expressions, JSON schemas, EBNF (xgrammar), also after reasoning"),
     ("reasoning parsers", "yes", "with --enable-strict-thinking and a thinking budget, too"),
-    ("tool parsers", "expected", "they read the text of a finished reply"),
+    ("tool parsers", "yes", "after reasoning, too"),
     ("custom logit processors", "yes", "custom_params may have their parameters beside kv_evict"),
     ("priority scheduling", "yes", "a request that is preempted is treated as one that is retracted"),
     ("schedule policies", "yes", "fcfs, lpm, lof, dfs-weight, hrrn, shortest-prefill-first, random, routing-key"),
@@ -61,7 +61,7 @@ SUPPORTED = (
         "expected",
         "the verbs are tested, but a CPU releases no memory, and a GPU has not been tried",
     ),
-    ("gRPC beside HTTP (--grpc-port)", "expected", "how a request asks for a budget of its own: the page on limits"),
+    ("gRPC beside HTTP (--grpc-port)", "yes", "how a request asks for a budget of its own: the page on limits"),
     ("sgl.Engine and SGLang's offline_throughput", "yes", "the latter by python -m lethe_sglang.plugin"),
     ("HttpServerEngineAdapter", "yes", "after load_plugins()"),
 )
