@@ -6,10 +6,11 @@ python scripts/docs.py [--check]        --check writes nothing and names those t
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,20 +22,58 @@ GREY, BLUE = "#8a8f98", "#1f6fb2"
 
 SUPPORT = """# What works with what
 
-The table is generated from the checks that the server makes at its start; `lethe show --support` prints it.
+The table is generated from the checks that the server makes at its start, and from the tests, which say themselves what
+they prove (`@pytest.mark.proves`). `lethe show --support` prints it without the last column.
 
-- *refused*: the server does not start, and says which option to change.
-- *expected*: nothing in the plugin looks at it, but no test covers it.
-- *CUDA only*: offered on a GPU; [what has run on one](results/gpu/README.md).
+- *yes*: the tests in the last column hold it. They are named as `pytest` takes them in the folder `tests`.
+- *refused*: the server does not start, and says which option to change (`engine/test_refusals.py`).
+- *expected*: nothing in the plugin looks at it, but no test covers all of it.
+- *CUDA only*: offered on a GPU; [what has run on one](results/gpu/README.md). The tests run without one, on doubles.
 
 """
 
 
-def support() -> str:
-    """Return the page of what is supported and what is refused."""
-    from lethe_sglang.engine.guard import support_matrix
+def proofs() -> dict[str, list[str]]:
+    """Return the tests that say what they prove: feature -> names of tests, as pytest takes them in ``tests/``."""
+    found: dict[str, list[str]] = {}
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        for name, feature in _claims(ast.parse(path.read_text(encoding="utf-8"))):
+            found.setdefault(feature, []).append(f"{path.relative_to(ROOT / 'tests').as_posix()}{name}")
+    return found
 
-    return SUPPORT + support_matrix() + "\n"
+
+def _claims(module: ast.Module) -> Iterator[tuple[str, str]]:
+    """Yield what ``@pytest.mark.proves(...)`` of a test and ``pytestmark = pytest.mark.proves(...)`` of a file name."""
+    for node in module.body:
+        if isinstance(node, ast.FunctionDef):
+            marks, name = node.decorator_list, f"::{node.name}"
+        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pytestmark":
+            marks, name = [node.value], ""
+        else:
+            continue
+        for mark in marks:
+            if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.proves":
+                yield from ((name, ast.literal_eval(feature)) for feature in mark.args)
+
+
+def unproven(claims: Mapping[str, Sequence[str]]) -> list[str]:
+    """Say which features are called supported though no test proves them, and which tests prove what is no row."""
+    from lethe_sglang.engine.support import SUPPORTED
+
+    states = {feature: state for feature, state, _ in SUPPORTED}
+    bare = [feature for feature, state in states.items() if state == "yes" and feature not in claims]
+    return [
+        *(f"{feature}: yes, but no test proves it" for feature in bare),
+        *(f"{tests[0]} proves {name!r}, which is no row" for name, tests in claims.items() if name not in states),
+    ]
+
+
+def support() -> str:
+    """Return the page of what is supported, with the tests that prove it, and what is refused."""
+    from lethe_sglang.engine.support import support_matrix
+
+    named = {feature: ", ".join(f"`{name}`" for name in names) for feature, names in proofs().items()}
+    return SUPPORT + support_matrix(named) + "\n"
 
 
 def configuration() -> str:
@@ -217,9 +256,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; name what is stale, with exit status 1")
     if parser.parse_args().check:
-        names = stale()
-        print(*(f"{name}: stale; run: python scripts/docs.py" for name in names), sep="\n")
-        return int(bool(names))
+        wrong = [f"{name}: stale; run: python scripts/docs.py" for name in stale()] + unproven(proofs())
+        print(*wrong, sep="\n")
+        return int(bool(wrong))
     for path, make in GENERATED.items():
         path.write_text(make(), encoding="utf-8")
         print(path.relative_to(ROOT))

@@ -790,8 +790,27 @@ MUTANTS = {
         "tests/engine/test_refusals.py -k own_choice",
         True,
     ),
-    "the support page is not the guard's": Mutant(
+    "a supported row needs no test": Mutant(
+        "scripts/docs.py",
+        'if state == "yes" and feature not in claims',
+        "if False",
+        "tests/unit/test_docs.py -k without_a_test",
+    ),
+    "the marker of a whole file is not read": Mutant(
+        "scripts/docs.py", '== "pytestmark"', '== "marks"', "tests/unit/test_docs.py -k without_a_test"
+    ),
+    "stacked areas begin at nothing": Mutant(
+        "scripts/dashboard.py", "value + below.get(at, 0.0)", "value", "tests/unit/test_dashboard.py -k drawn"
+    ),
+    "torch.compile is let through": Mutant(
         "lethe_sglang/engine/guard.py",
+        '"enable_torch_compile": (',
+        '"enable_torch_compiles": (',
+        "tests/engine/test_refusals.py -k every_refusal",
+        True,
+    ),
+    "the support page is not the guard's": Mutant(
+        "lethe_sglang/engine/support.py",
         "scores are averaged over ranks in rounds",
         "scores are summed over ranks in rounds",
         "tests/unit/test_docs.py -k generated",

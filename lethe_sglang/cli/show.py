@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _support() -> str:
-    from lethe_sglang.engine.guard import support_matrix  # the table that refuses is the one that is shown
+    from lethe_sglang.engine.support import support_matrix  # the table that refuses is the one that is shown
 
     return support_matrix()
 

@@ -1,4 +1,4 @@
-"""What is refused at start, and the option to change. One table serves the check and the support matrix."""
+"""What is refused at start, and the option to change. One table serves the check and the support page (``support``)."""
 
 from __future__ import annotations
 
@@ -62,6 +62,7 @@ _FLAGS = {
     "use_ray": ("Ray", _OTHER_LAUNCHER),
     "elastic_ep_backend": ("elastic expert parallelism", "ranks join that have not proven that they evict"),
     "encoder_only": ("encoder-only servers", "there is nothing to evict"),
+    "enable_torch_compile": ("torch.compile", "not tried with packed rows; decode steps are replayed from CUDA graphs"),
     "prefill_only_disable_kv_cache": ("embedding-only or prefill-only KV", "there is nothing to evict"),
 }
 """Options that may not be given: SGLang's name of the option -> what it is called, and why."""
@@ -153,52 +154,6 @@ MODELS = (
     ("embedding and reward models", lambda m: not m.is_generation),
     ("keys and values of different width", lambda m: m.head_dim != m.v_head_dim),
     ("caps on attention logits", lambda m: bool(getattr(m.hf_config, "attn_logit_softcapping", None))),
-)
-
-_SUPPORTED = (
-    ("radix prefix cache", "yes", "prompts are shared as always; outputs of evicted requests are not inserted"),
-    ("overlap scheduler", "yes", "and without it"),
-    ("chunked prefill", "yes", ""),
-    ("continuous batching, retraction, abort, pause", "yes", ""),
-    ("page sizes", "yes", "1, 8 and 16 are tested"),
-    (
-        "tensor parallelism",
-        "yes",
-        "scores are averaged over ranks in rounds; tested with 2 ranks on a CPU, not run on GPUs",
-    ),
-    (
-        "data parallelism (--dp-size)",
-        "yes",
-        "each replica has its own pool and proves at the start that it evicts; tested with 2 on a CPU, not run on GPUs",
-    ),
-    (
-        "several servers behind SGLang's router",
-        "yes",
-        "overrides of one request by header: sglang-router forwards no others (examples/router.py)",
-    ),
-    ("attention backend torch_native", "yes", "on any device, without CUDA graphs"),
-    ("attention backends flashinfer and triton, CUDA graphs", "CUDA only", "ran on an H100"),
-    (
-        "attention backend fa3, CUDA graphs",
-        "CUDA only",
-        "uniform budgets only: it reads one page table for all layers, and each keeps whole pages; ran on an H100",
-    ),
-    (
-        "no attention backend named",
-        "CUDA only",
-        "SGLang's own choice if it is one of these and can serve, else flashinfer, with "
-        "--enable-deterministic-inference triton",
-    ),
-    ("any other attention backend", "refused", "name one of these"),
-    ("different backends for prefill and decode", "refused", "set --attention-backend alone"),
-    (
-        "fp8 KV cache",
-        "CUDA only",
-        "fp8_e4m3 (ran on an H100, on flashinfer) and, not on fa3, fp8_e5m2, scored with the layer's scale",
-    ),
-    ("multi-head and grouped-query attention", "yes", "MoE feed-forward layers are not looked at, and not tested"),
-    ("chat, completions, streaming, logprobs, frontend programs", "yes", ""),
-    ("LoRA, constrained decoding", "expected", "nothing in the plugin looks at them; not tested"),
 )
 
 
@@ -334,17 +289,6 @@ def check_model(model: Any) -> None:
             f"--kv-evict does not support this model: {', '.join(found)}; legal: decoder-only models with multi-head "
             "or grouped-query attention in every layer - or use --kv-evict none"
         )
-
-
-def support_matrix() -> str:
-    """Render the support matrix as a Markdown table."""
-    lines = ["| feature | with --kv-evict | note |", "| --- | --- | --- |"]
-    lines += [f"| {feature} | {state} | {note} |" for feature, state, note in _SUPPORTED]
-    lines += [f"| {r.feature} | refused | {r.why}; {r.instead} |" for r in REFUSALS]
-    lines += [f"| {r.feature} | refused (HTTP 400) | {r.why}; {r.instead} |" for r in REQUESTS]
-    lines += [f"| {name} | refused | model |" for name, _ in MODELS]
-    lines += [f"| environment variable {name} | refused | {why} |" for name, why in ENVIRONMENT]
-    return "\n".join(lines)
 
 
 def check_defaults(preferred: dict[str, Any] | None, config: EvictionConfig, context_length: int) -> None:

@@ -363,9 +363,7 @@ def test_one_server_takes_the_arms_in_turn_each_repeat_the_other_way_round(serve
     assert "one server, which takes the arms' configurations in turn" in page and " --one-server\n" in page
     assert ask("load", tmp_path, *options) == 0 and Served.starts == 1, "nothing is missing"
     assert ask("load", tmp_path, "--loads", "1", "--one-server") == 2
-    assert (
-        "--one-server: a server of stock takes no configuration; give --arms idle,always" in capsys.readouterr().err
-    )
+    assert "--one-server: a server of stock takes no configuration; give --arms idle,always" in capsys.readouterr().err
 
 
 def test_a_burst_has_a_page_with_both_kinds_of_requests(served, monkeypatch, tmp_path):

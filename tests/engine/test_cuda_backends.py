@@ -80,6 +80,7 @@ def interpreted(start, request):
     return serve(start, request.param)
 
 
+@pytest.mark.proves("attention backends flashinfer and triton, CUDA graphs")
 def test_replies_are_those_of_the_portable_backend(portable, interpreted):
     assert interpreted[0] == portable[0]
 
@@ -89,5 +90,6 @@ def test_every_round_kept_the_same_tokens(portable, interpreted):
     assert interpreted[1] == portable[1]
 
 
+@pytest.mark.proves("attention backends flashinfer and triton, CUDA graphs")
 def test_every_cell_that_a_kernel_read_was_the_uncompressed_one(portable, interpreted):
     assert min(portable[2], interpreted[2]) >= 20_000

@@ -107,6 +107,7 @@ def eager(start):
 
 
 @pytest.mark.parametrize(("name", "backend"), REPLAYED)
+@pytest.mark.proves("attention backends flashinfer and triton, CUDA graphs", "attention backend fa3, CUDA graphs")
 def test_replayed_steps_answer_and_keep_what_eager_ones_do(start, eager, name, backend):
     expected = eager(name)
     server = serve(start, name, backend)

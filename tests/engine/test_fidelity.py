@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 from conftest import Forked
 from transformers import AutoTokenizer
 
@@ -42,6 +43,7 @@ def means(out: Path, arm: str) -> dict[str, float]:
     return {name: float(np.mean(numbers)) for name, numbers in found.items()}
 
 
+@pytest.mark.proves("multi-head and grouped-query attention")
 def test_the_default_configuration_stays_near_the_full_cache(smollm2, tmp_path):
     """Without a server, which would be slower; the next test says that it is the same."""
     experiment = Experiment.model_validate(EXPERIMENT)

@@ -38,6 +38,7 @@ def client(server):
     return OpenAI(base_url=f"{server.url}/v1", api_key="none")
 
 
+@pytest.mark.proves("page sizes", "chat, completions, streaming, logprobs, frontend programs")
 def test_openai_chat(server, client):
     reply = client.chat.completions.create(
         model="m", messages=[{"role": "user", "content": PROBLEM}], temperature=0, max_tokens=400
@@ -46,6 +47,7 @@ def test_openai_chat(server, client):
     assert server.lethe()["last_finished"]["rounds"] >= 10
 
 
+@pytest.mark.proves("chat, completions, streaming, logprobs, frontend programs")
 def test_openai_chat_streams(client):
     stream = client.chat.completions.create(
         model="m", messages=[{"role": "user", "content": PROBLEM}], temperature=0, max_tokens=400, stream=True
@@ -54,6 +56,7 @@ def test_openai_chat_streams(client):
     assert "".join(pieces) == ANSWER and len(pieces) > 50
 
 
+@pytest.mark.proves("chat, completions, streaming, logprobs, frontend programs")
 def test_openai_completions_with_logprobs_and_custom_params(server, client):
     reply = client.completions.create(
         model="m",
@@ -267,6 +270,7 @@ def test_openai_usage_says_what_eviction_did(client, route):
     assert [usage.completion_tokens for usage in streams] == [120, 240]
 
 
+@pytest.mark.proves("chat, completions, streaming, logprobs, frontend programs")
 def test_an_sglang_frontend_program(server):
     program = textwrap.dedent(f"""
         import sglang as sgl
@@ -300,6 +304,7 @@ def test_an_sglang_frontend_program(server):
     assert "frontend ok" in out.stdout, out.stdout[-2000:] + out.stderr[-3000:]
 
 
+@pytest.mark.proves("sgl.Engine and SGLang's offline_throughput")
 def test_offline_engine(tmp_path):
     program = tmp_path / "offline.py"
     program.write_text(

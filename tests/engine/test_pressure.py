@@ -24,6 +24,7 @@ def mean_running(server) -> float:
     return sum(steps) / len(steps)
 
 
+@pytest.mark.proves("overlap scheduler", "chunked prefill", "continuous batching, retraction, abort, pause")
 def test_retraction_storms_leak_nothing_and_gathered_cells_stay_right(start):
     """Page 8, a tiny pool, no overlap and SGLang's own retraction test every 7 steps."""
     server = start(

@@ -217,6 +217,7 @@ def options(**values):
     return SimpleNamespace(**{**stock, **values})
 
 
+@pytest.mark.proves("any other attention backend", "different backends for prefill and decode")
 def test_on_cuda_three_backends_serve_and_prefill_and_decode_share_one(monkeypatch):
     from lethe_sglang.engine import guard
 
@@ -277,6 +278,7 @@ BLACKWELL = {"device_capability": (10, 0), "is_sm100": True, "has_flashinfer": T
         ),
     ],
 )
+@pytest.mark.proves("attention backend fa3, CUDA graphs")
 def test_fa3_serves_uniform_budgets_where_it_runs(sglang_front, monkeypatch, server, uniform, facts, named):
     from lethe_sglang.engine import guard
 
@@ -359,6 +361,7 @@ def test_a_server_knows_whether_its_decode_steps_are_captured():
         ("cuda", {"decode_attention_backend": "torch_native"}, True, None),
     ],
 )
+@pytest.mark.proves("no attention backend named")
 def test_flashinfer_is_picked_on_cuda_where_no_backend_is_named(sglang_front, caplog, device, named, evicts, chosen):
     from lethe_sglang.engine import entrypoints as front
 
@@ -404,6 +407,7 @@ DIFFERS = "SGLang's own choice, fa3, does not serve with budgets that differ by 
         ({"device_capability": (7, 5)}, UNIFORM, True, "triton", "does not serve on this GPU"),
     ],
 )
+@pytest.mark.proves("no attention backend named")
 def test_sglangs_own_choice_is_taken_where_it_serves(sglang_front, caplog, facts, budget, deterministic, chosen, why):
     from lethe_sglang.engine import entrypoints as front
 
@@ -514,6 +518,7 @@ def test_what_sglang_would_choose_is_what_it_chooses(sglang_front, caplog):
 
 def test_every_refusal_of_the_table_fires_and_reaches_the_support_matrix(sglang_front):
     from lethe_sglang.engine import guard
+    from lethe_sglang.engine.support import support_matrix
 
     class Stock:
         """All refused fields at the value of a stock server."""
@@ -556,9 +561,10 @@ def test_every_refusal_of_the_table_fires_and_reaches_the_support_matrix(sglang_
         "embedding-only or prefill-only KV": {"prefill_only_disable_kv_cache": True},
         "SMG's gRPC server": {"smg_grpc_mode": True},
         "Ray": {"use_ray": True},
+        "torch.compile": {"enable_torch_compile": True},
         "encoder-only servers": {"encoder_only": True},
     }
-    matrix = guard.support_matrix()
+    matrix = support_matrix()
     for refusal in guard.REFUSALS:
         server = Stock()
         server.__dict__.update(probes[refusal.feature])

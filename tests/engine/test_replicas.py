@@ -57,6 +57,7 @@ def ask(server, text, rank=None, tokens=120, kv_evict=None, **sampling) -> dict:
     return server.post("/generate", {"text": text, "sampling_params": params, "routed_dp_rank": rank})
 
 
+@pytest.mark.proves("data parallelism (--dp-size)")
 def test_both_replicas_evict_and_reply_as_one_server_does(alone, pair):
     expected = alone.generate_all(PROMPTS[:4], 4, tokens=110, ignore_eos=True)
     before = [state["rounds"] for state in states(pair)]
@@ -89,6 +90,7 @@ def test_a_request_is_treated_as_it_asks_on_each_replica(pair):
         assert error.value.code == 400
 
 
+@pytest.mark.proves("data parallelism (--dp-size)")
 def test_a_live_server_changes_on_all_replicas_or_on_none(pair):
     """One replica decodes: what needs an idle server is refused by it, so the idle one does not take it either."""
     reply: dict = {}
@@ -164,6 +166,7 @@ class Router(Forked):
             time.sleep(0.05)
 
 
+@pytest.mark.proves("several servers behind SGLang's router")
 def test_the_example_of_servers_behind_sglangs_router(alone, pair, log_dir):
     pytest.importorskip("sglang_router", reason="sglang-router is not installed; it is one of the extra 'dev'")
     router = Router(log_dir / "router.log", alone.url, pair.url)

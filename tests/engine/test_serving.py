@@ -66,6 +66,7 @@ def server(request, start):
     server.stop()
 
 
+@pytest.mark.proves("page sizes")
 def test_budget_above_length_gives_the_tokens_of_stock(stock, server):
     ours = server.generate_all(PROMPTS, 16, tokens=TOKENS, kv_evict={"budget": 2048})
     assert [o["text"] for o in ours] == [s["text"] for s in stock]
@@ -83,6 +84,7 @@ def test_packing_without_evicting_is_bit_identical_to_no_round_at_all(server):
     assert server.lethe()["last_finished"]["rounds"] > 2
 
 
+@pytest.mark.proves("overlap scheduler")
 def test_eviction_is_real_bounded_and_answers_stay_right(server):
     server.flush()
     before = server.lethe()
@@ -97,12 +99,14 @@ def test_eviction_is_real_bounded_and_answers_stay_right(server):
     assert sum(server.lethe()["tokens_evicted_per_layer"]) > sum(before["tokens_evicted_per_layer"])
 
 
+@pytest.mark.proves("attention backend torch_native")
 def test_every_gathered_cell_equalled_the_uncompressed_one(server):
     server.generate_all(PROMPTS, 16, tokens=150)
     shadow = server.lethe()["shadow"]
     assert shadow["checks"] > 5000 and shadow["cells"] > 300_000
 
 
+@pytest.mark.proves("continuous batching, retraction, abort, pause")
 def test_output_does_not_depend_on_the_batch(server):
     work = dict(tokens=72, kv_evict={"budget": 24})
     alone = [server.generate(p, **work)["text"] for p in PROMPTS[:4]]
@@ -112,6 +116,7 @@ def test_output_does_not_depend_on_the_batch(server):
     assert server.lethe()["last_finished"]["rounds"] >= 3
 
 
+@pytest.mark.proves("radix prefix cache")
 def test_a_sharer_of_a_pruned_requests_prefix_is_unchanged(stock, server):
     server.flush()
     pruned = threading.Thread(target=server.generate, args=(WALKS[0], TOKENS))
@@ -127,6 +132,7 @@ def test_a_sharer_of_a_pruned_requests_prefix_is_unchanged(stock, server):
         assert again["meta"]["cached_tokens"] > 0, "the prompt was not shared"
 
 
+@pytest.mark.proves("radix prefix cache")
 def test_nothing_with_holes_enters_the_tree(server):
     server.flush()
     output = server.generate(WALKS[1], tokens=140)["text"]
@@ -153,6 +159,7 @@ def test_sinks_and_the_recent_window_are_never_evicted(server):
     assert all(gap >= 16 for gap in gaps), "a round came before its interval"
 
 
+@pytest.mark.proves("continuous batching, retraction, abort, pause")
 def test_abort_and_disconnect_in_the_middle_lose_nobody_elses_kv(stock, server):
     server.flush()
     survivors = [
@@ -204,6 +211,7 @@ def test_a_prompt_is_kept_through_a_retraction_that_lost_it_from_the_tree(server
     assert server.lethe()["last_finished"]["rounds"] > 5
 
 
+@pytest.mark.proves("continuous batching, retraction, abort, pause")
 def test_pause_and_continue_keep_the_output(server):
     expected = server.generate(WALKS[4], tokens=120)["text"]
     for mode in ("in_place", "retract"):

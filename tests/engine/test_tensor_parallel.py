@@ -40,6 +40,7 @@ def server(start):
     server.stop()
 
 
+@pytest.mark.proves("tensor parallelism")
 def test_both_ranks_keep_the_same_cells(server):
     assert server.get("/server_info")["enable_deterministic_inference"] is True
     problem, answer = walk(3, steps=40)
@@ -86,6 +87,7 @@ def test_a_private_prompt_longer_than_the_budget_is_pruned(server):
     assert replay["meta"]["cached_tokens"] == 0, "a private prompt seeded the tree"
 
 
+@pytest.mark.proves("tensor parallelism")
 def test_under_pressure_both_ranks_take_as_much_from_the_same_requests(server):
     server.flush()
     before, rounds = server.lethe(), agreed(server)

@@ -111,9 +111,23 @@ class World(Scheduler):
         ``--chunked-prefill-size``, or None.
     ratio
         Part of what a request may still generate that admission counts on.
+    schedule, priorities
+        ``--schedule-policy``, and whether there is ``--enable-priority-scheduling``, with preemption.
     """
 
-    def __init__(self, config, page=1, size=240, rows=5, tree=True, overlap=True, chunk=None, ratio=1.0):
+    def __init__(
+        self,
+        config,
+        page=1,
+        size=240,
+        rows=5,
+        tree=True,
+        overlap=True,
+        chunk=None,
+        ratio=1.0,
+        schedule="fcfs",
+        priorities=False,
+    ):
         config = from_mapping(config)
         self.lethe = Runtime(config, from_config(config, LAYERS), page, CONTEXT)
         runtime_module.set_runtime(self.lethe)
@@ -146,6 +160,8 @@ class World(Scheduler):
         self.enable_overlap, self.chunked_prefill_size = overlap, chunk
         self.new_token_ratio_tracker = NewTokenRatioTracker(init=ratio, min=ratio, decay=0.0, current=ratio)
         self._stand_in()
+        self.policy = SchedulePolicy(schedule, self.tree_cache, False, priorities, False)
+        self.enable_priority_scheduling = self.enable_priority_preemption = priorities
         self.requests, self.hashes, self.sampled, self.ending = {}, {}, {}, set()
         self.arrived, self.forced, self.ratio, self.now_running = 0, False, ratio, None
 
@@ -158,7 +174,7 @@ class World(Scheduler):
         self.max_queued_requests = self.hisparse_coordinator = self.mm_receiver = self.draft_worker = None
         self.chunked_req = self._pending_chunked_abort_req = self.last_batch = None
         for off in (
-            *("enable_hisparse", "require_mlp_sync", "enable_priority_preemption", "enable_priority_scheduling"),
+            *("enable_hisparse", "require_mlp_sync"),
             *("enable_lora", "enable_hicache_storage", "enable_lmcache", "enable_hierarchical_cache", "is_hybrid_swa"),
             *("enable_unified_cache_external_linker", "is_mixed_chunk", "enable_continuous_input_polling"),
             *("abort_on_priority_when_disabled", "_engine_paused", "enable_unified_memory"),
@@ -201,7 +217,6 @@ class World(Scheduler):
             maybe_convert_decode_to_extend=lambda batch: batch,
         )
         self.ngram_embedding_manager = SimpleNamespace(prepare_for_forward=lambda batch, chunked_req: batch)
-        self.policy = SchedulePolicy("fcfs", self.tree_cache, False, False, False)
         self.batch_result_processor = SchedulerBatchResultProcessor(
             is_generation=True,
             disaggregation_mode=self.disaggregation_mode,
@@ -225,7 +240,7 @@ class World(Scheduler):
 
     # -- what may happen --------------------------------------------------------------------------------------------
 
-    def arrive(self, prompt, max_new_tokens, asked=None, ignore_eos=False):
+    def arrive(self, prompt, max_new_tokens, asked=None, ignore_eos=False, priority=None):
         """Put a request into the queue as the front door would."""
         params = SamplingParams(
             max_new_tokens=max_new_tokens,
@@ -235,7 +250,7 @@ class World(Scheduler):
             custom_params=None if asked is None else {"kv_evict": asked},
         )
         params.normalize(None)
-        req = Req(f"r{self.arrived}.", "", array("q", prompt), params, vocab_size=VOCABULARY)
+        req = Req(f"r{self.arrived}.", "", array("q", prompt), params, vocab_size=VOCABULARY, priority=priority)
         self.init_req_max_new_tokens(req)
         if (
             ignore_eos and self.tree_cache.disable

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "engine": {"errors", "config", "policies", "allocation", "kernels", "cache", "observers", "attention", "profiling"},
     "cli": {"config", "policies", "allocation"},
 }
-EXCEPTIONS = {("cli/show.py", "lethe_sglang.engine.guard")}
+EXCEPTIONS = {("cli/show.py", "lethe_sglang.engine.support")}
 """The support matrix is what the guard refuses; ``lethe show --support`` prints it."""
 LEAVES = {"errors", "files", "processes"}
 """Modules that every room may import, and that import none."""

@@ -60,10 +60,10 @@ def test_presets_are_listed_with_what_they_are_for(capsys):
     assert all(len(line.split()) > 5 for line in lines)
 
 
-def test_the_support_matrix_comes_from_the_engine_guard(capsys, monkeypatch):
-    guard = ModuleType("lethe_sglang.engine.guard")
-    guard.support_matrix = lambda: "| feature | supported |"
-    monkeypatch.setitem(sys.modules, "lethe_sglang.engine.guard", guard)
+def test_the_support_matrix_comes_from_the_engine(capsys, monkeypatch):
+    support = ModuleType("lethe_sglang.engine.support")
+    support.support_matrix = lambda: "| feature | supported |"
+    monkeypatch.setitem(sys.modules, "lethe_sglang.engine.support", support)
     assert cli.main(["show", "--support"]) == 0
     assert capsys.readouterr().out == "| feature | supported |\n"
 

@@ -135,7 +135,32 @@ def test_a_stale_page_is_found(tmp_path, monkeypatch):
 
 def test_the_support_page_is_what_the_program_prints(capsys):
     assert cli.main(["show", "--support"]) == 0
-    assert capsys.readouterr().out in (ROOT / "docs" / "support.md").read_text()
+    rows = [line.split(" | ") for line in (ROOT / "docs" / "support.md").read_text().splitlines() if line[:1] == "|"]
+    assert capsys.readouterr().out.splitlines() == [" | ".join(row[:3]) + " |" for row in rows]
+
+
+def test_what_is_called_supported_is_proven_by_a_test():
+    docs = script("docs")
+    claims = docs.proofs()
+    assert not docs.unproven(claims)
+    for name in {name for names in claims.values() for name in names}:
+        assert f"`{name}`" in (ROOT / "docs" / "support.md").read_text()
+
+
+def test_a_row_without_a_test_and_a_test_without_a_row_are_found(tmp_path, monkeypatch):
+    docs = script("docs")
+    claims = docs.proofs()
+    del claims["LoRA"]
+    claims["teleportation"] = ["unit/test_x.py::test_y"]
+    wrong = ["LoRA: yes, but no test proves it", "unit/test_x.py::test_y proves 'teleportation', which is no row"]
+    assert docs.unproven(claims) == wrong
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_a.py").write_text(
+        "import pytest\npytestmark = pytest.mark.proves('a', 'b')\n@pytest.mark.gpu\n@pytest.mark.proves('a')\n"
+        "def test_c(): pass\n"
+    )
+    monkeypatch.setattr(docs, "ROOT", tmp_path)
+    assert docs.proofs() == {"a": ["test_a.py", "test_a.py::test_c"], "b": ["test_a.py"]}
 
 
 def test_the_configuration_page_is_what_the_program_prints(capsys):

@@ -271,6 +271,7 @@ def test_scaled_keys_and_values_reach_attention_and_score(graph):
 
 
 @GRAPH
+@pytest.mark.proves("fp8 KV cache")
 def test_an_fp8_cache_is_scored_by_the_query_as_the_kernel_takes_it(graph):
     dtype = torch.float8_e4m3fn
     mine, other = server(graph=graph, stored=dtype), reference(rounded=dtype)

@@ -326,6 +326,7 @@ def test_scaled_keys_and_values_reach_attention_and_score(graph):
     [(flashinfer(), torch.float8_e5m2, "lethe"), (portable(), torch.float8_e4m3fn, "keydiff")],
     ids=["flashinfer", "portable"],
 )
+@pytest.mark.proves("fp8 KV cache")
 def test_an_fp8_cache_is_moved_as_bytes_and_read_in_its_type(make, dtype, policy):
     mine, reference = Server(make, stored=dtype), Server(portable(), rounded=dtype)
     compare(mine, reference, policy=from_mapping({"policy": policy}).built_policy)

@@ -30,7 +30,7 @@ seen = {}
 
 
 def forget():
-    seen.update(steps=0, rounds=0, events=0, retracted=0, failed=False, configurations=set())
+    seen.update(steps=0, rounds=0, events=0, retracted=0, preempted=0, failed=False, configurations=set())
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -39,6 +39,7 @@ def hooked():
         install_hooks(patch)
         published = publish()
         retract, add = ScheduleBatch.retract_decode, LethePrefillAdder.add_one_req
+        preempt = LethePrefillAdder.preempt_to_schedule
 
         def retract_decode(batch):
             if not seen["machine"].world.forced:
@@ -52,6 +53,12 @@ def hooked():
                 seen["machine"].refused(adder, req)
             return result
 
+        def preempt_to_schedule(adder, req):
+            preempted = preempt(adder, req)
+            seen["preempted"] += preempted
+            return preempted
+
+        patch.setattr(LethePrefillAdder, "preempt_to_schedule", preempt_to_schedule)
         patch.setattr(ScheduleBatch, "retract_decode", retract_decode)
         patch.setattr(LethePrefillAdder, "add_one_req", add_one_req)
         yield
@@ -66,12 +73,17 @@ REQUESTS = st.tuples(
     st.sampled_from((None, None, None, None, "none", "less", "more")),
     st.booleans(),  # ignore_eos
 )
+SCHEDULES = ("fcfs", "lpm", "lof", "dfs-weight", "hrrn", "shortest-prefill-first", "random", "routing-key")
+"""``--schedule-policy``; the first is SGLang's default."""
 
 
 class Machine(RuleBasedStateMachine):
-    """Requests come and go; ``mode`` is ``rounds.when`` and ``budget.allocation``."""
+    """Requests come and go; ``mode`` is ``rounds.when`` and ``budget.allocation``.
 
-    mode = "pressure", "uniform"
+    ``schedule`` is the schedule policy, and whether there are priorities.
+    """
+
+    mode, schedule = ("pressure", "uniform"), (SCHEDULES[0], False)
 
     @initialize(
         page=st.sampled_from((1, 8)),
@@ -98,7 +110,20 @@ class Machine(RuleBasedStateMachine):
             "retain": {"sinks": 2, "prompt": prompt},
             "pool": {"states": "all"},
         }
-        self.world = World(config, page, size, rows=6, tree=tree, overlap=overlap, chunk=chunk, ratio=ratio)
+        schedule, priorities = self.schedule
+        tree = tree or schedule == "shortest-prefill-first"  # which SGLang refuses without
+        self.world = World(
+            config,
+            page,
+            size,
+            rows=6,
+            tree=tree,
+            overlap=overlap,
+            chunk=chunk,
+            ratio=ratio,
+            schedule=schedule,
+            priorities=priorities,
+        )
         self.naive = Naive(self.world)
         self.strict = ratio == 1.0 and chunk is None
         seen["machine"] = self
@@ -229,11 +254,48 @@ def run(examples, modes=MODES, phases=(Phase.generate,), derandomize=True):
     return seen
 
 
+@pytest.mark.proves("chunked prefill")
 def test_thousands_of_steps_agree_with_the_naive_model():
     found = run(EXAMPLES)
     assert found["steps"] >= (10_000 if EXAMPLES >= 9 else 1_000 * EXAMPLES), found
     assert found["rounds"] > 33 * EXAMPLES and found["events"] > 5 * EXAMPLES, found
     assert len(found["configurations"]) > 2 * EXAMPLES, found
+
+
+@pytest.mark.proves("schedule policies")
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_policy_agrees_with_the_naive_model(schedule):
+    """Nine requests of three prefixes and three lengths, more than there are rows, under pressure."""
+    forget()
+    machine = type("Machine", (Machine,), {"schedule": (schedule, False)})()
+    machine.start(1, 120, 12, 8, "keep", tree=True, overlap=True, chunk=None, ratio=1.0)
+    for number in range(9):
+        machine.world.arrive([2 + number % 3] * 8 + [20 + number], (60, 30, 90)[number // 3])
+        machine.step()
+    assert machine.world.waiting_queue, "nobody waits, so there is nothing to order"
+    machine.drain()
+    assert machine.naive.rounds >= 6 and machine.lethe.pressure.events, machine.naive.rounds
+
+
+@pytest.mark.proves("priority scheduling")
+@pytest.mark.parametrize("when", ["pressure", "always"])
+@pytest.mark.parametrize("schedule", ["fcfs", "lof"])
+def test_a_request_that_is_preempted_agrees_with_the_naive_model(when, schedule):
+    """Six requests hold all rows, and have been evicted from, when one of a higher priority arrives."""
+    forget()
+    machine = type("Machine", (Machine,), {"mode": (when, "uniform"), "schedule": (schedule, True)})()
+    machine.start(1, 320, 20, 8, "keep", tree=True, overlap=True, chunk=None, ratio=1.0)
+    world = machine.world
+    for first in range(2, 8):
+        world.arrive([first] * 5, 110, priority=0)
+    while machine.naive.rounds < 6:
+        machine.step()
+    assert len(world.running_batch.reqs) == 6
+    urgent = world.arrive([9] * 5, 40, priority=1)
+    while not urgent.output_ids:
+        machine.step()
+    assert seen["preempted"] == 1 and len(world.waiting_queue) == 1
+    machine.drain()
 
 
 @pytest.mark.parametrize(("before", "after", "prompt"), [(60, 12, 120), (12, 40, 68)])

@@ -152,6 +152,7 @@ def test_scaled_keys_and_values_reach_attention_and_score(graph):
     compare_scaled(server(), graph)
 
 
+@pytest.mark.proves("fp8 KV cache")
 def test_an_fp8_cache_is_moved_as_bytes_and_read_in_its_type():
     mine = server(graph=True, stored=torch.float8_e4m3fn)
     compare(mine, Server(portable(), rounded=torch.float8_e4m3fn))
