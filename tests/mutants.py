@@ -937,8 +937,8 @@ MUTANTS = {
     ),
     "breakpoint counts places for attention": Mutant(
         ROUNDS,
-        "salience = rank if score is None or",
-        "salience = rank if score is not None or",
+        "salience = candidates.score if gathers",
+        "salience = candidates.score if not gathers",
         "tests/unit/test_breakpoint.py -k however",
     ),
     "an arm that cannot be replayed is found when its turn comes": Mutant(
