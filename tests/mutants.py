@@ -1274,7 +1274,7 @@ MUTANTS = {
     "the ranks' numbers are added up": Mutant(TOP, 'if sample.labels.get("tp_rank", "0") == "0":', "if True:", FRAME),
     "any address is read": Mutant(TOP, 'if not url.startswith(("http://", "https://")):', "if False:", FRAME),
     "a kit that fails with eviction alone is let through": Mutant(
-        "scripts/kits.py",
+        "lethe_bench/kits/page.py",
         'if test in kit.by_design else ("FAULT"',
         'if True else ("FAULT"',
         "tests/unit/test_kits.py -k by_design",
