@@ -52,6 +52,7 @@ def soaked(args: argparse.Namespace, soak: Soak) -> int:
         with ending_on_signals():
             recorded = soak.record()
             soak.run(waves(args.seed, soak.tokens), 60 * args.minutes, recorded)
+            write(args, soak)  # whatever becomes of the other server
             soak.beside(waves(args.seed, soak.tokens), 60 * args.stock_minutes, recorded)
     except ServerError as error:
         found.errors[f"{error}".splitlines()[0]] += 1
@@ -59,6 +60,14 @@ def soaked(args: argparse.Namespace, soak: Soak) -> int:
         found.interrupted, status = True, 130
     except SystemExit as end:
         found.interrupted, status = True, int(end.code or 0)
+    page, passed = write(args, soak)
+    print(page)
+    return status or not passed
+
+
+def write(args: argparse.Namespace, soak: Soak) -> tuple[str, bool]:
+    """Write what was found so far; return the page and whether all is well."""
+    found = soak.found
     wrong = verdict(found, args.growth, () if found.interrupted else (*REQUESTS, *CONTROL, *SWITCHES))
     about = {
         "model": args.model_path if "/" not in args.model_path else soak.model.resolve().name,
@@ -72,8 +81,7 @@ def soaked(args: argparse.Namespace, soak: Soak) -> int:
     page = to_markdown(found, args.growth, wrong, about)
     write_atomically(args.out / "soak.json", json.dumps(to_json(found, args.growth, wrong, about), indent=1) + "\n")
     write_atomically(args.out / "soak.md", page)
-    print(page)
-    return status or bool(wrong)
+    return page, not wrong
 
 
 def _positive(text: str) -> float:

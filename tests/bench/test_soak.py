@@ -320,6 +320,15 @@ def test_what_a_server_refuses_is_an_error(answers, line, tmp_path, quick):
     assert verdict(found)
 
 
+def test_an_update_that_could_not_flush_is_none_that_failed(tmp_path, quick):
+    def unflushed(body):
+        text = json.dumps({"success": False, "message": f"{run.UPDATED} because requests are still running or queued."})
+        raise urllib.error.HTTPError("/", 400, "no", None, BytesIO(text.encode()))
+
+    found = traffic(Double(tmp_path / "log", **{"/update_weights_from_disk": unflushed}), 3)
+    assert not found.errors and found.done["weights"] == 1
+
+
 def test_a_pause_ends_whatever_happens_in_it(tmp_path, quick):
     server = Double(tmp_path / "log", **{"/update_weights_from_disk": refuse})
     traffic(server, 3)
