@@ -56,7 +56,7 @@ class Soak:
     model: Path
     out: Path
     tokens: int = 192
-    pool: int = 512
+    pool: int = 320
     say: Callable[[str], None] = print
     found: Soaked = field(default_factory=Soaked)
 
@@ -224,7 +224,12 @@ class Traffic:
         if not self.evicts:
             return
         counts = self.server.get("/server_info")["internal_states"][0]["lethe"]
-        self.found.effects = {"rounds": counts["rounds"], "requests retracted": counts["requests_retracted"]}
+        pressed = counts["pressure"] or {"events": 0}  # nothing is said while rounds do not wait for it
+        self.found.effects = {
+            "rounds": counts["rounds"],
+            "events of pressure": max(self.found.effects.get("events of pressure", 0), pressed["events"]),
+            "requests retracted": counts["requests_retracted"],
+        }
 
     def _flush(self) -> bool:
         try:

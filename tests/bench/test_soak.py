@@ -251,7 +251,9 @@ class Double:
         yield from ({"choices": [1]} for _ in range(60))
 
     def get(self, path):
-        return {"internal_states": [{"lethe": {"rounds": 5, "requests_retracted": 2}}]}
+        pressed = len([path for path, _ in self.posted if path == "/kv_evict"]) % 2  # as the switches go
+        pressure = {"events": 3} if pressed else None
+        return {"internal_states": [{"lethe": {"rounds": 5, "requests_retracted": 2, "pressure": pressure}}]}
 
     def stop(self, grace=0):
         self.status = -9
@@ -291,6 +293,7 @@ def test_waves_do_all_that_they_should_and_are_counted(tmp_path, quick):
     assert modes == ["retract", "in_place", "retract"] * 3
     switched = [body["rounds"]["when"] for path, body in server.posted if path == "/kv_evict"]
     assert switched == ["pressure", "always"] * 3
+    assert found.effects == {"rounds": 5, "events of pressure": 3, "requests retracted": 2}
 
 
 def test_a_stock_server_gets_the_same_without_what_it_does_not_know(tmp_path, quick):
