@@ -20,6 +20,7 @@ from lethe_bench.kits.page import page
 from lethe_bench.kits.run import Outcome, run, say
 from lethe_bench.kits.table import ARMS, ENVIRONMENT, KITS
 from lethe_bench.servers import Server, launch_command, some_free_port
+from lethe_sglang.files import write_atomically
 from lethe_sglang.processes import ending_on_signals
 
 ROOT = Path(__file__).parents[1]
@@ -37,42 +38,43 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := sorted(set(options.kits) - set(KITS)):
         parser.error(f"KIT {unknown[0]}: not a kit; legal: {', '.join(KITS)}")
-    found = json.loads(FOUND.read_text()) if FOUND.exists() else {"kits": {}}
-    if not options.page:
-        found |= {"machine": machine.machine(), "versions": machine.versions()}
-        groups: dict[str, list[str]] = {}
-        for name in options.kits or KITS:
-            groups.setdefault(options.model or KITS[name].model, []).append(name)
-        with ending_on_signals():
-            for model, names in groups.items():
-                for arm in [options.arm] if options.arm else ARMS:
-                    measure(arm, model, names, found)
-    _write(found)
+    groups: dict[str, list[str]] = {}
+    for name in [] if options.page else options.kits or KITS:
+        groups.setdefault(options.model or KITS[name].model, []).append(name)
+    with ending_on_signals():
+        for model, names in groups.items():
+            for arm in [options.arm] if options.arm else ARMS:
+                measure(arm, model, names)
+    write({})
 
 
-def measure(arm: str, model: str, names: list[str], found: dict[str, Any]) -> None:
+def measure(arm: str, model: str, names: list[str]) -> None:
     """Start the server of an arm, run kits of one model and write the page after each test."""
     directory, port = models.directory(str(ROOT / model) if (ROOT / model).is_dir() else model), some_free_port()
-    log = Path(tempfile.gettempdir(), f"kits-{arm}.log")
-    for name in names:
-        if found["kits"].get(name, {}).get("model") != model:
-            found["kits"][name] = {"model": model}
-        found["kits"][name][arm] = {}
+    log = Path(tempfile.gettempdir(), f"kits-{arm}-{directory.name}.log")
+    outcomes: dict[str, dict[str, Outcome]] = {name: {} for name in names}
 
     def keep(name: str, test: str, outcome: Outcome) -> None:
         say(f"  {name} {test}: {outcome}")
-        found["kits"][name][arm][test] = outcome
-        _write(found)
+        outcomes[name][test] = outcome
+        write({name: {"model": model, arm: done} for name, done in outcomes.items() if done})
 
     with Server(launch_command(str(directory), port, *ARMS[arm]), port, log, ENVIRONMENT) as server:
         say(f"{arm} of {model}: ready after {server.ready_seconds:.0f} s, log {log}")
         run(names, server, str(directory), keep)
 
 
-def _write(found: dict[str, Any]) -> None:
+def write(new: dict[str, dict[str, Any]]) -> None:
+    """Write what was found, by kit, into what was found before and into the page; another model replaces a kit's."""
+    found = json.loads(FOUND.read_text()) if FOUND.exists() else {"kits": {}}
+    for name, kit in new.items():
+        before = found["kits"].get(name, {})
+        found["kits"][name] = {**before, **kit} if before.get("model") == kit["model"] else kit
+    if new:
+        found |= {"machine": machine.machine(), "versions": machine.versions()}
     FOUND.parent.mkdir(parents=True, exist_ok=True)
-    FOUND.write_text(json.dumps(found, indent=1) + "\n")
-    PAGE.write_text(page(found))
+    write_atomically(FOUND, json.dumps(found, indent=1) + "\n")
+    write_atomically(PAGE, page(found))
 
 
 if __name__ == "__main__":

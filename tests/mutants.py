@@ -942,7 +942,16 @@ MUTANTS = {
     "samples of another run are mixed in": Mutant(LOAD, "not in ([], [header])", "is None", f"{LOADED} -k goes_on"),
     "what is done is done again": Mutant(LOAD, "not in known]", "not in ()]", f"{LOADED} -k goes_on"),
     "a growing process passes a soak": Mutant(
-        JUDGED, "seconds >= FITTED_SECONDS and slope > bound", "seconds < 0", f"{SOAKED} -k planted"
+        JUDGED, "is not None and slope > (limit", "is ... and slope > (limit", f"{SOAKED} -k planted"
+    ),
+    "a soak's growth is not judged beyond stock's": Mutant(
+        JUDGED, "bound + max(0.0, stock or 0.0)", "bound", f"{SOAKED} -k beyond"
+    ),
+    "a call of a tool passes a soak unread": Mutant(
+        "lethe_bench/soak/client.py", '_check_call(reply["choices"][0])', "pass", f"{SOAKED} -k checked_against"
+    ),
+    "a stock server is asked for rounds": Mutant(
+        SOAK, "if name in SWITCHES and not self.evicts:", "if False:", f"{SOAKED} -k stock_server_gets"
     ),
     "growth is that of the whole soak": Mutant(JUDGED, ") / 2 if samples else", ") / 200 if samples else", SOAKED),
     "a difference passes a soak": Mutant(
@@ -1273,6 +1282,15 @@ MUTANTS = {
     "usage drops what it does not declare": Mutant(REPLIES, '["extra"] = "allow"', '["extra"] = "ignore"', REPLIED),
     "the ranks' numbers are added up": Mutant(TOP, 'if sample.labels.get("tp_rank", "0") == "0":', "if True:", FRAME),
     "any address is read": Mutant(TOP, 'if not url.startswith(("http://", "https://")):', "if False:", FRAME),
+    "a kit that pauses runs beside others": Mutant(
+        "lethe_bench/kits/run.py", "if not KITS[name].alone", "if True", "tests/unit/test_kits.py -k alone"
+    ),
+    "kits of another model are mixed": Mutant(
+        "scripts/kits.py",
+        'if before.get("model") == kit["model"]',
+        "if True",
+        "tests/unit/test_kits.py -k leaves_the_others",
+    ),
     "a kit that fails with eviction alone is let through": Mutant(
         "lethe_bench/kits/page.py",
         'if test in kit.by_design else ("FAULT"',

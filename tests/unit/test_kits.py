@@ -54,6 +54,19 @@ def test_the_committed_page_is_what_was_found_and_without_a_fault(kits):
         assert words <= {"equal", "by design", "fails in both"}, name
 
 
+def test_a_run_of_some_leaves_the_others_and_another_model_replaces(kits, tmp_path, monkeypatch):
+    monkeypatch.setattr(kits, "FOUND", tmp_path / "kits" / "kits.json")
+    monkeypatch.setattr(kits, "PAGE", tmp_path / "kits.md")
+    kits.write({"pause": {"model": "m", "stock": {"test_b": PASSED}}})
+    kits.write({"api_contract": {"model": "m", "stock": {"test_a": PASSED}}})
+    kits.write({"api_contract": {"model": "m", "evicting": {"test_a": PASSED}}})
+    found = json.loads(kits.FOUND.read_text())["kits"]
+    assert list(found) == ["pause", "api_contract"] and list(found["api_contract"]) == ["model", "stock", "evicting"]
+    assert "| `a` | m | passes | passes | 3 | equal |" in kits.PAGE.read_text()
+    kits.write({"api_contract": {"model": "another", "stock": {"test_a": FAILED}}})
+    assert list(json.loads(kits.FOUND.read_text())["kits"]["api_contract"]) == ["model", "stock"]
+
+
 def test_a_reason_is_one_short_line_that_a_table_can_hold():
     trace = 'Traceback (most recent call last):\n  File "a.py", line 1\nAssertionError: 1 | 2 ' + "x" * 300 + "\nmore"
     reason = run.reason(trace)
