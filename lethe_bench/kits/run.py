@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import sys
 import threading
 import time
@@ -114,8 +115,13 @@ def _rounds(server: Server) -> int:
 def reason(trace: str) -> str:
     """Return the message of a traceback as one short line that a table can hold, without names of this machine."""
     lines = [line for line in trace.splitlines() if line and not line.startswith((" ", "Traceback"))]
-    text = " ".join(lines[0].split()).replace("|", "/").replace(str(Path.home()), "~")
+    text = re.sub(r"/[\w./-]+", _without_folders, " ".join(lines[0].split()).replace("|", "/"))
     return text if len(text) <= _COLUMNS else text[: _COLUMNS - 3] + "..."
+
+
+def _without_folders(path: re.Match[str]) -> str:
+    """Return the last part of what is a path here, and anything else as it is."""
+    return Path(path[0]).name if Path(path[0]).exists() else path[0]
 
 
 def say(line: str) -> None:

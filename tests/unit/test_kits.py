@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import unittest
+from pathlib import Path
 
 import pytest
 from test_docs import script
@@ -71,6 +72,8 @@ def test_a_reason_is_one_short_line_that_a_table_can_hold():
     trace = 'Traceback (most recent call last):\n  File "a.py", line 1\nAssertionError: 1 | 2 ' + "x" * 300 + "\nmore"
     reason = run.reason(trace)
     assert reason.startswith("AssertionError: 1 / 2 x") and len(reason) <= 160 and "\n" not in reason
+    here = Path(__file__).parent
+    assert run.reason(f"AssertionError: no {here} at /v1/x") == "AssertionError: no unit at /v1/x"
 
 
 class Double:
