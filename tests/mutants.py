@@ -1293,8 +1293,8 @@ MUTANTS = {
     ),
     "a kit that fails with eviction alone is let through": Mutant(
         "lethe_bench/kits/page.py",
-        'if test in kit.by_design else ("FAULT"',
-        'if True else ("FAULT"',
+        'return ("passes only with eviction", stock["error"]) if stock["error"] else',
+        'return ("equal", "") if True else',
         "tests/unit/test_kits.py -k by_design",
     ),
 }

@@ -15,9 +15,9 @@ def verdict(kit: Kit, test: str, stock: Outcome | None, evicting: Outcome | None
         return "not compared", ""
     if bool(stock["error"]) == bool(evicting["error"]):
         return ("equal", "") if not stock["error"] else ("fails in both", stock["error"])
-    if stock["error"]:
-        return "passes only with eviction", stock["error"]
-    return ("by design", kit.by_design[test]) if test in kit.by_design else ("FAULT", evicting["error"])
+    if test in kit.by_design:
+        return "by design", kit.by_design[test]
+    return ("passes only with eviction", stock["error"]) if stock["error"] else ("FAULT", evicting["error"])
 
 
 def compared(found: dict[str, Any], name: str) -> dict[str, tuple[Outcome | None, Outcome | None]]:

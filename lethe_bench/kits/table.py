@@ -101,7 +101,7 @@ class Kit(NamedTuple):
     adapted
         What the page says of the two above.
     by_design
-        Why a test that passes on stock may fail with eviction, by the test's name.
+        Why a test may pass on stock and fail with eviction, or the other way round, by the test's name.
     model
         What it runs on unless something else is asked for.
     alone
@@ -144,6 +144,10 @@ class Kit(NamedTuple):
 PRUNED = (
     "cells of the reply were evicted; nothing with holes enters the prefix tree, so the next turn finds no reply there"
 )
+OTHER_TEXT = (
+    "the test waits up to 1,000 tokens for the model to begin a line; after rounds the reply is another text, which "
+    "may do so or not"
+)
 KL = {"kl_div_max_samples": 4, "kl_div_thres": 0.005}
 SHORT, LONG = 24, 96
 """Tokens of a reply that no round reaches, and of one that many do."""
@@ -151,7 +155,7 @@ SHORT, LONG = 24, 96
 KITS = {
     "api_contract": Kit("basic_api_contract", "BasicAPIContractMixin", model=TOY),
     "json_constrained": Kit("json_constrained", "JSONConstrainedMixin"),
-    "matched_stop": Kit("matched_stop", "MatchedStopMixin"),
+    "matched_stop": Kit("matched_stop", "MatchedStopMixin", by_design={"test_finish_stop_str": OTHER_TEXT}),
     "abort_all": Kit(
         "abort_timeout",
         "AbortAllMixin",
