@@ -970,6 +970,9 @@ MUTANTS = {
     "a soak takes a refused flush for one": Mutant(
         SOAK, "and not self._flush()", "and not (self._flush() or 1)", SOAKED
     ),
+    "a soak weighs pages of files": Mutant(
+        "lethe_bench/soak/ends.py", "^Rss(?:Anon|Shmem)", "^Rss(?:Anon|Shmem|File)", f"{SOAKED} -k beside_pages"
+    ),
     "a soak reads its log once": Mutant(SOAK, "log.seek(self._read)", "log.seek(0)", f"{SOAKED} -k read_once"),
     "Ctrl-C leaves a soak's server": Mutant(SOAK, "self.server.stop(grace=0)", "...", f"{SOAKED} -k ctrl_c"),
     "an end under load overlooks an orphan": Mutant(

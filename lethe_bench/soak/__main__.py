@@ -70,9 +70,9 @@ def write(args: argparse.Namespace, soak: Soak) -> tuple[str, bool]:
     found = soak.found
     wrong = verdict(found, args.growth, () if found.interrupted else (*REQUESTS, *CONTROL, *SWITCHES))
     about = {
+        "command": f"`bash scripts/soak.sh --minutes {args.minutes:g} --stock-minutes {args.stock_minutes:g} "
+        f"--seed {args.seed} --growth {args.growth:g}`",
         "model": args.model_path if "/" not in args.model_path else soak.model.resolve().name,
-        "minutes asked for": args.minutes,
-        "seed": args.seed,
         "pool": soak.pool,
         "configuration": json.dumps(CONFIG),
         **{key: value for key, value in machine().items() if value},

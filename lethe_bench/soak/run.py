@@ -56,7 +56,7 @@ class Soak:
     model: Path
     out: Path
     tokens: int = 192
-    pool: int = 320
+    pool: int = 240
     say: Callable[[str], None] = print
     found: Soaked = field(default_factory=Soaked)
 

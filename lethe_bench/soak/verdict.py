@@ -20,7 +20,7 @@ FITTED_SECONDS = 300.0
 
 
 class Memory(NamedTuple):
-    """Resident memory of the processes (name -> MiB) of an idle server, so many seconds after the traffic began."""
+    """Memory of the processes (name -> MiB, files apart) of an idle server, so many seconds after the traffic began."""
 
     seconds: float
     resident: dict[str, float]
@@ -168,10 +168,10 @@ def to_markdown(found: Soaked, bound: float, wrong: Sequence[str], about: dict[s
     lines += [f"| replies that differ from stock's | {len(found.different)} |"]
     lines += [f"| error: {_cell(error)} | {count} |" for error, count in sorted(found.errors.items())]
     lines += [f"| fault: {name} | {outcome} |" for name, outcome in (found.faults or {}).items()]
-    allowed = f"at most {bound:g} MiB an hour more is allowed"
+    allowed = f"Memory (MiB, files apart) of the idle server; at most {bound:g} MiB an hour more is allowed"
     if found.beside is None:
-        return "\n".join([*lines, *_growth(found, f"Resident memory (MiB) of the idle server; {allowed}.")]) + "\n"
-    lines += _growth(found, f"Resident memory (MiB) of the idle server; {allowed} than a stock server grows.")
+        return "\n".join([*lines, *_growth(found, f"{allowed}.")]) + "\n"
+    lines += _growth(found, f"{allowed} than a stock server grows.")
     beside = found.beside
     lines += _growth(beside, f"A stock server after {beside.seconds / 60:.1f} minutes of the same traffic:")
     wrong = verdict(replace(beside, memory=[]))

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import os
+import subprocess
 import sys
 import threading
 import urllib.error
@@ -430,6 +431,20 @@ def test_what_stays_when_a_server_is_ended_is_named(how, outcome, tmp_path, monk
         assert "resource_tracker" in of_session(server.pid) and min(of_session(server.pid).values()) > 1
         found = ended_under_load(server, [{}, {}], lambda: kill(server.pid, "SIGTERM"), 1)
     assert found.startswith(outcome)
+
+
+def test_memory_is_what_a_process_has_beside_pages_of_files(tmp_path):
+    (tmp_path / "file").write_bytes(bytes(2**26))
+    code = "import mmap, sys; file = open(sys.argv[1], 'rb'); m = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ); "
+    code += "m.find(b'x'); own = b'x' * int(sys.argv[2]); print(flush=True); sys.stdin.read()"
+    sizes = []
+    for own in (1, 2**25):
+        command = [sys.executable, "-c", code, str(tmp_path / "file"), str(own)]
+        with subprocess.Popen(command, stdin=-1, stdout=-1, start_new_session=True) as child:
+            child.stdout.readline()
+            sizes += of_session(child.pid).values()
+            child.stdin.close()
+    assert sizes[0] < 40 and 30 < sizes[1] - sizes[0] < 34
 
 
 def test_without_load_an_end_proves_nothing(tmp_path, monkeypatch):
