@@ -990,7 +990,16 @@ MUTANTS = {
     "samples of another run are mixed in": Mutant(LOAD, "not in ([], [header])", "is None", f"{LOADED} -k goes_on"),
     "what is done is done again": Mutant(LOAD, "not in known]", "not in ()]", f"{LOADED} -k goes_on"),
     "a growing process passes a soak": Mutant(
-        JUDGED, "seconds >= FITTED_SECONDS and slope > bound", "seconds < 0", f"{SOAKED} -k planted"
+        JUDGED, "is not None and slope > (limit", "is ... and slope > (limit", f"{SOAKED} -k planted"
+    ),
+    "a soak's growth is not judged beyond stock's": Mutant(
+        JUDGED, "bound + max(0.0, stock or 0.0)", "bound", f"{SOAKED} -k beyond"
+    ),
+    "a call of a tool passes a soak unread": Mutant(
+        "lethe_bench/soak/client.py", '_check_call(reply["choices"][0])', "pass", f"{SOAKED} -k checked_against"
+    ),
+    "a stock server is asked for rounds": Mutant(
+        SOAK, "if name in SWITCHES and not self.evicts:", "if False:", f"{SOAKED} -k stock_server_gets"
     ),
     "growth is that of the whole soak": Mutant(JUDGED, ") / 2 if samples else", ") / 200 if samples else", SOAKED),
     "a difference passes a soak": Mutant(
@@ -1008,6 +1017,9 @@ MUTANTS = {
     ),
     "a soak takes a refused flush for one": Mutant(
         SOAK, "and not self._flush()", "and not (self._flush() or 1)", SOAKED
+    ),
+    "a soak weighs pages of files": Mutant(
+        "lethe_bench/soak/ends.py", "^Rss(?:Anon|Shmem)", "^Rss(?:Anon|Shmem|File)", f"{SOAKED} -k beside_pages"
     ),
     "a soak reads its log once": Mutant(SOAK, "log.seek(self._read)", "log.seek(0)", f"{SOAKED} -k read_once"),
     "Ctrl-C leaves a soak's server": Mutant(SOAK, "self.server.stop(grace=0)", "...", f"{SOAKED} -k ctrl_c"),
@@ -1354,10 +1366,19 @@ MUTANTS = {
     "usage drops what it does not declare": Mutant(REPLIES, '["extra"] = "allow"', '["extra"] = "ignore"', REPLIED),
     "the ranks' numbers are added up": Mutant(TOP, 'if sample.labels.get("tp_rank", "0") == "0":', "if True:", FRAME),
     "any address is read": Mutant(TOP, 'if not url.startswith(("http://", "https://")):', "if False:", FRAME),
-    "a kit that fails with eviction alone is let through": Mutant(
+    "a kit that pauses runs beside others": Mutant(
+        "lethe_bench/kits/run.py", "if not KITS[name].alone", "if True", "tests/unit/test_kits.py -k alone"
+    ),
+    "kits of another model are mixed": Mutant(
         "scripts/kits.py",
-        'if test in kit.by_design else ("FAULT"',
-        'if True else ("FAULT"',
+        'if before.get("model") == kit["model"]',
+        "if True",
+        "tests/unit/test_kits.py -k leaves_the_others",
+    ),
+    "a kit that fails with eviction alone is let through": Mutant(
+        "lethe_bench/kits/page.py",
+        'return ("passes only with eviction", stock["error"]) if stock["error"] else',
+        'return ("equal", "") if True else',
         "tests/unit/test_kits.py -k by_design",
     ),
 }

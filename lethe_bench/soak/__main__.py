@@ -26,6 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--minutes", type=_positive, default=30.0, metavar="N", help="minutes of traffic (default 30)")
     add("--model-path", default="smollm2", metavar="MODEL", help="name or directory, as in lethe model (smollm2)")
+    add("--stock-minutes", type=_positive, default=10.0, metavar="N", help="of a stock server afterwards (default 10)")
     add("--seed", type=int, default=0, metavar="N", help="of the traffic (default 0)")
     add("--growth", type=_positive, default=GROWTH, metavar="MIB", help="most growth an hour (default %(default)g)")
     add("--out", type=Path, default=Path("out/soak"), metavar="DIR", help="for soak.md, soak.json, logs (out/soak)")
@@ -49,18 +50,29 @@ def soaked(args: argparse.Namespace, soak: Soak) -> int:
     status = 0
     try:
         with ending_on_signals():
-            soak.run(waves(args.seed, soak.tokens), 60 * args.minutes, soak.record())
+            recorded = soak.record()
+            soak.run(waves(args.seed, soak.tokens), 60 * args.minutes, recorded)
+            write(args, soak)  # whatever becomes of the other server
+            soak.beside(waves(args.seed, soak.tokens), 60 * args.stock_minutes, recorded)
     except ServerError as error:
         found.errors[f"{error}".splitlines()[0]] += 1
     except KeyboardInterrupt:
         found.interrupted, status = True, 130
     except SystemExit as end:
         found.interrupted, status = True, int(end.code or 0)
+    page, passed = write(args, soak)
+    print(page)
+    return status or not passed
+
+
+def write(args: argparse.Namespace, soak: Soak) -> tuple[str, bool]:
+    """Write what was found so far; return the page and whether all is well."""
+    found = soak.found
     wrong = verdict(found, args.growth, () if found.interrupted else (*REQUESTS, *CONTROL, *SWITCHES))
     about = {
+        "command": f"`bash scripts/soak.sh --minutes {args.minutes:g} --stock-minutes {args.stock_minutes:g} "
+        f"--seed {args.seed} --growth {args.growth:g}`",
         "model": args.model_path if "/" not in args.model_path else soak.model.resolve().name,
-        "minutes asked for": args.minutes,
-        "seed": args.seed,
         "pool": soak.pool,
         "configuration": json.dumps(CONFIG),
         **{key: value for key, value in machine().items() if value},
@@ -69,8 +81,7 @@ def soaked(args: argparse.Namespace, soak: Soak) -> int:
     page = to_markdown(found, args.growth, wrong, about)
     write_atomically(args.out / "soak.json", json.dumps(to_json(found, args.growth, wrong, about), indent=1) + "\n")
     write_atomically(args.out / "soak.md", page)
-    print(page)
-    return status or bool(wrong)
+    return page, not wrong
 
 
 def _positive(text: str) -> float:

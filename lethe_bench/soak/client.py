@@ -12,7 +12,7 @@ import urllib.error
 from typing import Any
 
 from lethe_bench.servers import Server
-from lethe_bench.soak.traffic import REGEX, STOPS, Request
+from lethe_bench.soak.traffic import REGEX, STOPS, TOOL, Request
 
 TIMEOUT = 300.0
 """Seconds after which a request counts as one that hangs."""
@@ -105,6 +105,8 @@ def check(request: Request, reply: dict[str, Any]) -> None:
     if request.path != "/generate":
         if len(reply["choices"]) != request.body["n"]:
             raise Wrong(f"{len(reply['choices'])} choices")
+        if request.kind == "tools":
+            _check_call(reply["choices"][0])
         return
     text, meta, asked = reply["text"], reply["meta_info"], request.body["sampling_params"]
     ended = (meta["finish_reason"] or {}).get("type")
@@ -128,6 +130,20 @@ def check(request: Request, reply: dict[str, Any]) -> None:
             raise Wrong(f"{text!r} is no JSON") from None
     if request.kind == "logprobs" and len(meta["output_token_logprobs"]) != meta["completion_tokens"]:
         raise Wrong("not one log-probability a token")
+
+
+def _check_call(choice: dict[str, Any]) -> None:
+    """Refuse a choice that ended by itself and is no call of the tool."""
+    if choice["finish_reason"] == "length":
+        return
+    try:
+        [call] = choice["message"]["tool_calls"]
+        name, given = call["function"]["name"], sorted(json.loads(call["function"]["arguments"]))
+    except (TypeError, ValueError):
+        raise Wrong(f"{choice['finish_reason']} without one call of a tool") from None
+    function = TOOL["function"]
+    if name != function["name"] or given != sorted(function["parameters"]["required"]):
+        raise Wrong(f"{name} of {given} is not the tool")
 
 
 def reason(error: BaseException) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -36,14 +37,18 @@ def session(leader: int) -> Iterator[tuple[int, str]]:
 
 
 def of_session(leader: int) -> dict[str, float]:
-    """Return the resident memory of a session's processes in MiB, by name; processes of one name are numbered."""
+    """Return the memory of a session's processes in MiB, by name; processes of one name are numbered.
+
+    Pages of files are left out: the kernel takes those of libraries back when somebody else needs memory, and reads
+    them again, which would look like a process that shrinks and grows.
+    """
     found: dict[str, float] = {}
-    page = os.sysconf("SC_PAGE_SIZE")
     for number, name in sorted(session(leader)):
         with contextlib.suppress(OSError):
-            pages = int(Path(f"/proc/{number}/statm").read_text().split()[1])
+            status = Path(f"/proc/{number}/status").read_text()
+            own = sum(int(size) for size in re.findall(r"^Rss(?:Anon|Shmem):\s+(\d+) kB$", status, re.MULTILINE))
             again = sum(known.split(" #")[0] == name for known in found)
-            found[f"{name} #{again + 1}" if again else name] = round(pages * page / 2**20, 1)
+            found[f"{name} #{again + 1}" if again else name] = round(own / 1024, 1)
     return found
 
 

@@ -15,7 +15,7 @@ from lethe_bench.servers import Server, launch_command, some_free_port
 from lethe_bench.soak import client
 from lethe_bench.soak.client import Recorded
 from lethe_bench.soak.ends import ended_under_load, kill, of_session, scheduler
-from lethe_bench.soak.traffic import QUESTIONS, WAVE, Request, Wave, untouched
+from lethe_bench.soak.traffic import QUESTIONS, SWITCHES, WAVE, Request, Wave, untouched
 from lethe_bench.soak.verdict import Memory, Soaked, alarms
 
 STRICT = {
@@ -24,9 +24,12 @@ STRICT = {
     "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
 }
 QUIET = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-CONFIG = {"budget": {"tokens": 96}, "rounds": {"interval": 16}}
+CONFIG = {"budget": {"tokens": 48}, "rounds": {"interval": 8}}
 FLUSH_SECONDS = 20.0
 """An idle server lets go of everything within this time."""
+
+UPDATED = "Weights were updated, but the cache was not flushed"
+"""SGLang's answer if a request waits for its grammar, which keeps even a paused server busy; the weights are new."""
 
 PAUSED_SECONDS = 0.3
 """How long generation stays paused."""
@@ -52,8 +55,8 @@ class Soak:
 
     model: Path
     out: Path
-    tokens: int = 320
-    pool: int = 1536
+    tokens: int = 192
+    pool: int = 240
     say: Callable[[str], None] = print
     found: Soaked = field(default_factory=Soaked)
 
@@ -71,14 +74,13 @@ class Soak:
     def record(self) -> Recorded:
         """Record what a stock server answers to requests that eviction must leave alone."""
         self.say("recording a stock server")
-        replies = {}
+        prompts = [untouched(question, 1)["text"] for question in QUESTIONS]
+        params = untouched("", self.tokens // 5)["sampling_params"]
+        del params["custom_params"]
+        body = {"text": prompts, "sampling_params": params, "return_logprob": True, "top_logprobs_num": 2}
         with self.server("stock") as server:
-            for question in QUESTIONS:
-                body = untouched(question, self.tokens // 5)
-                del body["sampling_params"]["custom_params"]
-                reply = json.loads(server.post("/generate", body | {"return_logprob": True, "top_logprobs_num": 2}))
-                replies[body["text"]] = client.decided(reply)
-        return Recorded(replies)
+            replies = json.loads(server.post("/generate", body))
+        return Recorded(dict(zip(prompts, map(client.decided, replies), strict=True)))
 
     def run(self, waves: Iterable[Wave], seconds: float, recorded: Recorded) -> None:
         """Send waves for a time, to the end of the last one; then end that server, and another one, under load."""
@@ -89,6 +91,13 @@ class Soak:
         self.found.faults = faults
         with self.evicting("killed") as server:
             faults["kill -9 of the scheduler"] = self._fault(server, "SIGKILL", lambda: scheduler(server.pid))
+
+    def beside(self, waves: Iterable[Wave], seconds: float, recorded: Recorded) -> None:
+        """Send waves to a stock server for a time: what it does under the same traffic is not the plugin's."""
+        self.found.beside = beside = Soaked()
+        with self.server("beside") as server:
+            self.say("the same traffic at a stock server")
+            Traffic(server, recorded, beside, self.model, self.say, evicts=False).run(waves, seconds)
 
     def _fault(self, server: Server, signal: str, victim: Callable[[], int]) -> str:
         self.say(f"{signal} under load")
@@ -111,12 +120,22 @@ class Traffic:
         Directory of the weights that an update loads.
     say
         Takes a line of progress.
+    evicts
+        Whether the server is not a stock one, which has no rounds to switch.
     """
 
     def __init__(
-        self, server: Server, recorded: Recorded, found: Soaked, model: Path, say: Callable[[str], None] = print
+        self,
+        server: Server,
+        recorded: Recorded,
+        found: Soaked,
+        model: Path,
+        say: Callable[[str], None] = print,
+        *,
+        evicts: bool = True,
     ) -> None:
         self.server, self.recorded, self.found, self.model, self.say = server, recorded, found, model, say
+        self.evicts = evicts
         self._read, self._lock = 0, threading.Lock()
 
     def run(self, waves: Iterable[Wave], seconds: float) -> None:
@@ -166,6 +185,8 @@ class Traffic:
 
     def act(self, name: str) -> None:
         """Do one act of control and keep what came of it."""
+        if name in SWITCHES and not self.evicts:
+            return
         acts: dict[str, Callable[[], object]] = {
             "retract": lambda: self._paused("retract"),
             "pause": lambda: self._paused("in_place"),
@@ -200,8 +221,15 @@ class Traffic:
             self.found.errors[f"the server ended with status {status}"] += 1
             return
         self.found.memory.append(Memory(self.found.seconds, of_session(self.server.pid)))
+        if not self.evicts:
+            return
         counts = self.server.get("/server_info")["internal_states"][0]["lethe"]
-        self.found.effects = {"rounds": counts["rounds"], "requests retracted": counts["requests_retracted"]}
+        pressed = counts["pressure"] or {"events": 0}  # nothing is said while rounds do not wait for it
+        self.found.effects = {
+            "rounds": counts["rounds"],
+            "events of pressure": max(self.found.effects.get("events of pressure", 0), pressed["events"]),
+            "requests retracted": counts["requests_retracted"],
+        }
 
     def _flush(self) -> bool:
         try:
@@ -219,9 +247,13 @@ class Traffic:
             self.server.post("/continue_generation", {}, client.TIMEOUT)
 
     def _update_weights(self) -> None:
-        text = self.server.post("/update_weights_from_disk", {"model_path": str(self.model)}, client.TIMEOUT)
+        try:
+            text = self.server.post("/update_weights_from_disk", {"model_path": str(self.model)}, client.TIMEOUT)
+        except urllib.error.HTTPError as error:
+            with error:
+                text = error.read().decode(errors="replace")
         answer = json.loads(text)
-        if not answer["success"]:
+        if not answer["success"] and not answer["message"].startswith(UPDATED):
             raise client.Wrong(answer["message"])
 
     def _switch(self, when: str) -> None:

@@ -15,6 +15,7 @@ REQUESTS = (
     "stop",
     "schema",
     "regex",
+    "tools",
     "logprobs",
     "stream",
     "abort",
@@ -54,6 +55,19 @@ SCHEMA = {
 }
 REGEX = r"(yes|no), because [a-z ]{5,40}\."
 STOPS = [".", "\n"]
+TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "look_up",
+        "description": "Look a subject up in an encyclopedia.",
+        "parameters": {
+            "type": "object",
+            "properties": {"subject": {"type": "string", "maxLength": 20}, "volume": {"enum": ["first", "second"]}},
+            "required": ["subject", "volume"],
+            "additionalProperties": False,
+        },
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -97,7 +111,7 @@ class Wave:
     then: str
 
 
-def waves(seed: int, tokens: int = 320) -> Iterator[Wave]:
+def waves(seed: int, tokens: int = 192) -> Iterator[Wave]:
     """Yield waves without end.
 
     Parameters
@@ -127,7 +141,7 @@ def request(kind: str, rid: str, rng: random.Random, tokens: int) -> Request:
     """Make one request of a kind; all that is drawn is drawn from ``rng``."""
     question = rng.choice(QUESTIONS)
     short = tokens // 5
-    if kind in ("chat", "n", "stream"):
+    if kind in ("chat", "n", "stream", "tools"):
         body: dict[str, Any] = {
             "model": "default",
             "messages": [{"role": "user", "content": question}],
@@ -136,12 +150,16 @@ def request(kind: str, rid: str, rng: random.Random, tokens: int) -> Request:
             "seed": rng.randrange(2**31),
             "n": 3 if kind == "n" else 1,
         }
-        return Request(kind, rid, "/v1/chat/completions", body | ({"stream": True} if kind == "stream" else {}))
+        asked: dict[str, dict[str, Any]] = {
+            "stream": {"stream": True},
+            "tools": {"tools": [TOOL], "tool_choice": "required"},
+        }
+        return Request(kind, rid, "/v1/chat/completions", body | asked.get(kind, {}))
     body = untouched(question, short)
     if kind == "none":
         return Request(kind, rid, "/generate", body | {"rid": rid})
     more: dict[str, dict[str, Any]] = {
-        "long": {"max_new_tokens": tokens, "ignore_eos": True, "custom_params": {"kv_evict": {"budget": 64}}},
+        "long": {"max_new_tokens": tokens, "ignore_eos": True, "custom_params": {"kv_evict": {"budget": 32}}},
         "stop": {"stop": STOPS, "max_new_tokens": 2 * short},
         "schema": {"json_schema": json.dumps(SCHEMA)},
         "regex": {"regex": REGEX},

@@ -6,7 +6,7 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 ALARMS = ("Mem Leak", "memory leak", "double free", "Traceback")
@@ -20,7 +20,7 @@ FITTED_SECONDS = 300.0
 
 
 class Memory(NamedTuple):
-    """Resident memory of the processes (name -> MiB) of an idle server, so many seconds after the traffic began."""
+    """Memory of the processes (name -> MiB, files apart) of an idle server, so many seconds after the traffic began."""
 
     seconds: float
     resident: dict[str, float]
@@ -50,6 +50,8 @@ class Soaked:
         What went wrong when processes were ended under load; None while that has not been tried.
     interrupted
         Whether somebody ended it early.
+    beside
+        The same of a stock server under the same traffic; None while that has not been tried.
     """
 
     seconds: float = 0.0
@@ -62,6 +64,7 @@ class Soaked:
     alarms: list[str] = field(default_factory=list)
     faults: dict[str, str] | None = None
     interrupted: bool = False
+    beside: Soaked | None = None
 
 
 def alarms(log: str) -> list[str]:
@@ -86,6 +89,12 @@ def growth(samples: Sequence[Memory], name: str) -> tuple[float, float]:
     return statistics.linear_regression(times, sizes).slope * 3600, times[-1] - times[0]
 
 
+def _judged(samples: Sequence[Memory], name: str) -> float | None:
+    """Return the growth of a process, None if it was not seen for long enough."""
+    slope, seconds = growth(samples, name)
+    return slope if seconds >= FITTED_SECONDS else None
+
+
 def names(samples: Sequence[Memory]) -> list[str]:
     """Return the processes that were there at the end, in order."""
     return sorted(samples[-1].resident) if samples else []
@@ -99,7 +108,7 @@ def verdict(found: Soaked, bound: float = GROWTH, wanted: Sequence[str] = ()) ->
     found
         What happened.
     bound
-        Most growth of any process, in MiB an hour.
+        Most growth of any process beyond that of the same process of a stock server, in MiB an hour.
     wanted
         What must have been done at least once.
     """
@@ -111,9 +120,9 @@ def verdict(found: Soaked, bound: float = GROWTH, wanted: Sequence[str] = ()) ->
         wrong.append("no token was compared with stock's")
     wrong += [f"the server counted no {name}" for name, count in found.effects.items() if not count]
     for name in names(found.memory):
-        slope, seconds = growth(found.memory, name)
-        if seconds >= FITTED_SECONDS and slope > bound:
-            wrong.append(f"{name}: grows by {slope:.0f} MiB an hour, more than {bound:g}")
+        slope, stock = _judged(found.memory, name), _judged(found.beside.memory if found.beside else [], name)
+        if slope is not None and slope > (limit := bound + max(0.0, stock or 0.0)):
+            wrong.append(f"{name}: grows by {slope:.0f} MiB an hour, more than {limit:.0f}")
     first = found.memory[0].resident if found.memory else {}
     wrong += [f"{name}: a process that was not there at the start" for name in names(found.memory) if name not in first]
     wrong += [f"{name}: {outcome}" for name, outcome in (found.faults or {}).items() if outcome != GONE]
@@ -126,15 +135,22 @@ GONE = "ended, and no process was left"
 
 def to_json(found: Soaked, bound: float, wrong: Sequence[str], about: dict[str, Any]) -> dict[str, Any]:
     """Return everything, for a file."""
-    memory = [{"seconds": round(sample.seconds, 1), **sample.resident} for sample in found.memory]
-    fits = {name: growth(found.memory, name) for name in names(found.memory)}
     return {
         **about,
-        **vars(found),
+        **_plain(found),
         "wrong": list(wrong),
         "bound_mib_per_hour": bound,
+        "beside": None if found.beside is None else _plain(found.beside),
+    }
+
+
+def _plain(found: Soaked) -> dict[str, Any]:
+    """Return what happened as JSON has it, with the growth of each process."""
+    fits = {name: growth(found.memory, name) for name in names(found.memory)}
+    return {
+        **vars(found),
         "growth_mib_per_hour": {name: round(slope, 2) for name, (slope, _) in fits.items()},
-        "memory": memory,
+        "memory": [{"seconds": round(sample.seconds, 1), **sample.resident} for sample in found.memory],
     }
 
 
@@ -152,8 +168,20 @@ def to_markdown(found: Soaked, bound: float, wrong: Sequence[str], about: dict[s
     lines += [f"| replies that differ from stock's | {len(found.different)} |"]
     lines += [f"| error: {_cell(error)} | {count} |" for error, count in sorted(found.errors.items())]
     lines += [f"| fault: {name} | {outcome} |" for name, outcome in (found.faults or {}).items()]
-    lines += ["", f"Resident memory (MiB) of the idle server; at most {bound:g} MiB an hour more is allowed.", ""]
-    lines += ["| process | start | middle | end | fitted over | growth an hour |"]
+    allowed = f"Memory (MiB, files apart) of the idle server; at most {bound:g} MiB an hour more is allowed"
+    if found.beside is None:
+        return "\n".join([*lines, *_growth(found, f"{allowed}.")]) + "\n"
+    lines += _growth(found, f"{allowed} than a stock server grows.")
+    beside = found.beside
+    lines += _growth(beside, f"A stock server after {beside.seconds / 60:.1f} minutes of the same traffic:")
+    wrong = verdict(replace(beside, memory=[]))
+    lines += ["", "- " + "\n- ".join(wrong) if wrong else "It made no error."]
+    return "\n".join(lines) + "\n"
+
+
+def _growth(found: Soaked, about: str) -> list[str]:
+    """Return a table of memory, with a line in front."""
+    lines = ["", about, "", "| process | start | middle | end | fitted over | growth an hour |"]
     lines += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
     for name in names(found.memory):
         there = [sample.resident[name] for sample in found.memory if name in sample.resident]
@@ -161,7 +189,7 @@ def to_markdown(found: Soaked, bound: float, wrong: Sequence[str], about: dict[s
         start, middle, end = there[0], there[len(there) // 2], there[-1]
         fit = f"{seconds / 60:.1f} min | {slope:+.1f}" if seconds >= FITTED_SECONDS else "too short to judge |"
         lines.append(f"| {name} | {start:.0f} | {middle:.0f} | {end:.0f} | {fit} |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _cell(text: str) -> str:

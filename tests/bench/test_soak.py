@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import os
+import subprocess
 import sys
 import threading
 import urllib.error
@@ -132,6 +133,30 @@ def test_growth_is_that_of_the_second_half_and_short_runs_are_not_judged():
     assert judged(short) == [] and "too short to judge" in to_markdown(short, 64, [], {})
 
 
+def test_growth_is_judged_beyond_that_of_a_stock_server_seen_long_enough():
+    def grows(by, count=60):
+        return [Memory(30.0 * i, {"scheduler": 900 + by * 30.0 * i / 3600}) for i in range(count)]
+
+    alone = well(memory=grows(90))
+    assert judged(alone) == ["scheduler: grows by 90 MiB an hour, more than 64"]
+    assert judged(well(memory=grows(90), beside=well(memory=grows(40)))) == []
+    assert judged(well(memory=grows(90), beside=well(memory=grows(20)))) == [
+        "scheduler: grows by 90 MiB an hour, more than 84"
+    ]
+    assert judged(well(memory=grows(90), beside=well(memory=grows(40, 12)))) == judged(alone), "too short a time"
+    assert judged(well(memory=grows(90), beside=well(memory=grows(-40)))) == judged(alone), "what shrinks lends nothing"
+
+
+def test_the_page_has_a_stock_servers_memory_and_errors():
+    beside = well(seconds=600, memory=[Memory(30.0 * i, {"router": 7}) for i in range(60)])
+    page = to_markdown(well(beside=beside), 64, [], {})
+    assert "A stock server after 10.0 minutes" in page and "| router | 7 | 7 | 7 |" in page and "no error" in page
+    beside.errors["chat: HTTP 500"] = 2
+    assert "- 2 x chat: HTTP 500" in to_markdown(well(beside=beside), 64, [], {})
+    plain = json.loads(json.dumps(to_json(well(beside=beside), 64, [], {})))["beside"]
+    assert plain["growth_mib_per_hour"] == {"router": 0.0} and plain["errors"] == {"chat: HTTP 500": 2}
+
+
 @pytest.mark.parametrize("line", ["Mem Leak", "a memory leak", "double free", "Traceback (most recent call last):"])
 def test_the_log_is_read_for_every_alarm(line):
     assert alarms(f"fine\n[12:00] {line}\nserver_args=ServerArgs('Traceback')\n") == [f"[12:00] {line}"]
@@ -142,6 +167,11 @@ def test_the_log_is_read_for_every_alarm(line):
 
 def asked(kind: str) -> Request:
     return next(r for wave in waves(0) for r in wave.requests if r.kind == kind)
+
+
+def called(name="look_up", arguments='{"subject": "x", "volume": "first"}', **more):
+    calls = more.get("calls", [{"function": {"name": name, "arguments": arguments}}])
+    return {"choices": [{"finish_reason": "tool_calls", "message": {"tool_calls": calls}}]}
 
 
 def answer(text="fine", ended="stop", tokens=4, **more):
@@ -157,10 +187,14 @@ def answer(text="fine", ended="stop", tokens=4, **more):
         ("schema", answer('{"name": "x", "age": 1}'), answer('{"name": 1}')),
         ("schema", answer('{"name', "length"), answer("{")),
         ("logprobs", answer(), answer(output_token_logprobs=[0])),
-        ("long", answer(ended="length", tokens=320), answer(ended="length", tokens=319)),
+        ("long", answer(ended="length", tokens=192), answer(ended="length", tokens=191)),
         ("none", answer(ended="length"), answer(ended="abort")),
         ("none", answer(), answer(tokens=65)),
         ("n", {"choices": [1, 2, 3]}, {"choices": [1, 2]}),
+        ("tools", called(), called(name="look")),
+        ("tools", called(), called(arguments='{"subject": "x"}')),
+        ("tools", called(), called(arguments="{")),
+        ("tools", {"choices": [{"finish_reason": "length"}]}, called(calls=None)),
         ("chat", {"choices": [1]}, {"choices": []}),
     ],
 )
@@ -205,6 +239,8 @@ class Double:
             return "Cache flushed."
         if path == "/update_weights_from_disk":
             return '{"success": true, "message": ""}'
+        if "tools" in body:
+            return json.dumps(called())
         if "messages" in body:
             return json.dumps({"choices": [1] * body["n"]})
         params = body.get("sampling_params", {})
@@ -216,7 +252,9 @@ class Double:
         yield from ({"choices": [1]} for _ in range(60))
 
     def get(self, path):
-        return {"internal_states": [{"lethe": {"rounds": 5, "requests_retracted": 2}}]}
+        pressed = len([path for path, _ in self.posted if path == "/kv_evict"]) % 2  # as the switches go
+        pressure = {"events": 3} if pressed else None
+        return {"internal_states": [{"lethe": {"rounds": 5, "requests_retracted": 2, "pressure": pressure}}]}
 
     def stop(self, grace=0):
         self.status = -9
@@ -256,6 +294,15 @@ def test_waves_do_all_that_they_should_and_are_counted(tmp_path, quick):
     assert modes == ["retract", "in_place", "retract"] * 3
     switched = [body["rounds"]["when"] for path, body in server.posted if path == "/kv_evict"]
     assert switched == ["pressure", "always"] * 3
+    assert found.effects == {"rounds": 5, "events of pressure": 3, "requests retracted": 2}
+
+
+def test_a_stock_server_gets_the_same_without_what_it_does_not_know(tmp_path, quick):
+    server, found = Double(tmp_path / "log"), Soaked()
+    server.get = refuse
+    Traffic(server, REPLIES, found, Path("model"), print, evicts=False).run(hurried(6), 3600)
+    assert verdict(found, 64, (*REQUESTS, *CONTROL)) == [] and len(found.memory) == 6
+    assert "/kv_evict" not in [path for path, _ in server.posted]
 
 
 def refuse(body):
@@ -275,6 +322,15 @@ def test_what_a_server_refuses_is_an_error(answers, line, tmp_path, quick):
     found = traffic(Double(tmp_path / "log", **answers), 3)
     assert any(error.startswith(line) for error in found.errors), found.errors
     assert verdict(found)
+
+
+def test_an_update_that_could_not_flush_is_none_that_failed(tmp_path, quick):
+    def unflushed(body):
+        text = json.dumps({"success": False, "message": f"{run.UPDATED} because requests are still running or queued."})
+        raise urllib.error.HTTPError("/", 400, "no", None, BytesIO(text.encode()))
+
+    found = traffic(Double(tmp_path / "log", **{"/update_weights_from_disk": unflushed}), 3)
+    assert not found.errors and found.done["weights"] == 1
 
 
 def test_a_pause_ends_whatever_happens_in_it(tmp_path, quick):
@@ -377,6 +433,20 @@ def test_what_stays_when_a_server_is_ended_is_named(how, outcome, tmp_path, monk
     assert found.startswith(outcome)
 
 
+def test_memory_is_what_a_process_has_beside_pages_of_files(tmp_path):
+    (tmp_path / "file").write_bytes(bytes(2**26))
+    code = "import mmap, sys; file = open(sys.argv[1], 'rb'); m = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ); "
+    code += "m.find(b'x'); own = b'x' * int(sys.argv[2]); print(flush=True); sys.stdin.read()"
+    sizes = []
+    for own in (1, 2**25):
+        command = [sys.executable, "-c", code, str(tmp_path / "file"), str(own)]
+        with subprocess.Popen(command, stdin=-1, stdout=-1, start_new_session=True) as child:
+            child.stdout.readline()
+            sizes += of_session(child.pid).values()
+            child.stdin.close()
+    assert sizes[0] < 40 and 30 < sizes[1] - sizes[0] < 34
+
+
 def test_without_load_an_end_proves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(ends, "LOADED_SECONDS", 0.1)
     assert ended_under_load(Double(tmp_path / "log"), [{}], lambda: None) == "every request had ended before the signal"
@@ -392,6 +462,9 @@ class Fake(run.Soak):
 
     def record(self):
         return REPLIES
+
+    def beside(self, waves, seconds, recorded):
+        self.found.beside = well(memory=[])
 
     def run(self, waves, seconds, recorded):
         vars(self.found).update(vars(well()))

@@ -11,7 +11,10 @@ import urllib.error
 
 import pytest
 from conftest import config
+from ending import under_load
 from problems import PROMPTS
+
+from lethe_bench.soak.ends import GONE, kill, scheduler
 
 SETTINGS = config(budget={"tokens": 48}, rounds={"interval": 16}, lethe={"half_life": 7})
 OPEN_DOOR = (
@@ -30,7 +33,6 @@ def server(start):
     server = start(*args, entry=("-c", OPEN_DOOR)).wait()
     server.before = replies(server)
     yield server
-    server.check_healthy()
     server.stop()
 
 
@@ -53,3 +55,9 @@ def test_an_illegal_override_is_an_error_of_that_request(server):
         assert "custom_params.kv_evict" in json.dumps(json.loads(caught.value.read())), asked
     server.check_healthy()
     assert replies(server) == server.before
+
+
+def test_a_scheduler_that_is_killed_under_load_takes_its_server_along(server, monkeypatch):
+    server.check_healthy()
+    outcome, status = under_load(server, monkeypatch, lambda: kill(scheduler(server.pid), "SIGKILL"))
+    assert outcome == GONE and status not in (None, 0)

@@ -51,6 +51,7 @@ def zygote() -> dict:
     """Answer requests; returns, in a fork, what that fork is to run."""
     for name in IMPORTED:
         import_module(name)
+    import_module("setproctitle").getproctitle()  # finds where titles go, which it cannot in a fork's own environment
     inspect.getsource = functools.cache(inspect.getsource)
     _ask_at_once()
     if os.environ.get("TRITON_INTERPRET") == "1":
