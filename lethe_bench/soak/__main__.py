@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--minutes", type=_positive, default=30.0, metavar="N", help="minutes of traffic (default 30)")
     add("--model-path", default="smollm2", metavar="MODEL", help="name or directory, as in lethe model (smollm2)")
-    add("--stock-minutes", type=_positive, default=10.0, metavar="N", help="of a stock server afterwards (default 10)")
+    add("--stock-minutes", type=_positive, default=15.0, metavar="N", help="of a stock server afterwards (default 15)")
     add("--seed", type=int, default=0, metavar="N", help="of the traffic (default 0)")
     add("--growth", type=_positive, default=GROWTH, metavar="MIB", help="most growth an hour (default %(default)g)")
     add("--out", type=Path, default=Path("out/soak"), metavar="DIR", help="for soak.md, soak.json, logs (out/soak)")

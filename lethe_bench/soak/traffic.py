@@ -145,7 +145,7 @@ def request(kind: str, rid: str, rng: random.Random, tokens: int) -> Request:
         body: dict[str, Any] = {
             "model": "default",
             "messages": [{"role": "user", "content": question}],
-            "max_tokens": short,
+            "max_tokens": tokens // 2 if kind == "n" else short,  # three of these alone fill the pool
             "temperature": 0.8,
             "seed": rng.randrange(2**31),
             "n": 3 if kind == "n" else 1,
