@@ -24,7 +24,7 @@ from lethe_sglang.cache.ledger import Ledger
 from lethe_sglang.engine.admission import LethePrefillAdder
 from lethe_sglang.engine.runtime import Runtime
 
-EXAMPLES = int(os.environ.get("STATE_MACHINE_EXAMPLES", 3))
+EXAMPLES = int(os.environ.get("STATE_MACHINE_EXAMPLES", 2))
 """Machines of each mode; 9 are more than 10,000 steps in all, and take three times as long."""
 seen = {}
 
