@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("lethe_sglang.engine.runtime")
 
 import hypothesis.strategies as st
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from naive_cache import Naive
 from scheduler_world import World, install_hooks, publish
@@ -24,8 +24,11 @@ from lethe_sglang.cache.ledger import Ledger
 from lethe_sglang.engine.admission import LethePrefillAdder
 from lethe_sglang.engine.runtime import Runtime
 
-EXAMPLES = int(os.environ.get("STATE_MACHINE_EXAMPLES", 2))
+EXAMPLES = int(os.environ.get("STATE_MACHINE_EXAMPLES", 3))
 """Machines of each mode; 9 are more than 10,000 steps in all, and take three times as long."""
+SEED = 5
+"""Chosen for many rounds and events; Hypothesis' own would change with every line of this file."""
+
 seen = {}
 
 
@@ -238,13 +241,13 @@ def run(examples, modes=MODES, phases=(Phase.generate,), derandomize=True):
     """
     forget()
     for mode in modes:
+        machine = type("Machine", (Machine,), {"mode": mode})
         run_state_machine_as_test(
-            type("Machine", (Machine,), {"mode": mode}),
+            seed(SEED)(machine) if derandomize else machine,
             settings=settings(
                 max_examples=examples,
                 stateful_step_count=40,
                 deadline=None,
-                derandomize=derandomize,
                 database=None,
                 phases=phases,
                 suppress_health_check=list(HealthCheck),
