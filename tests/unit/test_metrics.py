@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import sglang.srt.observability.metrics_collector as stock
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.parser import text_string_to_metric_families as families
 from promtool import lint
 from torch import tensor
@@ -202,6 +203,20 @@ def test_the_rules_find_what_they_should():
     Histogram("fine_seconds", "Fine.", registry=registry)
     found = [line.partition(":")[0] for line in lint(generate_latest(registry).decode())]
     assert sorted(found) == ["heldBlocks", "held_count", "round_ms", "rounds_total", "share_gauge", "silent"]
+
+
+@pytest.mark.parametrize(
+    ("asks", "prefix"),
+    [
+        ("application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5", "sglang_"),  # Prometheus 2
+        ("application/openmetrics-text;version=1.0.0;escaping=allow-utf-8", "sglang:"),  # Prometheus 3
+        ("text/plain;version=0.0.4", "sglang:"),
+    ],
+)
+def test_an_older_prometheus_is_told_names_without_a_colon(asks, prefix):
+    """The page says so, and how to have the dashboard ask for them."""
+    encode, _ = choose_encoder(asks)
+    assert f"\n{prefix}kv_evict_rounds_total" in encode(Scraped(runtime()).registry).decode()
 
 
 def test_every_label_of_sglangs_is_on_every_metric():
