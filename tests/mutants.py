@@ -197,7 +197,7 @@ MUTANTS = {
         "lethe_sglang/kernels/triton/rounds.py",
         "mask=j < own, other=0.0)",
         "mask=j < width, other=0.0)",
-        "tests/kernels/test_triton_rounds.py",
+        "tests/kernels/test_triton_rounds.py -k references",
     ),
     "sums that have not arrived are read": Mutant(
         "lethe_sglang/engine/dropped.py", "self._coming[0][1].query()", "True", SCRAPED

@@ -59,6 +59,7 @@ def drive(module, patch, device, page, budgets, policy, prompt=0, narrow=True, c
     used = Recorded(module)
     patch.setattr(rounds, "kernels_for", lambda where: used)
     pool = Pool(page=page, narrow=narrow_layers(budgets) if narrow else None)
+    pool.cells.score[0] = 9  # what lies behind a layer's candidates reads the padding's, which is anything
     if device.type != "cpu":
         pool.req_to_token = pool.req_to_token.to(device)
         tensors = {name: buffer.to(device) for name, buffer in pool.cells.buffers.items()}
