@@ -62,18 +62,10 @@ class Sweep(Arms):
 
     def change(self, arm: str) -> dict[str, Any]:
         """Return what a server of the first arm is told (``POST /kv_evict``) to become another's."""
-        first, other = (self.arm_config(name) for name in (self.arms[0], arm))
-        assert first is not None and other is not None, "checked"
-        sections = other.model_dump(mode="json").items()
-        told = first.model_dump(mode="json")
-        varied = {
-            name
-            for each in self.arms
-            if (config := self.arm_config(each)) is not None
-            for name, value in config.model_dump(mode="json").items()
-            if value != told[name]
-        }
-        return {name: value for name, value in sections if name in varied}
+        known = {name: config.model_dump(mode="json") for name in self.arms if (config := self.arm_config(name))}
+        first = known[self.arms[0]]
+        varied = [section for section in first if any(config[section] != first[section] for config in known.values())]
+        return {section: known[arm][section] for section in varied}
 
     @property
     def long(self) -> int:

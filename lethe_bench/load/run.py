@@ -131,11 +131,10 @@ def run(plan: Sweep, samples: Sequence[Sample], vocabulary: int, say: Callable[[
         If a server fails, or a request does not get all of its tokens.
     """
     turns = list(missing(plan, list(samples)))
-    for several in [turns] if plan.one_server else [[turn] for turn in turns]:
-        if not several:
-            return
-        first = plan.arms[0] if plan.one_server else several[0][1]
-        say(f"repeat {several[0][0]}, {first}: starting the server")
+    for several in [turns] if plan.one_server and turns else [[turn] for turn in turns]:
+        repeat, arm, _ = several[0]
+        first = plan.arms[0] if plan.one_server else arm
+        say(f"repeat {repeat}, {first}: starting the server")
         with TemporaryDirectory(prefix="lethe-load-") as folder:
             offline = {"HF_HUB_OFFLINE": "1"} if Path(plan.model_path).is_dir() else {}
             server = Server(plan.server_command(first), plan.port, Path(folder) / "server.log", offline)

@@ -28,7 +28,6 @@ def snapshot(runtime: Runtime) -> dict[str, Any]:
         (:meth:`Pressure.report`), and ``quality`` where no request is sampled (:meth:`Monitor.report`).
     """
     counters, config = runtime.counters, runtime.config
-    counters.dropped.settle()
     packed = sum(s.layout.prefix + s.layout.packed for s in runtime.ledger.requests.values())
     out: dict[str, Any] = {
         "policy": config.policy,
