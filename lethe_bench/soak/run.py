@@ -150,7 +150,9 @@ class Traffic:
                 self._wave(pool, wave)
                 self.found.seconds = time.monotonic() - began
                 self.idle()
-                self.say(f"{self.found.seconds:6.0f} s  wave {wave.number}, {sum(self.found.errors.values())} errors")
+                counts = {**self.found.effects, "errors": sum(self.found.errors.values())}
+                said = ", ".join(f"{count} {name}" for name, count in counts.items())
+                self.say(f"{self.found.seconds:6.0f} s  wave {wave.number}: {said}")
                 if self.found.seconds >= seconds or self.server.status is not None:
                     return
                 self.act(wave.then)

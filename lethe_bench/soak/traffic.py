@@ -153,6 +153,7 @@ def request(kind: str, rid: str, rng: random.Random, tokens: int) -> Request:
         asked: dict[str, dict[str, Any]] = {
             "stream": {"stream": True},
             "tools": {"tools": [TOOL], "tool_choice": "required"},
+            "n": {"ignore_eos": True},
         }
         return Request(kind, rid, "/v1/chat/completions", body | asked.get(kind, {}))
     body = untouched(question, short)
