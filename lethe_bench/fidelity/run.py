@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -222,11 +222,11 @@ class Run:
             )
         arms.add([{"name": name, "options": options} for name, options in asked.items() if name not in before])
 
-    @property
-    def whole(self) -> int:
-        """Documents at once that nothing is evicted of, so that none waits for another."""
-        pool = self.experiment.pool_tokens
-        return self.experiment.at_once if pool is None else min(self.experiment.at_once, pool // self.longest)
+    def whole(self, prompts: Iterable[Sequence[int]]) -> int:
+        """Return how many documents at once the pool holds of which nothing is evicted, so that none waits."""
+        experiment, longest = self.experiment, max(map(len, prompts), default=0)
+        pool = experiment.pool_tokens
+        return experiment.at_once if pool is None else min(experiment.at_once, pool // (experiment.tokens + longest))
 
     @property
     def longest(self) -> int:
@@ -312,7 +312,7 @@ class Run:
             reply = _read(server.post("/generate", body, timeout=3600))
             journal.add([{"name": name, "reply": reply["output_ids"]}])
 
-        self._each(sample, [name for name in prompts if name not in known], "sampling", self.whole)
+        self._each(sample, [name for name in prompts if name not in known], "sampling", self.whole(prompts.values()))
         return self.samples(prompts)
 
     # -- forcing ------------------------------------------------------------------------------------------------------
@@ -353,7 +353,8 @@ class Run:
                 raise ServerError(f"the reply of {document.name} was not forced; see {server.log}")
 
         if load is None:
-            self._each(force, missing, folder, self.whole if arm == "full" else self.experiment.at_once)
+            prompts = [document.prompt for document in missing]
+            self._each(force, missing, folder, self.whole(prompts) if arm == "full" else self.experiment.at_once)
             return
         journal = Journal(self.out / loads.JOURNAL)
         for number, group in enumerate(loads.groups(documents, load), 1):
