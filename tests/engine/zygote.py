@@ -14,6 +14,7 @@ nothing, has no thread and has loaded no plugin.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import ctypes
 import fcntl
@@ -54,6 +55,7 @@ def zygote() -> dict:
     import_module("setproctitle").getproctitle()  # finds where titles go, which it cannot in a fork's own environment
     inspect.getsource = functools.cache(inspect.getsource)
     _ask_at_once()
+    _propagate_by_index()
     if os.environ.get("TRITON_INTERPRET") == "1":
         _patch_language_once()
     for target in json.loads(SOURCES.read_text()):
@@ -79,6 +81,29 @@ def _ask_at_once() -> None:
     """Let a server not wait a whole second before its own first request."""
     server = import_module("sglang.srt.entrypoints.http_server")
     server.time = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: time.sleep(min(seconds, 0.1))})
+
+
+def _propagate_by_index() -> None:
+    """Find who has imported a hooked function without a walk over all modules for each hook: half of a start."""
+    registry = import_module("sglang.srt.plugins.hook_registry")
+    known = set(sys.modules)
+    holders = collections.defaultdict(list)
+    for module in [module for name, module in sys.modules.items() if name.partition(".")[0] == "sglang"]:
+        for name, value in vars(module).items() if isinstance(module, ModuleType) else ():
+            holders[id(value)].append((module, name))
+
+    def propagate(original: object, wrapped: object, source: object) -> int:
+        later = [module for name, module in list(sys.modules.items()) if name not in known]
+        later = [module for module in later if isinstance(module, ModuleType)]
+        found = [(module, name) for module in later for name, value in vars(module).items() if value is original]
+        found += [(module, name) for module, name in holders[id(original)] if vars(module).get(name) is original]
+        for module, name in found:
+            if module is not source:
+                setattr(module, name, wrapped)
+        return len(found)
+
+    assert callable(registry._propagate_patch)
+    registry._propagate_patch = propagate
 
 
 def _patch_language_once() -> None:
