@@ -1045,7 +1045,7 @@ MUTANTS = {
         FORCED, "self._each(force, group,", "self._each(force, self.missing(folder, group),", f"{AT_ONCE} -k as_a_whole"
     ),
     "documents of the full cache wait for each other": Mutant(
-        FORCED, 'self.whole if arm == "full" else', "", f"{AT_ONCE} -k as_a_whole"
+        FORCED, 'self.whole(prompts) if arm == "full" else', "", f"{AT_ONCE} -k as_a_whole"
     ),
     "a retracted request skips a step": Mutant(
         "lethe_bench/fidelity/processor.py",
