@@ -20,7 +20,7 @@ from lethe_bench.soak import __main__ as program
 from lethe_bench.soak import ends, run
 from lethe_bench.soak.client import Recorded, Wrong, check, decided, put
 from lethe_bench.soak.ends import GONE, ended_under_load, kill, of_session
-from lethe_bench.soak.run import Traffic
+from lethe_bench.soak.run import Soak, Traffic
 from lethe_bench.soak.traffic import CONTROL, QUESTIONS, REQUESTS, SWITCHES, Request, Wave, untouched, waves
 from lethe_bench.soak.verdict import Memory, Soaked, alarms, growth, to_json, to_markdown, verdict
 
@@ -52,6 +52,11 @@ def test_names_are_unique_and_only_untouched_requests_are_greedy_without_evictio
         off = asked.body.get("sampling_params", {}).get("custom_params") == {"kv_evict": "none"}
         assert off == (asked.kind == "none")
     assert {r.body["text"] for r in requests if r.kind == "none"} <= {untouched(q, 1)["text"] for q in QUESTIONS}
+
+
+def test_the_replies_of_one_request_for_several_fill_the_pool_whatever_they_say():
+    body = next(request.body for wave in waves(0, Soak.tokens) for request in wave.requests if request.kind == "n")
+    assert body["ignore_eos"] and body["n"] * body["max_tokens"] > Soak.pool
 
 
 # -- verdict -----------------------------------------------------------------------------------------------------------

@@ -92,6 +92,7 @@ def _propagate_by_index() -> None:
         for name, value in vars(module).items() if isinstance(module, ModuleType) else ():
             holders[id(value)].append((module, name))
 
+    @functools.wraps(registry._propagate_patch)
     def propagate(original: object, wrapped: object, source: object) -> int:
         later = [module for name, module in list(sys.modules.items()) if name not in known]
         later = [module for module in later if isinstance(module, ModuleType)]
@@ -102,7 +103,6 @@ def _propagate_by_index() -> None:
                 setattr(module, name, wrapped)
         return len(found)
 
-    assert callable(registry._propagate_patch)
     registry._propagate_patch = propagate
 
 
