@@ -1078,7 +1078,7 @@ MUTANTS = {
         PRESSURE,
         "        if share > floor:",
         "        if share >= runtime.config.floor:",
-        MACHINE,
+        "tests/unit/test_state_machine.py -k asked_for_more",
     ),
     "an event reckons with the budgets before a change": Mutant(
         PRESSURE, "self.runtime.renew(req, state)", "pass", "tests/unit/test_state_machine.py -k just_after"

@@ -340,6 +340,22 @@ def test_whom_the_result_in_flight_finishes_gives_nothing():
     assert while_finishing, "nobody was let in while another finished"
 
 
+def test_who_asked_for_more_keeps_it_where_the_share_is_less():
+    """Requests whose own floor lies above the share that the others are left with."""
+    forget()
+    machine = Machine()
+    machine.start(1, 96, 12, 4, "keep", tree=False, overlap=True, chunk=None, ratio=1.0)
+    world, pressure, less = machine.world, machine.lethe.pressure, 0
+    for first, asked in ((2, None), (3, {"budget": 30}), (4, None)):
+        world.arrive([first] * 5, 110, asked, ignore_eos=True)
+    while world.requests:
+        before = pressure.events
+        machine.step()
+        less += pressure.events > before and len(world.running_batch.reqs) == 3 and pressure.share < 30
+    assert less, "no share was below the floor of the one that asked for more"
+    machine.drain()
+
+
 def shares_below_the_floor(patch):
     plan = Ledger.plan
 
