@@ -932,8 +932,17 @@ MUTANTS = {
     "a replay forgets what a round evicted": Mutant(
         REPLAY, "seq, lines.spans, self", "seq, lines.spans._replace(kept=0 * lines.kept), self", REPLAYED
     ),
+    "side by side, an arm sees the queries of another": Mutant(
+        "lethe_bench/fidelity/network.py",
+        "own = slice(end, end := end + len(part.tokens))",
+        "own = slice(0, end := len(part.tokens))",
+        f"{REPLAYED} -k side_by_side",
+    ),
+    "side by side, steps are another arm's": Mutant(
+        REPLAY, "yield which, part.start, logits", "yield 0, part.start, logits", f"{REPLAYED} -k side_by_side"
+    ),
     "steps before the first round are computed again": Mutant(
-        REPLAY, "return logits if self.rounds else None", "return logits", f"{REPLAYED} -k not_computed_before"
+        REPLAY, "first=0 if self.rounds else end - start", "first=0", f"{REPLAYED} -k not_computed_before"
     ),
     "breakpoint counts places for attention": Mutant(
         ROUNDS,

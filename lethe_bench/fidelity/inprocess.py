@@ -19,8 +19,8 @@ from tqdm import tqdm
 from lethe_bench.fidelity.corpora import Document
 from lethe_bench.fidelity.network import Network
 from lethe_bench.fidelity.processor import keep
-from lethe_bench.fidelity.replay import Replay, full
-from lethe_bench.fidelity.report import ROUNDS
+from lethe_bench.fidelity.replay import Full, Replay, full, together
+from lethe_bench.fidelity.report import AGREEMENT, KL, NLL, ROUNDS
 from lethe_bench.fidelity.run import Run
 from lethe_sglang.allocation import profile as profiles
 from lethe_sglang.allocation.budgets import from_config
@@ -131,10 +131,9 @@ def forced(
     shares = {arm: budgets(config, network.layers) for arm, config in arms.items()}
     with torch.inference_mode():
         whole = full(network, document.prompt, document.reply, known)
-    for arm, config in arms.items():
-        with torch.inference_mode():
-            replay = Replay(network, config, shares[arm], whole)
-            steps = measured(document.reply, whole.logits, replay.run())
+        replays = [Replay(network, config, shares[arm], whole) for arm, config in arms.items()]
+        found = measured(document.reply, whole, replays)
+    for arm, steps, replay in zip(arms, found, replays, strict=True):
         yield arm, steps, [length + 1 - whole.prompt for length in replay.rounds]
 
 
@@ -153,15 +152,16 @@ def budgets(config: EvictionConfig, layers: int) -> tuple[int, ...]:
     return from_config(config, layers, profile)
 
 
-def measured(reply: Sequence[int], full: torch.Tensor, arm: torch.Tensor) -> NDArray[np.float32]:
-    """Compare the log-probabilities of the last steps, ``[n, V]``, with all of the full cache, ``[T, V]``."""
-    steps, changed = torch.zeros((len(reply), 4)), len(reply) - len(arm)
-    nll = -full.gather(1, torch.tensor(reply).unsqueeze(1)).squeeze(1)
-    steps[:, 1], steps[:, 2], steps[:, 3] = 1.0, nll, nll
-    if len(arm):
-        late = full[changed:]
-        steps[changed:, 0] = (late.exp() * (late - arm)).sum(-1)
-        steps[changed:, 1] = (late.argmax(-1) == arm.argmax(-1)).float()
-        steps[changed:, 2] = -arm.gather(1, torch.tensor(reply[changed:]).unsqueeze(1)).squeeze(1)
-    found: NDArray[np.float32] = steps.numpy()
+def measured(reply: Sequence[int], whole: Full, replays: Sequence[Replay]) -> list[NDArray[np.float32]]:
+    """Run replays side by side, and compare each with the full cache, which their steps before a round are those of."""
+    chosen, likely, first = torch.tensor(reply).unsqueeze(1), whole.logits.exp(), whole.logits.argmax(-1)
+    nll = -whole.logits.gather(1, chosen).squeeze(1)
+    steps = torch.stack((torch.zeros(len(reply)), torch.ones(len(reply)), nll, nll), dim=1).repeat(len(replays), 1, 1)
+    for which, position, logits in together(replays[0].network, replays):
+        start = position - whole.prompt + 1  # the step whose distribution is behind that token
+        of, part = slice(start, start + len(logits)), steps[which, start : start + len(logits)]
+        part[:, KL] = (likely[of] * (whole.logits[of] - logits)).sum(-1)
+        part[:, AGREEMENT] = (first[of] == logits.argmax(-1)).float()
+        part[:, NLL] = -logits.gather(1, chosen[of]).squeeze(1)
+    found: list[NDArray[np.float32]] = list(steps.numpy())
     return found

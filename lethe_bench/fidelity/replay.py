@@ -8,12 +8,12 @@ over many steps instead of one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
-from lethe_bench.fidelity.network import Network
+from lethe_bench.fidelity.network import Network, Part
 from lethe_sglang.cache import breakpoints
 from lethe_sglang.cache.arrivals import stagger_of
 from lethe_sglang.cache.layout import narrow_layers, pinned_cells
@@ -100,7 +100,7 @@ def full(network: Network, prompt: Sequence[int], reply: Sequence[int], known: i
         values.append(own_values[:known].clone())
         return torch.cat(outputs)
 
-    logits = network.forward(tokens, 0, attend, first=len(prompt) - 1, last=len(tokens) - 1)
+    [logits] = network.forward(Part(tokens, 0, attend, first=len(prompt) - 1, last=len(tokens) - 1))
     strips = len(seen) // len(keys)
     attention = torch.stack([torch.cat(seen[n * strips : (n + 1) * strips]) for n in range(len(keys))])
     return Full(tokens, len(prompt), logits, torch.stack(keys), torch.stack(values), attention)
@@ -169,17 +169,25 @@ class Replay:
 
         The steps before it are those of the full cache.
         """
-        start, found = self.document.prompt, []
+        found = [logits for _, _, logits in together(self.network, [self])]
+        return torch.cat(found) if found else torch.zeros((0, self.document.logits.shape[1]))
+
+    def parts(self) -> Iterator[Part]:
+        """Force the reply, and yield what the model has to be asked: the tokens between two rounds behind the first.
+
+        When the next is asked for, the model has run.
+        """
+        start = self.document.prompt
         last = len(self.document.tokens) - 1  # the last token is never an input
         while start < last:
             end = min(self.state.due_at, last)
-            logits = self._chunk(start, end)
-            if logits is not None:
-                found.append(logits)
+            if self._is_known(end):
+                self._take(start, end)
+            else:
+                yield from self._chunk(start, end)
             if end == self.state.due_at:
                 self._round(end)
             start = end
-        return torch.cat(found) if found else torch.zeros((0, self.document.logits.shape[1]))
 
     # -- between rounds -----------------------------------------------------------------------------------------------
 
@@ -190,14 +198,19 @@ class Replay:
         for buffer, fresh in ((self.cells.key, keys), (self.cells.value, values)):
             buffer.view(self.cells.num_layers, self.cells.blocks, *buffer.shape[1:])[:, start + 1 : end + 1] = fresh
 
-    def _chunk(self, start: int, end: int) -> torch.Tensor | None:
-        """Decode the tokens at ``start <= position < end``; None where the full cache's distributions hold."""
-        if not self.rounds and end <= self.document.keys.shape[1]:
-            part = slice(start, end)
-            self._append(start, end, self.document.keys[:, part], self.document.values[:, part])
-            lists = [torch.arange(end) + 1 + layer * self.cells.blocks for layer in range(self.cells.num_layers)]
-            self._score(start, end, lists, list(self.document.attention[:, part, :end]))
-            return None
+    def _is_known(self, end: int) -> bool:
+        """Say whether the full cache's keys, values and attention hold for the tokens before ``end``."""
+        return not self.rounds and end <= self.document.keys.shape[1]
+
+    def _take(self, start: int, end: int) -> None:
+        """Take over the tokens at ``start <= position < end``, for which the full cache's distributions hold."""
+        part = slice(start, end)
+        self._append(start, end, self.document.keys[:, part], self.document.values[:, part])
+        lists = [torch.arange(end) + 1 + layer * self.cells.blocks for layer in range(self.cells.num_layers)]
+        self._score(start, end, lists, list(self.document.attention[:, part, :end]))
+
+    def _chunk(self, start: int, end: int) -> Iterator[Part]:
+        """Decode the tokens at ``start <= position < end``; nothing is asked of those before the first round."""
         before = self._lists(start)
         lists, seen = list[torch.Tensor](), list[torch.Tensor]()
         fresh_keys, fresh_values = list[torch.Tensor](), list[torch.Tensor]()
@@ -213,10 +226,9 @@ class Replay:
             seen.append(weights)
             return out
 
-        logits = self.network.forward(self.document.tokens[start:end], start, attend)
+        yield Part(self.document.tokens[start:end], start, attend, first=0 if self.rounds else end - start)
         self._append(start, end, torch.stack(fresh_keys), torch.stack(fresh_values))
         self._score(start, end, lists, seen)
-        return logits if self.rounds else None
 
     def _lists(self, length: int) -> list[torch.Tensor]:
         """Resolve what each layer attends to, flat cells int64 ``[n_l]``."""
@@ -277,3 +289,20 @@ class Replay:
             self.state.pending = breakpoints.count(result, [plan])[0]
         self.ledger.flush()
         self.rounds.append(committed)
+
+
+def together(network: Network, replays: Sequence[Replay]) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Force the replies of replays side by side, so that the model sees tokens of all of them at once.
+
+    Yields
+    ------
+    tuple
+        Which of them, the position of the first token, and the log-probabilities behind it and those that follow,
+        float32 ``[n, V]`` in nats, n >= 1; a replay's come in their order.
+    """
+    running = dict(enumerate(replay.parts() for replay in replays))
+    while parts := {which: part for which, steps in running.items() if (part := next(steps, None)) is not None}:
+        running = {which: running[which] for which in parts}
+        for (which, part), logits in zip(parts.items(), network.forward(*parts.values()), strict=True):
+            if len(logits):
+                yield which, part.start, logits

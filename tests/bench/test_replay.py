@@ -91,13 +91,14 @@ def test_steps_at_once_are_steps_one_by_one(network, name, monkeypatch):
     together = at_once.run()
     assert len(at_once.rounds) >= 4
     one_by_one = made(network, POLICIES[name])
-    chunk = Replay._chunk
+    chunk, take = Replay._chunk, Replay._take
 
     def steps(self, start, end):
-        parts = [chunk(self, at, at + 1) for at in range(start, end)]
-        return None if parts[0] is None else torch.cat(parts)
+        for at in range(start, end):
+            yield from chunk(self, at, at + 1)
 
     monkeypatch.setattr(Replay, "_chunk", steps)
+    monkeypatch.setattr(Replay, "_take", lambda self, start, end: [take(self, at, at + 1) for at in range(start, end)])
     torch.testing.assert_close(one_by_one.run(), together, rtol=1e-3, atol=1e-4)
     assert one_by_one.rounds == at_once.rounds and one_by_one.state.kept == at_once.state.kept
     for one, other in zip(one_by_one._lists(55), at_once._lists(55), strict=True):
@@ -139,6 +140,16 @@ def test_steps_before_the_first_round_are_the_full_cache_s(network):
     assert rounds == [length - 9 for length in first.rounds]
     assert changed[0] == rounds[0] and steps[changed, 0].max() > 1e-3
     assert (steps[: changed[0], 1] == 1).all() and (steps[: changed[0], 2] == steps[: changed[0], 3]).all()
+
+
+def test_arms_side_by_side_are_arms_by_themselves(network):
+    """Other first rounds, other lengths between rounds: what the model sees at once is of many kinds."""
+    changes = {**POLICIES, "late": {"budget": {"tokens": 30}}, "never": {"budget": {"tokens": 200}}}
+    document, arms = Document("prose-1", PROMPT, REPLY), {name: config_of(change) for name, change in changes.items()}
+    for name, steps, rounds in forced(network, document, arms):
+        [(_, alone, at)] = forced(network, document, {name: arms[name]})
+        np.testing.assert_allclose(steps, alone, rtol=1e-3, atol=1e-4, err_msg=name)
+        assert rounds == at and bool(rounds) == (name != "never")
 
 
 def test_a_private_prompt_is_refused(network):
@@ -196,7 +207,7 @@ def test_a_run_without_a_server_goes_on_where_it_was_stopped(tmp_path, monkeypat
     command = ["eval", "fidelity", str(tmp_path / "small.yaml"), "--model", str(model), "--out", str(out)]
     assert program.main([*command, "--in-process", "1"]) == 0
     assert str(out / "fidelity.md") in capsys.readouterr().out
-    made = {path.relative_to(out): path.read_bytes() for path in sorted(out.glob("*/*.npy"))}
+    made = {path.relative_to(out): np.load(path) for path in sorted(out.glob("*/*.npy"))}
     assert len(made) == 4 and not list(out.glob("*/*.draft"))
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert [len(sample["reply"]) for sample in samples] == [64, 64] and samples[0]["reply"] != samples[1]["reply"]
@@ -204,7 +215,7 @@ def test_a_run_without_a_server_goes_on_where_it_was_stopped(tmp_path, monkeypat
     (out / lost).unlink()
     before = {path: path.stat().st_mtime_ns for path in out.glob("*/*.npy")}
     assert program.main([*command, "--in-process", "2"]) == 0
-    assert (out / lost).read_bytes() == made[lost]
+    np.testing.assert_allclose(np.load(out / lost), made[lost], atol=1e-5)  # it was one of two arms, and is alone
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
 
 
