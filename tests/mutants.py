@@ -73,7 +73,7 @@ PRESSURE, ADMISSION, SHARES = (
 METRICS, SCRAPED = "lethe_sglang/engine/metrics.py", "tests/unit/test_metrics.py"
 REPLIES, REPLIED = "lethe_sglang/engine/replies.py", "tests/unit/test_replies.py"
 TOP, FRAME = "lethe_sglang/cli/top.py", "tests/unit/test_top.py"
-MACHINE, SHARED = "tests/unit/test_state_machine.py -k thousands", "tests/unit/test_shares.py"
+MACHINE, SHARED = "tests/unit/test_state_machine.py", "tests/unit/test_shares.py"
 MONITOR, QUALITY, WATCHED = (
     "lethe_sglang/engine/monitor.py",
     "lethe_sglang/engine/quality.py",

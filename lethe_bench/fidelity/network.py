@@ -19,7 +19,7 @@ NAME = "lethe_replay"
 
 
 class Part(NamedTuple):
-    """Tokens at positions from ``start`` on, who computes their attention, and those that are asked for what comes next.
+    """Tokens at positions from ``start`` on, who attends, and which are asked for what comes next.
 
     Attributes
     ----------
@@ -73,7 +73,7 @@ class Network:
         return torch.cat(outputs).unsqueeze(0), None
 
     def forward(self, *parts: Part) -> list[torch.Tensor]:
-        """Run parts that do not know of each other, of whatever lengths, in one pass: larger products, the same numbers.
+        """Run parts that do not know of each other, of whatever lengths, in one pass: larger products, same numbers.
 
         Returns
         -------

@@ -356,6 +356,28 @@ def test_who_asked_for_more_keeps_it_where_the_share_is_less():
     machine.drain()
 
 
+def test_cached_prefixes_go_before_anybody_gives():
+    """What a finished request has left in the tree makes room for those that run, and rounds come once it is gone."""
+    forget()
+    machine = Machine()
+    machine.start(1, 160, 12, 4, "keep", tree=True, overlap=True, chunk=None, ratio=1.0)
+    world, pressure, makes_room = machine.world, machine.lethe.pressure, 0
+    world.arrive([2] * 60, 1)
+    while world.requests:
+        machine.step()
+    assert world.tree_cache.evictable_size() >= 60
+    for first in (3, 4):
+        world.arrive([first] * 5, 110, ignore_eos=True)
+    while world.requests:
+        cached, events = world.tree_cache.evictable_size(), pressure.events
+        machine.step()
+        if world.tree_cache.evictable_size() < cached:
+            makes_room += 1
+            assert pressure.events == events
+    assert makes_room and pressure.events, "either the tree or the requests gave nothing"
+    machine.drain()
+
+
 def shares_below_the_floor(patch):
     plan = Ledger.plan
 
