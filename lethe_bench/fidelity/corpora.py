@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -165,10 +165,11 @@ def _recall(tokenizer: Any, name: str, filler: list[int], tokens: int) -> Docume
     before = [*head, *filler[start : start + first], *middle, *filler[start + first : start + room]]
     question = "Write down some codes and animals, then copy a chapter of a book, and then recall codes and animals."
     values = [Value(start + len(before), end + len(before), kind) for start, end, kind in spans]
-    return Document(name, _chat(tokenizer, question), [*before, *end], values)
+    return Document(name, chat(tokenizer, question), [*before, *end], values)
 
 
-def _chat(tokenizer: Any, question: str) -> list[int]:
+def chat(tokenizer: Any, question: str) -> list[int]:
+    """Return the token ids of a question as the model's chat template puts it."""
     if tokenizer.chat_template is None:
         return list(tokenizer.encode(f"{question}\n"))
     text = tokenizer.apply_chat_template(
@@ -231,8 +232,4 @@ def questions(tokenizer: Any, split: Split) -> Iterator[tuple[str, list[int]]]:
     for form in _FORMS:
         for subject in _SUBJECTS:
             if belongs(name := f"own-{form} {subject}".replace(" ", "_"), split):
-                yield name, _chat(tokenizer, f"{form} {subject}.")
-
-
-CORPORA: dict[str, Callable[[Any, Split, int], Iterator[Document]]] = {"prose": prose, "code": code, "recall": recall}
-"""Corpora that need no model."""
+                yield name, chat(tokenizer, f"{form} {subject}.")

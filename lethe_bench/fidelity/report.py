@@ -64,6 +64,11 @@ class Results(NamedTuple):
             return [measure.of(steps[self.values[name]]) for name, steps in zip(names, chosen, strict=True)]
         return [measure.of(steps[skip:]) for steps in chosen]
 
+    def recalled(self) -> list[str]:
+        """Return the corpora whose documents have values that are asked for."""
+        corpora = list(self.experiment["corpora"])
+        return [c for c in corpora if any(self.values[name] for name in self.values if name.startswith(f"{c}-"))]
+
     def names(self, corpus: str, *arms: str) -> list[str]:
         """Return the documents of a corpus that all of these arms have."""
         common = set.intersection(*(set(self.arms[arm]) for arm in arms))
@@ -95,7 +100,7 @@ def table(results: Results, skip: int = 0) -> str:
     """Return Markdown: a table a corpus, a row an arm, means with 95 % intervals over documents."""
     parts = []
     for corpus in results.experiment["corpora"]:
-        columns = (*MEASURES, *(RECALL if corpus == "recall" else ()))
+        columns = (*MEASURES, *(RECALL if corpus in results.recalled() else ()))
         rows = []
         for arm in results.arms:
             if names := results.names(corpus, arm):
@@ -114,7 +119,7 @@ def _cell(measure: Measure, numbers: list[float]) -> str:
 def against(results: Results, reference: str, skip: int = 0) -> str:
     """Return Markdown: every arm less a reference, document by document, with 95 % intervals.
 
-    The sum is that of both means: documents of all corpora are drawn for the one, those of recall for the other.
+    The sum is that of both means: documents of all corpora are drawn for the one, those that have values for the other.
 
     Raises
     ------
@@ -127,7 +132,7 @@ def against(results: Results, reference: str, skip: int = 0) -> str:
     lines = [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
     for arm in results.arms:
         parts = []
-        for measure, corpora in ((MEASURES[0], list(results.experiment["corpora"])), (RECALL[0], ["recall"])):
+        for measure, corpora in ((MEASURES[0], list(results.experiment["corpora"])), (RECALL[0], results.recalled())):
             strata = []
             for corpus in corpora:
                 names = results.names(corpus, arm, reference)
@@ -153,8 +158,8 @@ def summary(results: Results, skip: int = 0) -> dict[str, dict[str, Mean]]:
         strata = [results.numbers(MEASURES[0], arm, some, skip) for some in names.values() if some]
         if strata:
             found[arm] = {"kl": pooled_mean(strata)}
-            if some := names.get("recall"):
-                found[arm]["recall"] = pooled_mean([results.numbers(RECALL[0], arm, some, skip)])
+            if asked := [results.numbers(RECALL[0], arm, names[c], skip) for c in results.recalled() if names[c]]:
+                found[arm]["recall"] = pooled_mean(asked)
     return found
 
 

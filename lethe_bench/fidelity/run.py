@@ -17,7 +17,8 @@ from tqdm import tqdm
 from lethe_bench.accuracy.experiment import Arm
 from lethe_bench.accuracy.live import check_server, switch
 from lethe_bench.fidelity import loads, trajectory
-from lethe_bench.fidelity.corpora import CORPORA, Document, questions
+from lethe_bench.fidelity.corpora import Document, code, prose, questions, recall
+from lethe_bench.fidelity.worksheets import reasoning
 from lethe_bench.servers import Server, ServerError, explained, launch_command
 from lethe_bench.throughput.measure import parse_log, read_from
 from lethe_sglang.cache.arrivals import stagger_of
@@ -30,6 +31,9 @@ from lethe_sglang.files import Journal, write_atomically
 
 OWN = "own"
 """The corpus of the model's own samples."""
+
+CORPORA = {"prose": prose, "code": code, "recall": recall, "reasoning": reasoning}
+"""Corpora that need no model."""
 
 PROMPT = 512
 """Tokens that the longest prompt of a document may have."""

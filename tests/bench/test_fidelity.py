@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import random
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import torch
 from test_eval_run import Fake
 
 from lethe_bench import models
-from lethe_bench.fidelity import corpora, report
+from lethe_bench.fidelity import corpora, report, worksheets
 from lethe_bench.fidelity import run as fidelity_run
 from lethe_bench.fidelity.processor import Forced, compare, observe
 from lethe_bench.servers import ServerError
@@ -102,10 +104,32 @@ def test_the_server_finds_the_processor_by_its_name():
 # -- documents --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", corpora.CORPORA)
-def test_documents_are_the_same_every_time_and_no_split_has_another_s(name):
+class Gym:
+    """What stands in for reasoning-gym, which no test installs: problems of its shape, from its arguments alone."""
+
+    __name__ = "reasoning_gym"
+
+    @staticmethod
+    def create_dataset(family, size, seed):
+        assert family == "gsm_symbolic"
+        rng, items = random.Random(seed), []
+        for _ in range(size):
+            left, right = rng.randint(2, 999), rng.randint(2, 999)
+            work = f"{left} and {right} make {left + right}."
+            items.append({"question": f"How many are {left} and {right}?", "answer": str(left + right)})
+            items[-1]["metadata"] = {"answer_cot": work}
+        return items
+
+
+@pytest.fixture
+def gym(monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", Gym)
+
+
+@pytest.mark.parametrize("name", fidelity_run.CORPORA)
+def test_documents_are_the_same_every_time_and_no_split_has_another_s(name, gym):
     def made(split):
-        return list(islice(corpora.CORPORA[name](Letters(), split, 1200), 5))
+        return list(islice(fidelity_run.CORPORA[name](Letters(), split, 1200), 5))
 
     development, test = made("development"), made("test")
     assert development == made("development")
@@ -137,6 +161,31 @@ def test_values_are_stated_early_and_asked_for_at_the_end():
             said = [line for line in before.replace("\n", ".").split(".") if f"of the {thing} is" in line]
             assert len(said) == 1 + (kind == "changed")
             assert said[-1].endswith(value), "the newest of the values that were stated is asked for"
+
+
+def test_answers_of_problems_are_asked_for_again_at_the_end(gym):
+    for document in islice(worksheets.reasoning(Letters(), "development", 1500), 8):
+        text = Letters().decode(document.reply)
+        before, _, again = text.partition("All answers again.\n")
+        count = len(document.values)
+        assert count >= 5 and f"Problem {count}. " in before and f"Problem {count + 1}. " not in before
+        assert again.partition("\n\n")[2].startswith(f"Problem {count + 1}. "), "what follows is the next problem"
+        asked = set()
+        for start, end, kind in document.values:
+            line = text[: end + 1].rpartition("\n")[2]
+            assert kind == "answer" and start >= len(before) and f"make {text[start:end].strip()}.\n{line}\n" in before
+            asked.add(line)
+        assert len(asked) == count
+
+
+@pytest.mark.parametrize("package", [None, Gym], ids=["not there", "there"])
+def test_a_worksheet_that_cannot_be_made_says_what_to_do(package, monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", package)
+    says = (
+        r"tokens: got 80.*give 600" if package else r"needs reasoning-gym .*pip install reasoning-gym==0.1.25, or leave"
+    )
+    with pytest.raises(ConfigError, match=says):
+        next(worksheets.reasoning(Letters(), "development", 80))
 
 
 def test_a_reply_too_short_for_recall_is_refused_with_the_smallest_length():
