@@ -148,10 +148,10 @@ def test_metrics_and_quality_are_of_each_replica(pair):
 class Router(Forked):
     """SGLang's router in front of servers."""
 
-    def __init__(self, log, *urls):
+    def __init__(self, log, *urls, policy="round_robin"):
         port, more = some_free_port(), ("--prometheus-port", str(some_free_port()), "--log-level", "warn")
         command = [sys.executable, "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port", str(port)]
-        command += ["--worker-urls", *urls, "--policy", "round_robin", *more]
+        command += ["--worker-urls", *urls, "--policy", policy, *more]
         super().__init__(command, port, log)
         self.start()
 
@@ -168,7 +168,6 @@ class Router(Forked):
 
 @pytest.mark.proves("several servers behind SGLang's router")
 def test_the_example_of_servers_behind_sglangs_router(alone, pair, log_dir):
-    pytest.importorskip("sglang_router", reason="sglang-router is not installed; it is one of the extra 'dev'")
     router = Router(log_dir / "router.log", alone.url, pair.url)
     before = [state["rounds"] for server in (alone, pair) for state in states(server)]
     try:
@@ -189,3 +188,37 @@ def test_the_example_of_servers_behind_sglangs_router(alone, pair, log_dir):
     assert sorted((url, rank) for url, rank, _ in told) == sorted([(alone.url, "0"), (pair.url, "0"), (pair.url, "1")])
     grown = {url: sum(int(rounds) for where, _, rounds in told if where == url) for url, *_ in told}
     assert grown[alone.url] > before[0] and grown[pair.url] > before[1] + before[2], "the router asked one server alone"
+
+
+def test_what_a_request_asks_for_arrives_through_a_cache_aware_router(alone, pair, log_dir):
+    """The router's default policy, on the routes of OpenAI's API; it has no place for ``custom_params``."""
+    model = alone.get("/v1/models")["data"][0]["id"]  # the router has no server of another
+    sampling = {"model": model, "temperature": 0, "ignore_eos": True}
+    routes = {
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": PROMPTS[0]}], "max_tokens": 120},
+        "/v1/completions": {"prompt": PROMPTS[0], "max_tokens": 120},
+        "/v1/responses": {"input": PROMPTS[0], "max_output_tokens": 120, "stream": False},  # without, it sends null
+    }
+    router = Router(log_dir / "router-2.log", alone.url, pair.url, policy="cache_aware")
+    pruned = []
+    try:
+        router.wait()
+        for asked in ('{"budget": 96}', "none"):
+            for path, body in routes.items():
+                before = sum(state["requests_pruned"] for server in (alone, pair) for state in states(server))
+                header = {"X-Request-Id-KV-Evict": asked, "content-type": "application/json"}
+                request = urllib.request.Request(
+                    f"{router.url}{path}", json.dumps({**sampling, **body}).encode(), header
+                )
+                try:
+                    with urllib.request.urlopen(request, timeout=120) as answer:
+                        told = json.load(answer).get("usage", {}).get("kv_evict")
+                except urllib.error.HTTPError as error:
+                    raise AssertionError(f"{path}: {error.code} {error.read().decode()}") from None
+                after = sum(state["requests_pruned"] for server in (alone, pair) for state in states(server))
+                pruned.append((path, asked, after - before))
+                if path != "/v1/responses" and asked != "none":
+                    assert 48 < told["share"] <= 96, (path, told)
+    finally:
+        router.stop()
+    assert pruned == [(path, asked, int(asked != "none")) for asked in ('{"budget": 96}', "none") for path in routes]

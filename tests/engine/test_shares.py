@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import time
+
 import pytest
 from conftest import config
 from problems import PROMPTS, WALKS
@@ -16,6 +19,7 @@ SETTINGS = dict(
     lethe={"half_life": 7},
     debug={"shadow": True},
     pool={"states": "all"},
+    monitor={"fraction": 1.0},
 )
 LONG = dict(tokens=340, ignore_eos=True)
 ROOM = dict(tokens=180, ignore_eos=True)
@@ -62,6 +66,11 @@ def test_a_full_pool_is_shared_and_nobody_is_retracted(pressed):
     assert page["sglang:kv_evict_pressure_events_total"] == report["pressure"]["events"]
     assert page["sglang:kv_evict_pressure_share_tokens"] == report["pressure"]["share"]
     assert page["sglang:kv_evict_held_blocks"] == pressed.lethe()["blocks_held"] == 0
+    assert re.search(r"lethe share: \d+, #at-floor: \d", pressed.log.read_text())
+    while not pressed.lethe()["quality"]["probes"]:  # the test's own timeout ends it
+        time.sleep(0.1)
+    told = top.scrape(pressed.url).by("sglang:kv_evict_quality_k3_count", "reason")
+    assert told["pressure"] and not told.get("interval"), told
 
 
 @pytest.mark.parametrize("policy", policy_names())
