@@ -43,6 +43,20 @@ def curves(path: Path, panels: Mapping[str, Mapping[str, tuple[NDArray[Any], NDA
     finish(figure, all_axes, path)
 
 
+def against_share(path: Path, levels: Sequence[tuple[float, Mapping[str, tuple[float, float]]]]) -> None:
+    """Draw KL and what values lose against the part of the own tokens that is kept (SVG): a share, and arm -> both."""
+    figure, all_axes = side_by_side(2)
+    titles = ("KL(full || arm), nats a step", "NLL of values above full, nats a token")
+    for measure, (axes, title) in enumerate(zip(all_axes, titles, strict=True)):
+        for number, arm in enumerate(dict.fromkeys(arm for _, arms in levels for arm in arms)):
+            points = [(share, arms[arm][measure]) for share, arms in levels if arm in arms]
+            axes.plot(*zip(*points, strict=True), label=arm, **style(number), linewidth=1)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([share for share, _ in levels], [f"{share:.3g}" for share, _ in levels])
+        axes.set(xlabel="part of the own tokens that is kept", ylabel=title, ylim=(0, None))
+    finish(figure, all_axes, path)
+
+
 def against_load(path: Path, means: Mapping[int, Mapping[str, Mapping[str, Mean]]]) -> None:
     """Draw KL and what recall loses, with intervals, against load (SVG): load -> arm -> measure -> mean."""
     titles = {"kl": "KL(full || arm), nats a step", "recall": "NLL of values above full, nats a token"}

@@ -163,6 +163,10 @@ def summary(results: Results, skip: int = 0) -> dict[str, dict[str, Mean]]:
     return found
 
 
+def _plain(means: dict[str, Mean]) -> dict[str, Any]:
+    return {name: mean._asdict() for name, mean in means.items()}
+
+
 def draw(out: Path, results: Results, found: dict[str, dict[str, Mean]]) -> list[str]:
     """Draw the pictures into the directory, if matplotlib is there; returns their Markdown."""
     if not available():
@@ -195,8 +199,13 @@ def write(out: Path, reference: str, experiment: Experiment) -> Path:
     skip = max(config.budget.tokens for config in experiment.configs().values())
     results = read(out)
     found = summary(results, skip)
-    values = {arm: {name: mean._asdict() for name, mean in means.items()} for arm, means in found.items()}
-    write_atomically(out / "fidelity.json", json.dumps({**results.experiment, "skip": skip, "arms": values}, indent=1))
+    numbers = {**results.experiment, "skip": skip, "arms": {arm: _plain(means) for arm, means in found.items()}}
+    for corpus, count in results.experiment["corpora"].items():
+        alone = results._replace(experiment={"corpora": {corpus: count}})
+        for arm, means in summary(alone, skip).items():
+            documents = {"documents": len(results.names(corpus, arm))}
+            numbers["arms"][arm].setdefault("corpora", {})[corpus] = {**documents, **_plain(means)}
+    write_atomically(out / "fidelity.json", json.dumps(numbers, indent=1))
     settings = ", ".join(f"{name} {value}" for name, value in results.experiment.items() if name != "base")
     parts = (
         f"# Fidelity to the full cache: {experiment.name}",

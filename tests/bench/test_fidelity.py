@@ -268,6 +268,9 @@ def test_a_run_goes_on_where_it_was_stopped_and_ends_with_a_table(fake, tmp_path
         names = results.names(corpus, "lethe", "random")
         lethe, random = (np.mean(results.numbers(report.MEASURES[0], arm, names, 48)) for arm in ("lethe", "random"))
         assert 0 < lethe < random and f"| lethe | {len(names)} | {lethe:.3f} (" in text
+        found = json.loads((tmp_path / "out" / "fidelity.json").read_text())["arms"]["lethe"]["corpora"][corpus]
+        assert found["documents"] == len(names) and found["kl"]["mean"] == pytest.approx(lethe)
+        assert ("recall" in found) == (corpus == "recall")
     assert "| less random |" in text and "| lethe | -" in text.partition("## Paired")[2]
 
 
