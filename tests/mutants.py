@@ -291,7 +291,7 @@ MUTANTS = {
         "lethe_sglang/engine/guard.py",
         '("SGLANG_ENABLE_METADATA_GLUE_GRAPH", "it',
         '("SGLANG_ENABLE_METADATA_GLUE_GRAPHS", "it',
-        "tests/unit/test_docs.py -k support",
+        "tests/engine/test_refusals.py -k environment",
     ),
     "a hole is looked up one too far": Mutant(
         "lethe_sglang/kernels/triton/indices.py",

@@ -59,9 +59,9 @@ class InProcess(Run):
             budgets(config, layers)
         self.check_out()
         tokenizer = AutoTokenizer.from_pretrained(self.model)
-        prompts = self.prompts(tokenizer)
+        prompts, made = self.prompts(tokenizer), self.documents(tokenizer)
         self._write_samples(prompts, tokenizer.eos_token_id)
-        documents = [*self.samples(prompts), *self.documents(tokenizer)]
+        documents = [*self.samples(prompts), *made]
         self.note(documents)
         corpora = [[d for d in documents if d.name.startswith(f"{corpus}-")] for corpus in self.experiment.corpora]
         documents = [d for row in zip_longest(*corpora) for d in row if d is not None]  # stopped early, it is even

@@ -22,8 +22,8 @@ def tradeoff(path: Path, arms: Mapping[str, tuple[Mean, Mean]]) -> None:
         axes.errorbar(
             kl.mean,
             recall.mean,
-            xerr=[[kl.mean - kl.low], [kl.high - kl.mean]],
-            yerr=[[recall.mean - recall.low], [recall.high - recall.mean]],
+            xerr=_bars([kl]),
+            yerr=_bars([recall]),
             label=arm,
             **style(number),
             elinewidth=0.7,
@@ -31,6 +31,11 @@ def tradeoff(path: Path, arms: Mapping[str, tuple[Mean, Mean]]) -> None:
     axes.set(xlabel="KL(full || arm), nats a step", ylabel="NLL of values above full, nats a token")
     axes.set(xlim=(0, None), ylim=(min(0, axes.get_ylim()[0]), None))
     finish(figure, [axes], path)
+
+
+def _bars(means: Sequence[Mean]) -> list[list[float]]:
+    """Return how far intervals reach below and above their means; of one document that is no more than rounding."""
+    return [[max(m.mean - m.low, 0.0) for m in means], [max(m.high - m.mean, 0.0) for m in means]]
 
 
 def curves(path: Path, panels: Mapping[str, Mapping[str, tuple[NDArray[Any], NDArray[Any]]]]) -> None:
@@ -66,8 +71,9 @@ def against_load(path: Path, means: Mapping[int, Mapping[str, Mapping[str, Mean]
         for number, arm in enumerate(dict.fromkeys(arm for arms in means.values() for arm in arms)):
             points = {load: arms[arm][name] for load, arms in means.items() if name in arms.get(arm, {})}
             middle = [mean.mean for mean in points.values()]
-            spread = [[m.mean - m.low for m in points.values()], [m.high - m.mean for m in points.values()]]
-            axes.errorbar(list(points), middle, yerr=spread, label=arm, **style(number), elinewidth=0.7)
+            axes.errorbar(
+                list(points), middle, yerr=_bars([*points.values()]), label=arm, **style(number), elinewidth=0.7
+            )
         axes.set(xlabel="documents at once", ylabel=titles[name])
         axes.set_xscale("log", base=2)
         axes.set_xticks(list(means), map(str, means))

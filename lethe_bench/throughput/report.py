@@ -212,9 +212,13 @@ def opening(
     repeats = max((m.repeat for m in measurements), default=0)
     server = measurements[0].server if measurements else {}
     machine = about.machine
+    elsewhere = ", on a CPU, which says little about a GPU" if on_cpu(measurements) else ""
     hardware = ", ".join(machine["gpus"]) if machine["gpus"] and not on_cpu(measurements) else machine["cpu"]
     lines = [
         f"# {title}",
+        "",
+        f"What it is worth: how much KV memory servers hold and how fast they decode beside each other{elsewhere}. "
+        "Nothing here is about the quality of replies.",
         "",
         f"Model {plan.model_name}; {workload}; a KV pool of {plan.max_total_tokens} tokens, "
         f"page size {server.get('page_size', plan.page_size or 'default')}; arms interleaved, "

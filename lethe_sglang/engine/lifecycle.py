@@ -23,10 +23,19 @@ from lethe_sglang.kernels.table import NEVER
 
 logger = logging.getLogger("lethe_sglang")
 
-UNPROVEN = (
-    "KV eviction: tensor parallelism is tested on CPUs only and has not run on GPUs; watch the first replies, or take "
-    "--tp 1"
+UNPROVEN: tuple[tuple[str, Callable[[Runtime], bool]], ...] = (
+    ("tensor parallelism (--tp 1)", lambda runtime: runtime.ranks.size > 1),
+    ("rounds.when pressure (rounds.when always)", lambda runtime: runtime.ledger.on_demand),
+    (
+        "the kernel that ranks by places (lethe.key_share 0)",
+        lambda runtime: getattr(runtime.policy, "key_share", 0) > 0,
+    ),
+    (
+        "the sums of scores that rounds make where they place cells (--attention-backend torch_native)",
+        lambda runtime: runtime.policy.accumulation is not None,
+    ),
 )
+"""What no GPU has run, in brackets what does without it, and whether a server uses it (docs/results/gpu has all)."""
 
 
 def build_pool(original: Callable[..., Any], configurator: Any, **kwargs: Any) -> Any:
@@ -222,8 +231,11 @@ def torch_native_backend(runner: Any) -> Any:
 def _attached_on_gpu(runner: Any) -> Runtime:
     """Attach, and say what no GPU has run yet."""
     runtime = attach(runner)
-    if runtime.ranks.size > 1:
-        logger.warning(UNPROVEN)
+    if used := [what for what, uses in UNPROVEN if uses(runtime)]:
+        logger.warning(
+            "KV eviction: tested on CPUs only, and not yet run on a GPU: %s; watch the first replies, or do without",
+            "; ".join(used),
+        )
     return runtime
 
 

@@ -516,19 +516,40 @@ def test_what_sglang_would_choose_is_what_it_chooses(sglang_front, caplog):
             assert mine == chosen or f"SGLang's own choice, {chosen}," in caplog.text
 
 
+class Stock:
+    """All refused fields at the value of a stock server."""
+
+    disaggregation_mode, kv_cache_dtype, kv_canary = "null", "auto", "none"
+    dp_size = attn_dp_size = pp_size = dcp_size = attn_cp_size = tokenizer_worker_num = 1
+    device, attention_backend = "cpu", "torch_native"
+
+    def __getattr__(self, name):
+        return None
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "SGLANG_RUST_SERVER",
+        "SGLANG_USE_HND_KVCACHE",
+        "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING",
+        "SGLANG_ENABLE_METADATA_GLUE_GRAPH",
+    ],
+)
+def test_a_variable_of_the_environment_that_cannot_work_is_refused(sglang_front, monkeypatch, name):
+    from lethe_sglang.engine import guard
+
+    for value in ("1", "True", "on"):
+        monkeypatch.setenv(name, value)
+        with pytest.raises(guard.ConfigError, match=rf"does not work with {name} \(.*\): unset it - or use"):
+            guard.check_options(Stock())
+    monkeypatch.setenv(name, "0")
+    guard.check_options(Stock())
+
+
 def test_every_refusal_of_the_table_fires_and_reaches_the_support_matrix(sglang_front):
     from lethe_sglang.engine import guard
     from lethe_sglang.engine.support import support_matrix
-
-    class Stock:
-        """All refused fields at the value of a stock server."""
-
-        disaggregation_mode, kv_cache_dtype, kv_canary = "null", "auto", "none"
-        dp_size = attn_dp_size = pp_size = dcp_size = attn_cp_size = tokenizer_worker_num = 1
-        device, attention_backend = "cpu", "torch_native"
-
-        def __getattr__(self, name):
-            return None
 
     guard.check_options(Stock())
     probes = {

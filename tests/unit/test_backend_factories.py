@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from types import SimpleNamespace
 
@@ -67,13 +68,28 @@ def name_rows(rows, decodes=True):
     assert lifecycle.name_rows(result, object, batch, "a runner") is result
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_only_what_no_gpu_has_run_is_warned_of(monkeypatch, caplog, ranks):
-    found = SimpleNamespace(ranks=SimpleNamespace(size=ranks))
+@pytest.mark.parametrize(
+    ("config", "ranks", "says"),
+    [
+        ({"policy": "streaming"}, 1, []),
+        ({"policy": "streaming"}, 2, ["--tp 1"]),
+        ({"policy": "keydiff", "rounds": {"when": "pressure"}}, 1, ["rounds.when always"]),
+        ({"policy": "h2o"}, 1, ["torch_native"]),
+        ({"lethe": {"key_share": 0}}, 1, ["torch_native"]),
+        ({}, 2, ["--tp 1", "lethe.key_share 0", "torch_native"]),
+    ],
+)
+def test_only_what_no_gpu_has_run_is_warned_of(monkeypatch, caplog, config, ranks, says):
+    config = from_mapping(config)
+    ledger = SimpleNamespace(on_demand=config.rounds.when == "pressure")
+    found = SimpleNamespace(ranks=SimpleNamespace(size=ranks), ledger=ledger, config=config, policy=config.built_policy)
     monkeypatch.setattr(lifecycle, "attach", lambda runner: found)
     with caplog.at_level("WARNING", "lethe_sglang"):
         assert lifecycle._attached_on_gpu("a runner") is found
-    assert [record.message.count("--tp 1") for record in caplog.records] == [1] * (ranks - 1)
+    assert len(caplog.records) == bool(says)
+    assert re.findall(r"\(([^()]*)\)", caplog.text.partition("run on a GPU")[2]) == [
+        "--attention-backend torch_native" if part == "torch_native" else part for part in says
+    ]
 
 
 def test_a_backend_of_the_engine_decodes_as_the_portable_one(served):
