@@ -297,4 +297,7 @@ class Naive(Observer):
             tree = req.kv.cache_protected_len if private else floor_to(len(req.origin_input_ids), self.page)
             need = max(self.bound(req, tree) - (fill - tree), 2 * self.page) if private else self.bound(req, tree)
             growth = min(growth, need)
+        if req.sampling_params.ignore_eos and self.world.tree_cache.disable:  # stock asks for whole pages of these
+            fits = ceil_to(fill - req.prefix_len, self.page) + self.page <= left
+            return fits and fill + growth + self.page < left
         return fill - req.prefix_len + growth + self.page < left

@@ -83,10 +83,10 @@ SCHEDULES = ("fcfs", "lpm", "lof", "dfs-weight", "hrrn", "shortest-prefill-first
 class Machine(RuleBasedStateMachine):
     """Requests come and go; ``mode`` is ``rounds.when`` and ``budget.allocation``.
 
-    ``schedule`` is the schedule policy, and whether there are priorities.
+    ``schedule`` is the schedule policy, and whether there are priorities; ``large`` is what pages of 8 are instead.
     """
 
-    mode, schedule = ("pressure", "uniform"), (SCHEDULES[0], False)
+    mode, schedule, large = ("pressure", "uniform"), (SCHEDULES[0], False), 8
 
     @initialize(
         page=st.sampled_from((1, 8)),
@@ -101,6 +101,7 @@ class Machine(RuleBasedStateMachine):
     )
     def start(self, page, size, budget, interval, prompt, tree, overlap, chunk, ratio):
         when, allocation = self.mode
+        page = self.large if page == 8 else page
         shares = {"allocation": allocation}
         if allocation == "list":
             shares["layers"] = [budget // 2 + 3, budget, budget + budget // 2 - 3]
@@ -233,7 +234,7 @@ class Machine(RuleBasedStateMachine):
 MODES = [(when, allocation) for when in ("pressure", "always") for allocation in ("uniform", "list", "breakpoint")]
 
 
-def run(examples, modes=MODES, phases=(Phase.generate,), derandomize=True):
+def run(examples, modes=MODES, phases=(Phase.generate,), derandomize=True, large=8):
     """Run machines of each mode; returns what they have seen.
 
     With ``Phase.shrink`` among the phases a failure becomes a small one, which takes minutes; other machines run each
@@ -241,7 +242,7 @@ def run(examples, modes=MODES, phases=(Phase.generate,), derandomize=True):
     """
     forget()
     for mode in modes:
-        machine = type("Machine", (Machine,), {"mode": mode})
+        machine = type("Machine", (Machine,), {"mode": mode, "large": large})
         run_state_machine_as_test(
             seed(SEED)(machine) if derandomize else machine,
             settings=settings(
@@ -263,6 +264,12 @@ def test_thousands_of_steps_agree_with_the_naive_model():
     assert found["steps"] >= (10_000 if EXAMPLES >= 9 else 1_000 * EXAMPLES), found
     assert found["rounds"] > 33 * EXAMPLES and found["events"] > 5 * EXAMPLES, found
     assert len(found["configurations"]) > 2 * EXAMPLES and found["retracted"], found
+
+
+def test_pages_of_16_agree_with_the_naive_model():
+    found = run(2, large=16)
+    pages = {page for _, _, page, *_ in found["configurations"]}
+    assert 16 in pages and found["rounds"] > 20 and found["steps"] > 1_000, found
 
 
 @pytest.mark.proves("schedule policies")
