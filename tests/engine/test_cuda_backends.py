@@ -34,10 +34,13 @@ ENVIRONMENT = {
 
 
 def serve(start, backend):
-    """Run all prompts at once; return texts, what every round kept, per request, and how many cells were compared."""
+    """Run all prompts at once; return texts, what every round kept, per request, and how many cells were compared.
+
+    Then once more with rounds only when the pool is short, and return what the server says of that.
+    """
     server = start(
         "--max-total-tokens",
-        "1024",
+        "224",  # what is asked for under pressure does not fit
         "--max-running-requests",
         "4",
         "--attention-backend",
@@ -56,8 +59,8 @@ def serve(start, backend):
         env=ENVIRONMENT[backend],
     ).wait()
 
-    def ask(number):
-        sampling = {"temperature": 0, "max_new_tokens": TOKENS[number], "ignore_eos": True}
+    def ask(number, tokens=None):
+        sampling = {"temperature": 0, "max_new_tokens": tokens or TOKENS[number], "ignore_eos": True}
         body = {"text": PROMPTS[number], "rid": f"r{number}", "sampling_params": sampling}
         return server.post("/generate", body)["text"]
 
@@ -66,8 +69,13 @@ def serve(start, backend):
     report = server.lethe()
     kept = {(entry["rid"], entry["round"]): entry["kept"] for entry in report["kept"]}
     server.check_healthy()
+    server.post("/kv_evict", {"rounds": {"when": "pressure"}})
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:
+        list(pool.map(ask, range(len(PROMPTS)), (60, 60)))
+    pressed = server.lethe()
+    server.check_healthy()
     server.stop()
-    return texts, kept, report["shadow"]["cells"]
+    return texts, kept, report["shadow"]["cells"], (report, pressed)
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +101,12 @@ def test_every_round_kept_the_same_tokens(portable, interpreted):
 @pytest.mark.proves("attention backends flashinfer and triton, CUDA graphs")
 def test_every_cell_that_a_kernel_read_was_the_uncompressed_one(portable, interpreted):
     assert min(portable[2], interpreted[2]) >= 20_000
+
+
+def test_a_full_pool_is_shared_whatever_the_backend(interpreted):
+    """Under pressure nobody is pruned before the pool is short; what is read then is compared cell by cell."""
+    before, after = interpreted[3]
+    assert after["pressure"]["events"] >= 1 and after["rounds"] > before["rounds"], after["pressure"]
+    assert after["requests_retracted"] == before["requests_retracted"] == 0
+    assert after["pressure"]["share"] >= after["budget_tokens"]
+    assert after["shadow"]["cells"] - before["shadow"]["cells"] > before["shadow"]["cells"], "full lists were compared"

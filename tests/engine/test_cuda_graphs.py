@@ -28,6 +28,7 @@ SETTINGS = {
         {"policy": "snapkv", "budget": {"tokens": 19, "allocation": "breakpoint"}, "snapkv": {"window": 5}},
         "1",
     ),
+    "keydiff-uniform": ({"policy": "keydiff", "budget": {"tokens": 19}}, "1"),
     "lazy-pages": ({"policy": "lazy", "budget": PER_LAYER, "lazy": {"threshold": 0.02}}, "16"),
     "lethe-pages": ({"policy": "lethe", "budget": {"tokens": 19}, "lethe": {"half_life": 7}}, "16"),
 }
@@ -35,6 +36,7 @@ SETTINGS = {
 PORTABLE = {"lethe-pages": {"PYTHONPATH": str(HERE / "flashattention_on_cpu"), "WHOLE_PAGES": "1"}}
 """What the eager server of the portable backend needs to keep what the other one does."""
 REPLAYED = [("lethe-uniform", "flashinfer"), ("snapkv-breakpoint", "flashinfer"), ("lazy-pages", "flashinfer")]
+REPLAYED += [("keydiff-uniform", "flashinfer")]  # nothing is scored
 REPLAYED += [("lethe-pages", "fa3")]  # pages of one token are replayed where every third step is scored
 EVERY = {"lethe": {"score_every": 3}}
 JOBS = [(WALKS[0], 26), (CHAINS[1], 52), (WALKS[1], 36)]
