@@ -1,16 +1,15 @@
-"""What policies lose at several budgets: a table and a picture of what ``lethe eval fidelity`` has written.
-
-python -m lethe_bench.fidelity.levels PICTURE.svg own,prose,recall FILE.json ...   a file a budget, the corpora's mean
-"""
+"""What policies lose at several budgets: a table and a picture of what ``lethe eval fidelity`` has written."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lethe_bench.accuracy.plots import available
 from lethe_bench.fidelity import plots
 from lethe_sglang.config import ConfigError
 
@@ -73,17 +72,25 @@ def table(levels: Sequence[Level]) -> str:
     return "\n".join(lines)
 
 
-def main(picture: Path, corpora: str, files: Sequence[str]) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table and draw the picture; the exit status is 2 if a file cannot be read."""
+    parser = argparse.ArgumentParser(prog="python -m lethe_bench.fidelity.levels", description=__doc__)
+    parser.add_argument("picture", type=Path, metavar="PICTURE.svg")
+    parser.add_argument("corpora", metavar="own,prose,recall", help="corpora that all files have, and recall is one of")
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE.json", help="fidelity.json, a file a budget")
+    args = parser.parse_args(arguments)
     try:
-        levels = sorted(read(Path(file), corpora.split(",")) for file in files)
+        levels = sorted(read(file, args.corpora.split(",")) for file in args.files)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(table(levels))
-    plots.against_share(picture, [(level.share, level.arms) for level in levels])
+    if available():
+        plots.against_share(args.picture, [(level.share, level.arms) for level in levels])
+    else:
+        print("no picture: matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:]))
+    sys.exit(main())

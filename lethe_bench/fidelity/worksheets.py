@@ -54,18 +54,16 @@ def _worksheet(tokenizer: Any, name: str, tokens: int) -> Document:
         tokenizer.encode(f"Problem {number}. {text}\n{_asked(number)} {answer}.\n\n")
         for number, (text, answer) in enumerate(problems, 1)
     ]
-    fits, reply, values = 1, list[int](), list[Value]()
-    while fits < len(worked):  # as many problems as leave room for the list of their answers
-        longer, found = _with_answers(tokenizer, name, worked, problems, fits)
+    reply, values = list[int](), list[Value]()
+    for count in range(1, len(worked)):  # as many problems as leave room for the list of their answers
+        longer, found = _with_answers(tokenizer, name, worked, problems, count)
         if len(longer) > tokens:
             break
-        reply, values, fits = longer, found, fits + 1
-    if fits < 3:
+        reply, values = longer, found
+    if len(values) < 2:
         raise ConfigError(f"tokens: got {tokens}, too few for reasoning; give 600 or more")
-    rest = worked[fits - 1]  # the next problem follows, and is cut where the document ends
-    for more in worked[fits:]:
-        rest = rest + more
-    return Document(name, chat(tokenizer, TASK), (reply + rest)[:tokens], values)
+    following = [token for problem in worked[len(values) :] for token in problem]  # cut where the document ends
+    return Document(name, chat(tokenizer, TASK), (reply + following)[:tokens], values)
 
 
 def _asked(number: int) -> str:

@@ -40,7 +40,7 @@ def files(tmp_path):
 
 def test_means_are_over_the_corpora_that_all_files_have(files, tmp_path, capsys):
     picture = tmp_path / "levels.svg"
-    assert levels.main(picture, "prose,recall", files) == 0
+    assert levels.main([str(picture), "prose,recall", *files]) == 0
     head, _, *rows = capsys.readouterr().out.splitlines()
     assert head == "| arm | KL at 0.125 | KL at 0.5 | values at 0.125 | values at 0.5 |"
     assert rows == ["| a | 0.200 | 0.500 | 1.500 | 2.000 |", "| b | 0.400 | 0.250 | 3.000 | 2.000 |"]
@@ -49,7 +49,7 @@ def test_means_are_over_the_corpora_that_all_files_have(files, tmp_path, capsys)
 
 @pytest.mark.parametrize("corpora", ["code,recall", "prose,recall,novels"])
 def test_a_file_without_these_corpora_is_one_line(corpora, files, tmp_path, capsys):
-    assert levels.main(tmp_path / "levels.svg", corpora, files) == 2
+    assert levels.main([str(tmp_path / "levels.svg"), corpora, *files]) == 2
     said = capsys.readouterr().err
     assert "early.json: no numbers of" in said and said.count("\n") == 1 and not (tmp_path / "levels.svg").exists()
 
@@ -57,5 +57,18 @@ def test_a_file_without_these_corpora_is_one_line(corpora, files, tmp_path, caps
 def test_what_is_no_file_of_numbers_is_one_line(tmp_path, capsys):
     (tmp_path / "other.json").write_text("[1]")
     for name in ("other.json", "nowhere.json"):
-        assert levels.main(tmp_path / "levels.svg", "prose", [str(tmp_path / name)]) == 2
+        assert levels.main([str(tmp_path / "levels.svg"), "prose", str(tmp_path / name)]) == 2
         assert f"{name}: no numbers of prose there" in capsys.readouterr().err
+
+
+def test_without_files_the_usage_is_said(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        levels.main([str(tmp_path / "levels.svg")])
+    assert "usage: python -m lethe_bench.fidelity.levels" in capsys.readouterr().err
+
+
+def test_without_matplotlib_there_is_the_table_alone(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(levels, "available", lambda: False)
+    assert levels.main([str(tmp_path / "levels.svg"), "prose,recall", *files]) == 0
+    said = capsys.readouterr()
+    assert "| a | 0.200 |" in said.out and said.err.startswith("no picture: matplotlib")
