@@ -164,6 +164,7 @@ def test_values_are_stated_early_and_asked_for_at_the_end():
 
 
 def test_answers_of_problems_are_asked_for_again_at_the_end(gym):
+    problems = set()
     for document in islice(worksheets.reasoning(Letters(), "development", 1500), 8):
         text = Letters().decode(document.reply)
         before, _, again = text.partition("All answers again.\n")
@@ -176,6 +177,8 @@ def test_answers_of_problems_are_asked_for_again_at_the_end(gym):
             assert kind == "answer" and start >= len(before) and f"make {text[start:end].strip()}.\n{line}\n" in before
             asked.add(line)
         assert len(asked) == count
+        problems.add(before)
+    assert len(problems) == 8, "two documents have the same problems"
 
 
 @pytest.mark.parametrize("package", [None, Gym], ids=["not there", "there"])
