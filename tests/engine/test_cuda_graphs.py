@@ -21,16 +21,18 @@ DOUBLES = {
     "TRITON_INTERPRET": "1",
     "PYTHONPATH": ":".join(str(HERE / f"{name}_on_cpu") for name in ("graphs", "flashinfer", "flashattention")),
 }
+UNIFORM = {"allocation": "uniform", "tokens": 19}
+"""Said in full, as the eager server keeps what the settings before it said."""
 PER_LAYER = {"allocation": "list", "layers": [10, 16, 12, 19]}
 SETTINGS = {
-    "lethe-uniform": ({"policy": "lethe", "budget": {"tokens": 19}, "lethe": {"half_life": 7}}, "1"),
+    "lethe-uniform": ({"policy": "lethe", "budget": UNIFORM, "lethe": {"half_life": 7}}, "1"),
     "snapkv-breakpoint": (
         {"policy": "snapkv", "budget": {"tokens": 19, "allocation": "breakpoint"}, "snapkv": {"window": 5}},
         "1",
     ),
-    "keydiff-uniform": ({"policy": "keydiff", "budget": {"tokens": 19}}, "1"),
+    "keydiff-uniform": ({"policy": "keydiff", "budget": UNIFORM}, "1"),
     "lazy-pages": ({"policy": "lazy", "budget": PER_LAYER, "lazy": {"threshold": 0.02}}, "16"),
-    "lethe-pages": ({"policy": "lethe", "budget": {"tokens": 19}, "lethe": {"half_life": 7}}, "16"),
+    "lethe-pages": ({"policy": "lethe", "budget": UNIFORM, "lethe": {"half_life": 7}}, "16"),
 }
 """Policy and budget, and page size."""
 PORTABLE = {"lethe-pages": {"PYTHONPATH": str(HERE / "flashattention_on_cpu"), "WHOLE_PAGES": "1"}}
