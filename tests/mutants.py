@@ -83,24 +83,29 @@ MUTANTS = {
     "sinks are not pinned": Mutant(ROUNDS, "n.pinned.expand(rank", "(0 * n.pinned).expand(rank", UNIT),
     "blocks that moved are freed": Mutant(
         PLACES,
-        "slots_of(request, n.new_packed[request] + block)",
-        "slots_of(request, n.old_packed[request] + block)",
+        "freed.append(blocks[packed:])",
+        "freed.append(blocks[: len(blocks) - packed])",
         UNIT,
     ),
     "a shrunk request keeps its blocks": Mutant(
         PLACES,
-        "block - n.old_packed[request]",
-        "block - n.old_packed.minimum(n.new_packed)[request]",
+        "entries[prefix : prefix + old_packed]",
+        "entries[prefix : prefix + min(old_packed, packed)]",
         f"{UNIT} -k shrink",
     ),
-    "a cell moves to where another stays": Mutant(PLACES, "vacant = (i < room) & ~taken", "vacant = i < room", UNIT),
+    "a cell moves to where another stays": Mutant(
+        PLACES, "home[leaves & (excess < 0)] = vacant.nonzero()[2]", "home[leaves & (excess < 0)] = 0", UNIT
+    ),
     "a cell that has to move stays": Mutant(PLACES, "stays = keep & (home < room) &", "stays = keep &", UNIT),
     "a cell in a hole is taken for one at home": Mutant(
         PLACES, " & ((j < old_packed) | (j >= old_kept))\n", "\n", UNIT
     ),
-    "moved cells skip a hole": Mutant(PLACES, "n.excess.t().unsqueeze(2) + excess, 0)", "excess, 0)", UNIT),
+    "moved cells skip a hole": Mutant(PLACES, "n.excess.T[:, :, None] + excess, 0)", "excess, 0)", UNIT),
     "excess is read from the wrong hole": Mutant(
         COMMON, "number = asked.excess.t()", "number = 0 * asked.excess.t()", UNIT
+    ),
+    "a round reads excess from the wrong hole": Mutant(
+        PLACES, "n.old_excess.T[:, :, None] + place, 0)", "place, 0)", UNIT
     ),
     "a narrow layer has excess": Mutant(
         "lethe_sglang/cache/layout.py",
@@ -189,8 +194,8 @@ MUTANTS = {
     ),
     "a round drops of what it keeps": Mutant(
         PLACES,
-        "(candidate.score * counted).sum(-1) for counted in (candidate.valid, keep)",
-        "(candidate.score * counted).sum(-1) for counted in (keep, keep)",
+        "for those in (candidate.valid.numpy(), kept)",
+        "for those in (kept, kept)",
         UNIT,
     ),
     "a GPU sums scores beyond a layer's candidates": Mutant(
@@ -239,7 +244,13 @@ MUTANTS = {
         "tests/kernels/test_triton_likeness.py -k 32_bits",
     ),
     "what lies in a cell of padding counts": Mutant(
-        FEATURES, ".masked_fill_(~v[:, :, None, None], 0.0)", "", "tests/kernels/test_triton_likeness.py -k references"
+        PLACES, "read.masked_fill_(~own.mT, 0.0)", "pass", "tests/kernels/test_triton_likeness.py -k references"
+    ),
+    "a policy sees what lies in a cell of padding": Mutant(
+        FEATURES, ".masked_fill_(~valid[:, :, None, None], 0.0)", "", "tests/unit/test_policies.py -k memory"
+    ),
+    "keys of all requests are compared at once": Mutant(
+        FEATURES, "AT_ONCE // max(", "2**60 // max(", "tests/unit/test_policies.py -k memory"
     ),
     "a policy's own feature is passed over": Mutant(
         ROUNDS, "type(policy).key_feature is Policy.key_feature", "True", f"{REF} -k rkv"
@@ -256,7 +267,21 @@ MUTANTS = {
     "a GPU sorts what a policy ranks by places with torch": Mutant(
         ROUNDS, "        better_place=kernels.better_place,\n", "", "tests/bench/test_counts.py -k whole"
     ),
-    "places ascend": Mutant(FEATURES, "torch.arange(n - 1, -1, -1,", "torch.arange(0, n, 1,", f"{REF} -k default"),
+    "places ascend": Mutant(
+        PLACES,
+        "torch.arange(lists.shape[-1] - 1, -1, -1,",
+        "torch.arange(0, lists.shape[-1], 1,",
+        f"{REF} -k default",
+    ),
+    "what a policy's author reads is another rank": Mutant(
+        FEATURES, "torch.arange(n - 1, -1, -1,", "torch.arange(0, n, 1,", "tests/kernels/test_triton_places.py -k twins"
+    ),
+    "NaN ranks by its sign": Mutant(
+        PLACES,
+        "np.where(np.isnan(values), np.float32(np.nan), values) + np.float32(0)",
+        "values + np.float32(0)",
+        "tests/kernels/test_triton_places.py -k patterns",
+    ),
     "a layer that comes to be narrow is packed so at once": Mutant(
         "lethe_sglang/cache/layout.py", "[is_narrow and k <= packed for", "[is_narrow for", f"{UNIT} -k comes_to_be"
     ),
@@ -302,8 +327,8 @@ MUTANTS = {
     "states stay behind": Mutant(ROUNDS, "if name not in made]", "if name not in {*made, 'score'}]", UNIT),
     "ties go to the earlier token": Mutant(
         REFERENCE,
-        "order = (n - 1) - order",
-        "order = (n - 1) - order if False else key.argsort(-1, True, stable=True)",
+        "best_last = torch.from_numpy(ascending(",
+        "best_last = torch.from_numpy((lambda key: len(place) - 1 - key[..., ::-1].argsort(-1, kind='stable'))(",
         UNIT,
     ),
     "a kept prompt is charged to the budget": Mutant(
@@ -654,7 +679,7 @@ MUTANTS = {
         LIFE, "result - current().ledger.dead_len(kv.req_pool_idx)", "result", PAGE8, True
     ),
     "dead row entries stay": Mutant(
-        PLACES, "n.new_packed[request] + place] = 0", "n.new_packed[request] + place] *= 1", PAGE8, True
+        PLACES, "entries[prefix + packed : tail] = 0", "entries[prefix + packed : tail] *= 1", PAGE8, True
     ),
     "pruned requests enter the tree": Mutant(
         LIFE, "req.skip_radix_cache_insert = True  # nothing", "pass  # nothing", PAGE8, True
@@ -971,7 +996,12 @@ MUTANTS = {
         "total += float(sum(values.sum() for values in groups)) / count / len(parts)",
         "tests/bench/test_fidelity.py -k means_of_both",
     ),
-    "keys have the share of scores": Mutant(FEATURES, "by_key / share)", "by_key / (1 - share))", f"{REF} -k few"),
+    "keys have the share of scores": Mutant(
+        PLACES,
+        "by_key.add_(features.BEHIND).div_(share)",
+        "by_key.add_(features.BEHIND).div_(1 - share)",
+        f"{REF} -k few",
+    ),
     "recall has no part in what a layer costs": Mutant(
         "lethe_sglang/allocation/rules.py",
         "(profile.fidelity.kl, profile.fidelity.recall))",

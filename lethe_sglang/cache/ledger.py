@@ -108,11 +108,11 @@ class RequestState:
         return self.allocated - self.layout.dead_len
 
     def count_step(self, allocated: int, page_size: int) -> None:
-        """Count a decode step that begins with ``allocated`` row positions in use."""
-        own = page_ceil(allocated, page_size) - self.layout.prefix
-        self.steps += 1
-        self.stock_sum += own
-        self.held_sum += own - self.layout.dead_len
+        """Count a decode step that begins with ``allocated`` row positions in use: of every request, in every step."""
+        self.allocated = allocated = page_ceil(allocated, page_size) if page_size > 1 else allocated
+        own, dead = allocated - self.layout.prefix, self.layout.tail - self.layout.prefix - self.layout.packed
+        self.length, self.peak = max(self.length, allocated), max(self.peak, allocated - dead)
+        self.steps, self.stock_sum, self.held_sum = self.steps + 1, self.stock_sum + own, self.held_sum + own - dead
 
 
 class Mark(NamedTuple):

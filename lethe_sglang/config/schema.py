@@ -15,6 +15,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from fractions import Fraction
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -24,6 +25,15 @@ from lethe_sglang.config.section import Section
 
 DEFAULT_REQUEST_FACTOR = 4
 """Largest per-request budget, in multiples of ``budget.tokens``, when ``requests.max_budget`` is not given."""
+
+
+@lru_cache(maxsize=64)
+def _recent(ratio: float, tokens: int) -> int:
+    """Take the ratio as the decimal that was written: 0.07 of 100 is 7, and no rounding error makes it 8.
+
+    Admission asks for it at every step, for each request that runs.
+    """
+    return math.ceil(Fraction(repr(ratio)) * tokens)
 
 
 class BudgetConfig(Section):
@@ -231,11 +241,8 @@ class EvictionConfig(WithPolicy):
 
     @property
     def recent(self) -> int:
-        """R, tokens of the recent window: ``ceil(recent_ratio * budget.tokens)``, common to all layers.
-
-        The ratio counts as the decimal that was written, so that 0.07 of 100 is 7 and no rounding error makes it 8.
-        """
-        return math.ceil(Fraction(repr(self.retain.recent_ratio)) * self.budget.tokens)
+        """R, tokens of the recent window: ``ceil(recent_ratio * budget.tokens)``, common to all layers."""
+        return _recent(self.retain.recent_ratio, self.budget.tokens)
 
     @property
     def scored(self) -> int:

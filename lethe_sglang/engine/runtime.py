@@ -169,7 +169,7 @@ class Runtime:
         if self.length_classes:  # what a backend has settled stays
             return self.length_classes[0].narrow_layers()
         unknown = self.config.budget.allocation == "breakpoint"
-        return (False,) * self.num_layers if unknown else narrow_layers(self.budgets)
+        return (False,) * self.num_layers if unknown else _narrow_layers(self.budgets)
 
     def attach(self, pool: PackedKVPool, req_to_token: torch.Tensor) -> None:
         """Bind to the pool and the rows SGLang has built; once, whatever number of backends asks."""
@@ -240,8 +240,7 @@ class Runtime:
             until its next round.
         """
         prefix, rest = self.protected(req, tree)
-        own = zip(self.budgets_of(req) or (), self._narrow(), strict=False)
-        most = max((k for k, narrow in own if narrow), default=0)  # at most a few more than the mean
+        most = _most(self.budgets_of(req) or (), self._narrow())
         budget = max(self.override_of(req).budget, self.config.recent + most) + rest
         bound = prefix - tree + request_bound(budget, self.config.rounds.interval, self.page_size)
         if state is None or self.ledger.on_demand:
@@ -271,7 +270,7 @@ class Runtime:
     def follow(self, req: Any) -> RequestState:
         """Look up a decoding request's state, opening it at its first sight; bring it to a new configuration."""
         kv = req.kv
-        state, committed = self.ledger.requests.get(kv.req_pool_idx), int(kv.kv_committed_len)
+        state = self.ledger.requests.get(kv.req_pool_idx)
         if state is None:
             prefix, rest = self.protected(req, int(kv.cache_protected_len))
             state = self.ledger.open(
@@ -279,7 +278,7 @@ class Runtime:
                 kv.req_pool_idx,
                 prefix,
                 self.budgets_of(req),
-                committed=committed,
+                committed=int(kv.kv_committed_len),
                 rest=rest,
                 pinned=pinned_cells(prefix, rest, self.config.retain.sinks, self.config.retain.own_sinks),
                 stagger=stagger_of(req.origin_input_ids),
@@ -287,7 +286,6 @@ class Runtime:
             state.version = self.version
             lives(req).append(state)
         self.renew(req, state)
-        state.observe(kv.kv_allocated_len, self.page_size)
         state.count_step(kv.kv_allocated_len, self.page_size)
         return state
 
@@ -370,8 +368,14 @@ class Runtime:
             self.counters.record(state)
 
 
-_scaled = lru_cache(maxsize=1024)(scale)
-"""Admission asks for budgets at every step; requests ask for few different ones."""
+@lru_cache(maxsize=1024)
+def _most(budgets: tuple[int, ...], narrow: tuple[bool, ...]) -> int:
+    """Return the largest budget of a narrow layer, which is at most a few tokens more than the mean; 0 without one."""
+    return max((k for k, is_narrow in zip(budgets, narrow, strict=False) if is_narrow), default=0)
+
+
+_narrow_layers, _scaled = lru_cache(maxsize=64)(narrow_layers), lru_cache(maxsize=1024)(scale)
+"""Admission asks at every step, for each request that runs; requests ask for few different budgets."""
 
 _runtime: Runtime | None = None
 

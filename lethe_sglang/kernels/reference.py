@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 
 from lethe_sglang.kernels.common import (
@@ -23,7 +24,7 @@ from lethe_sglang.kernels.common import (
     token_lists,
     update,
 )
-from lethe_sglang.kernels.reference_round import better_place, gather, likeness, place, rewrite_rows
+from lethe_sglang.kernels.reference_round import ascending, better_place, gather, likeness, place, rewrite_rows
 from lethe_sglang.kernels.table import NEVER, read
 
 if TYPE_CHECKING:
@@ -251,13 +252,11 @@ def attend(
 
 def select(rank: torch.Tensor, valid: torch.Tensor, pinned: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     """Choose the ``count`` best candidates of every segment; ties go to the later one."""
-    n = rank.shape[-1]
-    first = torch.arange(n, device=rank.device) < pinned.unsqueeze(-1)
-    key = rank.nan_to_num().masked_fill(first, float("inf")).masked_fill(~valid, float("-inf"))
-    order = key.flip(-1).argsort(dim=-1, descending=True, stable=True)
-    order = (n - 1) - order
-    chosen = torch.arange(n, device=rank.device) < count.unsqueeze(-1)
-    return torch.zeros_like(valid).scatter_(-1, order, chosen.expand_as(valid))
+    place = np.arange(rank.shape[-1])
+    key = np.where(place < pinned.unsqueeze(-1).numpy(), np.float32(np.inf), rank.nan_to_num().numpy())
+    best_last = torch.from_numpy(ascending(np.where(valid.numpy(), key, np.float32(-np.inf))))
+    chosen = torch.from_numpy(place[::-1] < count.unsqueeze(-1).numpy())
+    return torch.zeros_like(valid).scatter_(-1, best_last, chosen.expand_as(valid))
 
 
 def repack(

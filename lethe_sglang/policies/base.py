@@ -146,7 +146,8 @@ class Policy(ABC):
         """Reduce the candidates' keys of one layer to one number a cell (only if ``uses_keys``).
 
         Unless a policy says otherwise, this is their likeness to the mean key (KeyDiff), for which a GPU takes one
-        launch for all layers. What a policy puts in its place runs a layer at a time.
+        launch for all layers. What a policy puts in its place runs a layer at a time, with as many requests as its
+        memory allows: a request's numbers may depend on its own keys alone.
 
         Parameters
         ----------

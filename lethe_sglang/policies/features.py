@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 NEAR_DUPLICATES = 0.5
 """Cosine above which two keys are near-duplicates, as in R-KV's official code."""
 
+AT_ONCE = 2**26
+"""Most numbers that a comparison of keys holds at once (256 MB in float32), but for what alone takes more."""
+
 BEHIND = 0.41
 """Part of a place by which the list of keys is behind that of scores: no share of whole percents makes the two tie."""
 
@@ -45,6 +48,8 @@ def pooled(score: Tensor, valid: Tensor, kernel: int, how: str) -> Tensor:
 def by_layer(feature: Callable[[Tensor, Tensor], Tensor], keys: Tensor, cells: Tensor, valid: Tensor) -> Tensor:
     """Make a feature of the candidates' keys, a layer at a time: one may compare every key with every other.
 
+    So many requests go together that comparing all their keys makes at most ``AT_ONCE`` numbers, or one alone.
+
     Parameters
     ----------
     feature
@@ -61,8 +66,12 @@ def by_layer(feature: Callable[[Tensor, Tensor], Tensor], keys: Tensor, cells: T
     """
     import torch
 
-    pairs = zip(cells, valid, strict=True)
-    return torch.stack([feature(keys[c].float().masked_fill_(~v[:, :, None, None], 0.0), v) for c, v in pairs])
+    def of(cells: Tensor, valid: Tensor) -> Tensor:
+        return feature(keys[cells].float().masked_fill_(~valid[:, :, None, None], 0.0), valid)
+
+    some = max(AT_ONCE // max(keys.shape[1] * valid.shape[2] ** 2, 1), 1)
+    parts = [zip(c.split(some), v.split(some), strict=True) for c, v in zip(cells, valid, strict=True)]
+    return torch.stack([torch.cat([of(*part) for part in layer]) for layer in parts])
 
 
 def redundancy(keys: Tensor, valid: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 
 from lethe_sglang.kernels import reference as twin
 from lethe_sglang.kernels.triton import places as kernels
+from lethe_sglang.policies import features
 
 INF, NAN = float("inf"), float("nan")
 SPECIAL = [[], [0.0, -0.0], [INF, -INF], [NAN, INF, -INF, 1e-40, -1e-40, 0.0, -0.0]]
@@ -21,6 +22,7 @@ def parts_of(monkeypatch):
 def check(score, likeness, valid, device, share=0.5):
     """Compare with the twin, as a CPU computes it; return the ranks."""
     expected = twin.better_place(score, likeness, valid, share)
+    assert torch.equal(features.better_place(score, likeness, valid, share), expected), "another definition"
     found = kernels.better_place(score.to(device), likeness.to(device), valid.to(device), share)
     assert found.dtype == torch.float32 and torch.equal(found.cpu(), expected)
     return expected

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from lethe_sglang.cli import main as program
 from lethe_sglang.config import ConfigError, EvictionConfig, from_mapping
-from lethe_sglang.policies import Accumulation, Candidates, Policy, policy_class, policy_names, registry
+from lethe_sglang.policies import Accumulation, Candidates, Policy, features, policy_class, policy_names, registry
 
 
 @pytest.mark.parametrize("name", policy_names())
@@ -235,6 +235,25 @@ def test_a_policy_that_cannot_be_used_is_an_error_when_it_is_asked_for_and_break
         assert from_mapping({"policy": other}).policy == other
     assert program.main(["show", "--policies"]) == 0
     assert (f"### {name}\n\npolicy {name} of distribution" in capsys.readouterr().out) == (name != "budget")
+
+
+@pytest.mark.parametrize("numbers", [1, 2 * 2 * 9**2, 3 * 2 * 9**2])
+def test_keys_are_compared_for_so_many_requests_at_once_as_memory_allows(monkeypatch, numbers):
+    generator = torch.Generator().manual_seed(1)
+    keys, seen = torch.randn(200, 2, 8, generator=generator), []
+    valid = torch.arange(9) < torch.tensor([9, 0, 3, 9, 5]).view(1, 5, 1).expand(3, 5, 1)
+    cells = torch.randint(1, 200, (3, 5, 9), generator=generator) * valid
+    keys[0] = float("nan")  # the padding's, which may hold anything
+    whole = features.by_layer(features.redundancy, keys, cells, valid)
+    assert bool(whole.isfinite().all())
+
+    def watched(keys, valid):
+        seen.append(len(keys) * keys.shape[2] * keys.shape[1] ** 2)
+        return features.redundancy(keys, valid)
+
+    monkeypatch.setattr(features, "AT_ONCE", numbers)
+    assert torch.equal(features.by_layer(watched, keys, cells, valid), whole)
+    assert max(seen) == max(numbers, 2 * 9**2), "one request alone may take more"
 
 
 def test_the_example_of_the_documentation_is_a_policy(outside):

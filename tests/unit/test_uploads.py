@@ -1,9 +1,12 @@
 """Host numbers go up in one copy: one a launch of rounds, one a flush of the device table, whatever the policy.
 
-The device here is ``meta``: its tensors have no values, so every tensor that reaches it from the host shows.
+The device here is ``meta``: its tensors have no values, so every tensor that reaches it from the host shows. Kernels
+are those of a GPU, none of which is started.
 """
 
 from __future__ import annotations
+
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,10 +14,11 @@ import torch
 from flashinfer_double import BUDGETS, World, meta
 from torch.overrides import TorchFunctionMode
 
+from lethe_sglang.cache import rounds
 from lethe_sglang.cache.ledger import Ledger
-from lethe_sglang.cache.rounds import run_round
 from lethe_sglang.cache.upload import upload
 from lethe_sglang.config import from_mapping
+from lethe_sglang.kernels.triton import Tuned, launchers
 from lethe_sglang.policies import policy_names
 from lethe_sglang.policies.random import RandomPolicy
 
@@ -55,8 +59,12 @@ def launch(policy, rows=(1, 2, 3)):
     plans = [world.ledger.plan(s, world.seq[s.row], s.budgets) for s in world.ledger.requests.values()]
     cells = world.cells._replace(**meta(world.cells._asdict()))
     req_to_token = world.req_to_token.to("meta")
-    with Uploads() as uploads:
-        result = run_round(plans, cells, req_to_token, policy)
+    with (
+        mock.patch.object(rounds, "kernels_for", lambda device: launchers),
+        mock.patch.object(Tuned, "launch", lambda *args, **kwargs: None),
+        Uploads() as uploads,
+    ):
+        result = rounds.run_round(plans, cells, req_to_token, policy)
     assert result.freed.device.type == "meta" and len(result.freed) == sum(
         p.old_packed + p.new_tail - p.old_tail - p.new_packed for p in plans
     )
