@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -119,7 +119,8 @@ def _cell(measure: Measure, numbers: list[float]) -> str:
 def against(results: Results, reference: str, skip: int = 0) -> str:
     """Return Markdown: every arm less a reference, document by document, with 95 % intervals.
 
-    The sum is that of both means: documents of all corpora are drawn for the one, those that have values for the other.
+    Of several corpora each has its own column, too. The sum is that of both means: documents of all corpora are drawn
+    for the one, those that have values for the other.
 
     Raises
     ------
@@ -128,20 +129,26 @@ def against(results: Results, reference: str, skip: int = 0) -> str:
     """
     if reference not in results.arms:
         raise ConfigError(f"--against {reference}: no such arm; give one of {', '.join(results.arms)}")
-    titles = (f"less {reference}", "KL of all corpora (nats)", "NLL of values above full", "sum")
+    corpora = list(results.experiment["corpora"])
+    alone = corpora if len(corpora) > 1 else []
+    titles = [f"less {reference}", "KL of all corpora (nats)", "NLL of values above full", "sum"]
+    titles += [f"KL, {corpus}" for corpus in alone]
     lines = [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
+
+    def differences(measure: Measure, arm: str, corpora: Sequence[str]) -> list[list[float]]:
+        """Return those of the documents of each corpus that has any."""
+        found = []
+        for corpus in corpora:
+            names = results.names(corpus, arm, reference)
+            first, second = (np.array(results.numbers(measure, which, names, skip)) for which in (arm, reference))
+            found += [(first - second).tolist()] * bool(names)
+        return found
+
     for arm in results.arms:
-        parts = []
-        for measure, corpora in ((MEASURES[0], list(results.experiment["corpora"])), (RECALL[0], results.recalled())):
-            strata = []
-            for corpus in corpora:
-                names = results.names(corpus, arm, reference)
-                first, second = (np.array(results.numbers(measure, which, names, skip)) for which in (arm, reference))
-                strata += [(first - second).tolist()] * bool(names)
-            if strata:
-                parts.append(strata)
-        cells = [_signed(total_mean([strata])) for strata in parts]
-        cells += [_signed(total_mean(parts))] if len(parts) == 2 else [""] * (3 - len(cells))
+        kl = differences(MEASURES[0], arm, corpora)
+        values = differences(RECALL[0], arm, results.recalled())
+        several = [[kl], [values], [kl, values], *([differences(MEASURES[0], arm, [corpus])] for corpus in alone)]
+        cells = [_signed(total_mean(parts)) if all(parts) else "" for parts in several]
         lines += [f"| {arm} | {' | '.join(cells)} |"] * (arm != reference)
     return "\n".join(lines)
 

@@ -338,10 +338,12 @@ def test_the_experiment_for_any_model_asks_for_nothing_of_one():
 def test_the_sum_is_of_the_means_of_both_measures():
     steps = np.zeros((2, 10, 4), dtype=np.float32)
     steps[1, :, report.KL], steps[1, 8:, report.NLL] = 0.25, 2.0
-    arms = {arm: {"prose-1": found, "recall-1": found} for arm, found in zip(("a", "b"), steps, strict=True)}
-    results = report.Results({"corpora": {"prose": 1, "recall": 1}}, arms, {"prose-1": [], "recall-1": [8, 9]})
-    cells = report.against(results, "a").splitlines()[-1].split("|")
-    assert [float(cell.split()[0]) for cell in cells[2:5]] == [0.25, 2.0, 2.25]
+    arms = {arm: {"prose-1": found / 2, "recall-1": found} for arm, found in zip(("a", "b"), steps, strict=True)}
+    values = {"prose-1": [], "recall-1": [8, 9]}
+    results = report.Results({"corpora": {"prose": 1, "recall": 1}}, arms, values)
+    head, *_, row = (line.split("|")[2:-1] for line in report.against(results, "a").splitlines())
+    assert [float(cell.split()[0]) for cell in row] == [0.188, 2.0, 2.188, 0.125, 0.25]
+    assert [title.strip() for title in head[3:]] == ["KL, prose", "KL, recall"]
 
 
 def test_another_arm_and_another_model_are_refused(fake, capsys):
