@@ -71,7 +71,7 @@ def compare(method: str, layer: int, theirs: torch.Tensor, ours: torch.Tensor, p
     """Compare two rankings of the same tokens, up to scale, and the sets kept at a quarter and half of them."""
     n = len(ours)
     scale = float(ours.max() - ours.min()) or 1.0
-    pins = (torch.arange(n) < pinned).unsqueeze(0)
+    pins = torch.tensor([pinned])
     everyone, equal = torch.ones(1, n, dtype=torch.bool), []
     for count in (n // 4, n // 2):
         kept = [select(rank.unsqueeze(0), everyone, pins, torch.tensor([count])) for rank in (theirs, ours)]
@@ -107,8 +107,8 @@ def agreements(model: Model, ids: torch.Tensor, window: int = 16) -> list[Agreem
         equal = []
         for count in (n // 4, n // 2):
             score = theirs(kvpress.StreamingLLMPress((n - count + 0.5) / n, SINKS))[0]
-            pins = (torch.arange(n) < SINKS).unsqueeze(0)
-            kept = select(place.unsqueeze(0), torch.ones_like(pins), pins, torch.tensor([int(score.sum())]))
+            everyone, count = torch.ones(1, n, dtype=torch.bool), torch.tensor([int(score.sum())])
+            kept = select(place.unsqueeze(0), everyone, torch.tensor([SINKS]), count)
             equal.append(torch.equal(kept[0], score > 0))
         found.append(Agreement("streaming", layer, 0.0, sum(equal) / len(equal)))
     return found

@@ -77,6 +77,12 @@ def _flag(option: str, feature: str, why: str) -> Refusal:
 REFUSALS = (
     *(_flag(option, *words) for option, words in _FLAGS.items()),
     Refusal(
+        "devices other than a CPU and NVIDIA GPUs",
+        lambda c: str(c.device or "cpu").split(":")[0] not in ("cpu", "cuda"),
+        "set --device to cuda or cpu",
+        "rounds and scores have kernels for these",
+    ),
+    Refusal(
         "prefill/decode disaggregation",
         lambda c: c.disaggregation_mode != "null",
         "set --disaggregation-mode null",

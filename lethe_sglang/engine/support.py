@@ -27,7 +27,7 @@ SUPPORTED = (
         "yes",
         "overrides of one request by header: sglang-router forwards no others (examples/router.py)",
     ),
-    ("attention backend torch_native", "yes", "on any device, without CUDA graphs"),
+    ("attention backend torch_native", "yes", "on a CPU or an NVIDIA GPU, without CUDA graphs"),
     ("attention backends flashinfer and triton, CUDA graphs", "CUDA only", "ran on an H100"),
     (
         "attention backend fa3, CUDA graphs",

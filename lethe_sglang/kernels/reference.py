@@ -1,4 +1,4 @@
-"""The torch reference of every kernel: what the Triton launchers do, with their signatures, on any device.
+"""The CPU reference of every kernel: what the Triton launchers do, with their signatures.
 
 Shapes, dtypes and errors are documented at the launcher of the same name in ``kernels/triton/``; nothing is checked
 here. Only :func:`attend` and :func:`accumulate` have no launcher: a CPU's attention yields its weights, so its score
@@ -253,7 +253,7 @@ def attend(
 def select(rank: torch.Tensor, valid: torch.Tensor, pinned: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     """Choose the ``count`` best candidates of every segment; ties go to the later one."""
     place = np.arange(rank.shape[-1])
-    key = np.where(place < pinned.unsqueeze(-1).numpy(), np.float32(np.inf), rank.nan_to_num().numpy())
+    key = np.where(place < pinned.unsqueeze(-1).numpy(), np.float32(np.inf), rank.float().nan_to_num().numpy())
     best_last = torch.from_numpy(ascending(np.where(valid.numpy(), key, np.float32(-np.inf))))
     chosen = torch.from_numpy(place[::-1] < count.unsqueeze(-1).numpy())
     return torch.zeros_like(valid).scatter_(-1, best_last, chosen.expand_as(valid))

@@ -60,24 +60,25 @@ def gather(req_to_token: torch.Tensor, table: torch.Tensor, cells: Cells, extent
 def likeness(keys: torch.Tensor, cells: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """Compare each candidate's key with the mean normalised key of its layer's candidates.
 
-    This is :func:`lethe_sglang.policies.features.likeness`: the length of the mean cancels, so a sum does, and both
-    products with it read the keys as they are.
+    This is :func:`lethe_sglang.policies.features.likeness`, in which the length of the mean cancels, so a sum does. No
+    product of matrices, whose rounding would depend on how long the lists of other requests are.
     """
     _, batch, n = cells.shape
     heads, dim = keys.shape[1:]
     layers = max(features.AT_ONCE // max(batch * n * heads * dim, 1), 1)
     head, rows, found = torch.arange(heads).view(1, 1, heads, 1), keys.view(-1, dim), []
     for some, own in zip(cells.split(layers), valid.split(layers), strict=True):
+        lists = len(some) * batch
         index = (some.unsqueeze(2) * heads + head).reshape(-1)
-        read = rows.index_select(0, index).float().view(-1, n, dim)  # [l * B * H, n, D]
-        own = own.unsqueeze(2).expand(-1, -1, heads, -1).reshape(-1, 1, n)
+        unit = rows.index_select(0, index).float().view(lists * heads, n, dim)
         if not own.all():
-            read.masked_fill_(~own.mT, 0.0)  # whatever lies in that cell
-        inverse = own / torch.linalg.vector_norm(read, dim=-1).clamp_(min=1e-12).unsqueeze(1)
-        total = inverse @ read
-        length = torch.linalg.vector_norm(total, dim=-1, keepdim=True).clamp_(min=1e-12)
-        cosine = (total @ read.mT).mul_(inverse).div_(length)
-        found.append(cosine.view(-1, batch, heads, n).mean(2))
+            absent = (~own).unsqueeze(2).expand(-1, -1, heads, -1).reshape(lists * heads, n, 1)
+            unit.masked_fill_(absent, 0.0)  # whatever lies in that cell
+        unit.div_(torch.linalg.vector_norm(unit, dim=-1, keepdim=True).clamp_(min=1e-12))
+        total = unit.sum(1, keepdim=True)
+        length = torch.linalg.vector_norm(total, dim=-1).clamp_(min=1e-12)
+        cosine = unit.mul_(total).sum(-1).div_(length)
+        found.append(cosine.view(len(some), batch, heads, n).mean(2))
     return torch.cat(found)
 
 
@@ -145,7 +146,8 @@ def place(
     mass = None
     if candidate.score is not None:
         score = candidate.score.numpy()
-        mass = torch.from_numpy(np.stack([score.sum(-1, where=those) for those in (candidate.valid.numpy(), kept)], -1))
+        counted = (np.where(those, score, np.float32(0)) for those in (candidate.valid.numpy(), kept))
+        mass = torch.from_numpy(np.stack([values.sum(-1) for values in counted], -1))
     return source, destination, written, mass
 
 

@@ -237,6 +237,20 @@ def test_on_cuda_three_backends_serve_and_prefill_and_decode_share_one(monkeypat
         guard.check_options(options(prefill_attention_backend="triton"))
 
 
+@pytest.mark.parametrize("device", ["xpu", "npu", "cuda:1", "cpu", None])
+def test_a_device_without_kernels_is_refused(monkeypatch, device):
+    from lethe_sglang.engine import guard
+
+    (refusal,) = (r for r in guard.REFUSALS if r.feature.startswith("devices other"))
+    monkeypatch.setattr(guard, "REFUSALS", (refusal,))
+    resolved = options(device=device, attention_backend="torch_native")
+    if device in ("xpu", "npu"):
+        with pytest.raises(guard.ConfigError, match="set --device to cuda or cpu"):
+            guard.check_options(resolved)
+    else:
+        guard.check_options(resolved)
+
+
 @contextmanager
 def gpu(**facts):
     """A machine of this compute capability, and what SGLang asks of it besides."""
@@ -584,6 +598,7 @@ def test_every_refusal_of_the_table_fires_and_reaches_the_support_matrix(sglang_
         "Ray": {"use_ray": True},
         "torch.compile": {"enable_torch_compile": True},
         "encoder-only servers": {"encoder_only": True},
+        "devices other than a CPU and NVIDIA GPUs": {"device": "xpu"},
     }
     matrix = support_matrix()
     for refusal in guard.REFUSALS:

@@ -93,12 +93,15 @@ def test_keys_of_zeros_and_keys_that_cancel_out_are_like_nothing(device):
     assert not run(device, keys, cells, valid)[0, 0].any()
 
 
-def test_a_request_has_the_same_bits_alone_and_in_any_batch(device):
+@pytest.mark.parametrize("likeness", [run, lambda device, *given: reference.likeness(*given)], ids=["kernel", "twin"])
+def test_a_request_has_the_same_bits_alone_and_in_any_batch(device, likeness):
     keys, cells, valid = case()
-    together = run(device, keys, cells, valid)
+    keys[cells[0, 0][8].long()] = keys[cells[0, 0][31].long()]
+    together = likeness(device, keys, cells, valid)
+    assert together[0, 0, 8] == together[0, 0, 31], "equal keys are not equally like the mean"
     for b in range(cells.shape[1]):
         most = max(int(valid[:, b].sum(-1).max()), 1)
-        alone = run(device, keys, cells[:, b : b + 1, :most].contiguous(), valid[:, b : b + 1, :most].contiguous())
+        alone = likeness(device, keys, cells[:, b : b + 1, :most].contiguous(), valid[:, b : b + 1, :most].contiguous())
         assert torch.equal(alone[:, 0], together[:, b, :most])
 
 
