@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -69,7 +70,7 @@ class Server(Forked):
         lines = [line[:300] for line in self.log.read_text(errors="replace").splitlines() if "server_args=" not in line]
         return "\n".join(lines[-25:])
 
-    def post(self, path: str, body: dict | None = None, timeout: float = 600) -> dict:
+    def post(self, path: str, body: dict | None = None, timeout: float = 240) -> dict:
         text = super().post(path, body or {}, timeout)
         return json.loads(text) if text.startswith(("{", "[")) else {"text": text}
 
@@ -92,6 +93,42 @@ class Server(Forked):
     def lethe(self) -> dict:
         """What the scheduler reports (TP rank 0)."""
         return self.get("/server_info")["internal_states"][0]["lethe"]
+
+    def until(self, holds, seconds: float = 60) -> dict:
+        """Wait until what the scheduler reports is as ``holds`` says; returns that report."""
+        deadline = time.monotonic() + seconds
+        while not holds(report := self.lethe()):
+            assert time.monotonic() < deadline, f"not seen within {seconds} s: {report}"
+            time.sleep(0.02)
+        return report
+
+    def until_rounds(self, more: int) -> None:
+        """Wait for so many more rounds."""
+        goal = self.lethe()["rounds"] + more
+        self.until(lambda report: report["rounds"] >= goal)
+
+    @contextlib.contextmanager
+    def paused(self, mode: str):
+        """Generation is paused inside the block; whatever fails in it, the next test meets a server that runs."""
+        self.post("/pause_generation", {"mode": mode})
+        try:
+            yield
+        finally:
+            self.post("/continue_generation")
+
+    def retracted(self, prompts: list[str], meanwhile=lambda: None, **work) -> list[dict]:
+        """Replies to requests that are retracted together; asked again where a busy machine paused after an end."""
+        for _ in range(5):
+            with ThreadPoolExecutor(len(prompts)) as pool:
+                replies = [pool.submit(self.generate, text, **work) for text in prompts]
+                while self.lethe()["requests_running"] < len(prompts) and not any(r.done() for r in replies):
+                    time.sleep(0.02)
+                with self.paused("retract"):
+                    meanwhile()
+            told = [reply.result() for reply in replies]
+            if min(reply["meta"]["num_retractions"] for reply in told) == 1:
+                return told
+        raise AssertionError("they did not run together any more when generation was paused, five times")
 
     def flush(self) -> None:
         """Flush the cache; SGLang refuses while anything is held, so this is a leak check as well."""

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import time
-
 from problems import CHAINS, WALKS
 
 from lethe_sglang.policies import policy_names
@@ -26,26 +23,12 @@ def run(server, policy: str) -> None:
     prompts = [WALKS[0], CHAINS[1]]
     work = dict(tokens=56, ignore_eos=True)
     switch(server, policy)
-    before = server.lethe()["requests_retracted"]
     alone = server.generate(prompts[0], **work)["text"]
     last = server.lethe()["last_finished"]
     assert last["rounds"] >= 3 and min(last["evicted_per_layer"]) >= 24
     assert server.generate_all(prompts, 2, **work)[0]["text"] == alone
     checks = server.lethe()["shadow"]["checks"]
 
-    work["tokens"] = 40
-    threads = [threading.Thread(target=server.generate, args=(text,), kwargs=work) for text in prompts]
-    for thread in threads:
-        thread.start()
-    deadline = time.monotonic() + 60
-    while server.lethe()["requests_running"] < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    server.post("/pause_generation", {"mode": "retract"})
-    server.post("/continue_generation")
-    for thread in threads:
-        thread.join(timeout=120)
-        assert not thread.is_alive()
-    report = server.lethe()
-    assert report["requests_retracted"] > before, "nothing was running any more when generation was paused"
-    assert report["shadow"]["checks"] > checks
+    server.retracted(prompts, tokens=40, ignore_eos=True)
+    assert server.lethe()["shadow"]["checks"] > checks
     server.check_healthy()

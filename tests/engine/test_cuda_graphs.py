@@ -8,7 +8,6 @@ and Triton kernels run under the interpreter.
 from __future__ import annotations
 
 import re
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -141,22 +140,15 @@ def test_steps_that_are_not_scored_are_replayed_from_graphs_of_their_own(start, 
     server.stop()
 
 
-def wait_for_rounds(server, more):
-    goal, deadline = server.lethe()["rounds"] + more, time.monotonic() + 60
-    while server.lethe()["rounds"] < goal:
-        assert time.monotonic() < deadline, "no rounds"
-        time.sleep(0.05)
-
-
 def survive(server, first):
     """A batch that is retracted, and one that is aborted, leave the graphs as they were."""
     with ThreadPoolExecutor(3) as pool:
         running = [pool.submit(ask, server, f"x{n}", WALKS[n + 2], 36) for n in range(2)]
         gone = pool.submit(ask, server, "gone", CHAINS[0], 150)
-        wait_for_rounds(server, 2)
-        server.post("/pause_generation", {"mode": "retract"})
-        server.post("/continue_generation")
-        wait_for_rounds(server, 1)
+        server.until_rounds(2)
+        with server.paused("retract"):
+            pass
+        server.until_rounds(1)
         server.post("/abort_request", {"rid": "gone"})
         assert all(reply.result() for reply in running)
         gone.result()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import threading
-import time
 import urllib.error
 import urllib.request
 
@@ -62,28 +61,18 @@ def refused(server, body, status=400) -> str:
     return message
 
 
-def in_background(server, *asked, tokens=260):
+def in_background(server, *asked):
     """Put requests that run until they are joined; returns their threads and replies, once all of them decode."""
     replies = [{} for _ in asked]
 
     def ask(text, kv_evict, reply):
-        reply.update(server.generate(text, tokens=tokens, kv_evict=kv_evict, ignore_eos=True))
+        reply.update(server.generate(text, tokens=400, kv_evict=kv_evict, ignore_eos=True))
 
     threads = [threading.Thread(target=ask, args=(*a, r)) for a, r in zip(asked, replies, strict=True)]
     for thread in threads:
         thread.start()
-    deadline = time.monotonic() + 60
-    while server.lethe()["requests_running"] < len(asked):
-        assert time.monotonic() < deadline, "the requests do not run"
-        time.sleep(0.02)
+    server.until(lambda report: report["requests_running"] == len(asked))
     return threads, replies
-
-
-def wait_for_rounds(server, more: int) -> None:
-    goal, deadline = server.lethe()["rounds"] + more, time.monotonic() + 60
-    while server.lethe()["rounds"] < goal:
-        assert time.monotonic() < deadline, "no rounds"
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("key", [None, "wrong"])
@@ -136,7 +125,7 @@ def test_what_cannot_be_done_is_one_line_and_changes_nothing(server, body, named
 
 def test_a_smaller_budget_is_that_of_the_next_round_of_requests_that_run(server):
     alone = [
-        server.generate(WALKS[i], tokens=260, kv_evict=kv, ignore_eos=True)["text"]
+        server.generate(WALKS[i], tokens=400, kv_evict=kv, ignore_eos=True)["text"]
         for i, kv in ((1, "none"), (2, {"budget": 2048}))
     ]
     asked = [
@@ -147,11 +136,11 @@ def test_a_smaller_budget_is_that_of_the_next_round_of_requests_that_run(server)
         (WALKS[3], {"budget": 60}),
     ]
     threads, replies = in_background(server, *asked)
-    wait_for_rounds(server, 6)
+    server.until_rounds(6)
     answer = server.post("/kv_evict", {"budget": {"tokens": 48}, "rounds": {"interval": 8}})
     assert answer["changed"] == {"budget.tokens": [96, 48], "rounds.interval": [16, 8]}
     assert answer["effective"] == "next round"
-    wait_for_rounds(server, 6)
+    server.until_rounds(6)
     back = server.post("/kv_evict", {"budget": {"tokens": 96}})  # the recent window grows again
     assert back["changed"] == {"budget.tokens": [48, 96]}
     for thread in threads:
@@ -196,7 +185,7 @@ def test_a_budget_that_no_request_can_reach_is_taken_and_said(server):
 
 
 def test_a_policy_changes_on_an_idle_server_only(server):
-    threads, _ = in_background(server, (WALKS[0], None), tokens=200)
+    threads, _ = in_background(server, (WALKS[0], None))
     message = refused(server, {"policy": "h2o", "rounds": {"interval": 8}})
     assert "policy: changes on an idle server only, and 1 requests are running, 0 waiting; wait" in message
     assert "retain.sinks: changes on an idle" in refused(server, {"retain": {"sinks": 1}})

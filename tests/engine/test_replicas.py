@@ -94,7 +94,7 @@ def test_a_request_is_treated_as_it_asks_on_each_replica(pair):
 def test_a_live_server_changes_on_all_replicas_or_on_none(pair):
     """One replica decodes: what needs an idle server is refused by it, so the idle one does not take it either."""
     reply: dict = {}
-    thread = threading.Thread(target=lambda: reply.update(ask(pair, WALKS[7], rank=1, tokens=240)))
+    thread = threading.Thread(target=lambda: reply.update(ask(pair, WALKS[7], rank=1, tokens=600)))
     thread.start()
     deadline = time.monotonic() + 60
     while not states(pair)[1]["requests_running"]:
