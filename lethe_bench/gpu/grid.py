@@ -9,6 +9,9 @@ BUDGET, INTERVAL, RECENT = 1024, 128, 0.3
 
 BATCHES, KEPTS, PREFIXES = (1, 16, 64, 256), (1024, 512, 4096), (0, 4096, 32768)
 
+STEP, ROUND = ("score", "score-fp8", "indices", "zero", "schedule"), ("repack", "select", "places", "likeness")
+"""Kernels of a decode step and of a round; those that change a round's bookkeeping cannot run twice."""
+
 
 class Point(NamedTuple):
     """One point of the grid; what a kernel does not depend on is 0.
@@ -54,13 +57,18 @@ class Point(NamedTuple):
         return Point(self.kernel, self.batch, BUDGET) if self.kernel in ("score", "score-fp8", "indices") else self
 
 
+def searched() -> list[Point]:
+    """Return the points at which servers' configurations are searched: each power of two of requests."""
+    return [Point(kernel, 2**n, BUDGET) for kernel in (*STEP, *ROUND) for n in range(10)]
+
+
 def points() -> list[Point]:
     """Return the grid, what the goals need first."""
     first, *others = [
         [Point(kernel, b, k, p) for k in KEPTS for b in BATCHES for kernel in ("score", "attention", "indices")]
         for p in PREFIXES
     ]
-    rounds = [Point(kernel, b, k) for k in KEPTS for b in BATCHES for kernel in ("repack", "select", "places")]
+    rounds = [Point(kernel, b, k) for k in KEPTS for b in BATCHES for kernel in ROUND]
     small = [Point(kernel, b) for b in BATCHES for kernel in ("zero", "schedule")]
     fp8 = [Point("score-fp8", b, k) for k in KEPTS for b in BATCHES]
     return [*first, *rounds, Point("round", 64, BUDGET), *small, *fp8, *(point for more in others for point in more)]

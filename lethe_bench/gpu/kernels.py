@@ -20,18 +20,22 @@ class Kernels(Part):
     def __init__(self) -> None:
         self._tuned: set[tuple[str, Point]] = set()
 
+    def points(self) -> list[Point]:
+        """Return what is timed."""
+        return points()
+
     def listing(self, model: str | None = None) -> dict[str, str]:
         """See the base class."""
         return {
             f"{name} {point.key}": f"byte floor {floor_of(MODELS[name], point)}"
             for name in ((model,) if model else MODELS)
-            for point in points()
+            for point in self.points()
         }
 
     def measure(self, key: str) -> dict[str, Any]:
         """See the base class."""
         model, _, rest = key.partition(" ")
-        shape, point = MODELS[model], {point.key: point for point in points()}[rest]
+        shape, point = MODELS[model], {point.key: point for point in self.points()}[rest]
         if (needed := memory_of(shape, point)) > 0.9 * _free_bytes():
             return {"status": "skipped", "message": f"needs about {needed / 2**30:.0f} GiB of device memory"}
         try:

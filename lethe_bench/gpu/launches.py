@@ -12,6 +12,7 @@ from lethe_bench.gpu.models import Shape
 from lethe_sglang.kernels import table
 from lethe_sglang.kernels.common import Attention, Batch, Lists, Schedule, States
 from lethe_sglang.kernels.triton.indices import fill_lists
+from lethe_sglang.kernels.triton.likeness import likeness
 from lethe_sglang.kernels.triton.places import better_place
 from lethe_sglang.kernels.triton.repack import repack, scratch_bytes
 from lethe_sglang.kernels.triton.score import schedule, score
@@ -116,6 +117,16 @@ def make_places(shape: Shape, point: Point) -> Launch:
     return lambda: better_place(score, likeness, valid, 0.5)
 
 
+def make_likeness(shape: Shape, point: Point) -> Launch:
+    """All layers' comparisons of keys of a round of the default policy, over randomly placed cells."""
+    size = (shape.layers, point.batch, point.kept + INTERVAL)
+    number = shape.layers * point.batch * (point.kept + INTERVAL)
+    keys = torch.empty(number, shape.kv_heads, shape.head_dim, device="cuda", dtype=torch.bfloat16).normal_()
+    cells = torch.randperm(number, device="cuda").to(torch.int32).view(size)
+    valid = torch.ones(size, dtype=torch.bool, device="cuda")
+    return lambda: likeness(keys, cells, valid)
+
+
 def make_round(shape: Shape, point: Point) -> Launch:
     """Make a round's device part: selection and repacking. Ranking, bookkeeping and the host are not in it."""
     halves = [make_select(shape, point), make_repack(shape, point)]
@@ -148,6 +159,7 @@ MAKERS: dict[str, Callable[[Shape, Point], Launch]] = {
     "repack": make_repack,
     "select": make_select,
     "places": make_places,
+    "likeness": make_likeness,
     "round": make_round,
     "zero": make_zero,
     "schedule": make_schedule,

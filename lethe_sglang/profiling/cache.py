@@ -19,6 +19,7 @@ from pathlib import Path
 from lethe_sglang.allocation.fingerprint import ModelFingerprint
 from lethe_sglang.allocation.profile import FORMAT, Profile, load
 from lethe_sglang.config import ConfigError
+from lethe_sglang.files import cache_folder
 from lethe_sglang.profiling.records import Partial
 
 logger = logging.getLogger("lethe_sglang")
@@ -28,18 +29,8 @@ PROBE_BYTES = 2**20
 
 
 def directory() -> Path:
-    """Return the folder of the profiles: the user's cache directory as the XDG base directories define it.
-
-    Raises
-    ------
-    OSError
-        If the user has no home.
-    """
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    try:
-        return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "lethe-sglang" / "profiles"
-    except RuntimeError as error:
-        raise FileNotFoundError(2, str(error)) from None
+    """Return the folder of the profiles, in the user's cache directory (:func:`~lethe_sglang.files.cache_folder`)."""
+    return cache_folder("profiles")
 
 
 def file_of(model: ModelFingerprint, folder: Path) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lethe_bench.gpu import bench, check, floors
+from lethe_bench.gpu import bench, check, floors, tune
 from lethe_bench.gpu.base import failure
 from lethe_bench.gpu.grid import Point, points
 from lethe_bench.gpu.models import MODELS, Shape, write_model
@@ -60,7 +60,7 @@ def test_a_dry_run_imports_no_torch_and_writes_nothing(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "kernels llama-3.1-8b" in done.stdout and not out.exists()
     parts = dict.fromkeys(line.split()[0] for line in done.stdout.splitlines())
-    assert list(parts) == ["kernels", "bench", "trace", "greedy", "report:"]
+    assert list(parts) == ["kernels", "tune", "bench", "trace", "greedy", "report:"]
 
 
 def test_the_grid_of_the_issue_is_listed(capsys):
@@ -73,7 +73,7 @@ def test_the_grid_of_the_issue_is_listed(capsys):
                     assert sum(f" {key}: byte floor " in line for line in lines) == 1, key
             assert any(f"repack batch={batch} kept={kept} " in line for line in lines)
             assert any(f"score-fp8 batch={batch} kept={kept} prefix=0:" in line for line in lines)
-    assert len(lines) == 108 + 36 + 8 + 1 + 12
+    assert len(lines) == 108 + 48 + 8 + 1 + 12
     assert len({point.key for point in points()}) == len(points())
 
 
@@ -255,6 +255,49 @@ def test_a_models_files_are_those_of_the_model(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     assert (config["num_hidden_layers"], config["num_key_value_heads"], config["vocab_size"]) == (3, 2, 100)
     assert len(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]) == 100
+
+
+# -- configurations ----------------------------------------------------------------------------------------------------
+
+
+def test_configurations_are_searched_at_each_size_of_a_batch_and_the_worthy_are_kept(tmp_path, monkeypatch, capsys):
+    import torch
+
+    from lethe_sglang.kernels.triton import KERNELS, configurations
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "TEST GPU")
+    monkeypatch.setattr("lethe_bench.gpu.kernels._free_bytes", lambda: 2**36)
+    for kernel in ("_score", "_fill"):
+        monkeypatch.setattr(KERNELS[kernel], "found", {})
+        monkeypatch.setattr(KERNELS[kernel], "times", {})
+
+    def search(model, shape, point):
+        if point.kernel not in ("score", "indices"):
+            raise ValueError("not in this test")
+        configurations.take([], "none")
+        kernel = KERNELS["_score" if point.kernel == "score" else "_fill"]
+        key = (shape.kv_heads, point.batch, torch.bfloat16)
+        default = 10.0 if point.kernel == "score" else 8.3  # 8 us are less than 5 % less
+        kernel.found[key], kernel.times[key] = kernel.configs[1], [default, 8.0, *[9.0] * (len(kernel.configs) - 2)]
+        return {"status": "measured", "configurations": configurations.found()}
+
+    part = tune.Tune()
+    monkeypatch.setattr(part, "_time", search)
+    found = results(tmp_path / "tune.jsonl", part="tune")
+    part.work(found)
+    assert len(found.records) == 2 * 9 * 10
+    for n in range(10):
+        assert found.records[f"llama-3.1-8b score batch={2**n} kept=1024 prefix=0"]["status"] == "measured"
+    assert configurations.use("TEST GPU") == 2 * 10
+    assert set(KERNELS["_score"].found) == {(heads, 2**n, torch.bfloat16) for heads in (4, 8) for n in range(10)}
+    assert set(KERNELS["_score"].found.values()) == {KERNELS["_score"].configs[1]} and not KERNELS["_fill"].found
+    assert str(configurations.file_of("TEST GPU")) in capsys.readouterr().err
+    rows, at = str(part.table(found.records)), "batch=64 kept=1024 prefix=0"
+    assert f"| qwen2.5-7b score {at} | _score | 10.0 | **8.0** | BLOCK_N 32, num_warps 4, " in rows
+    assert f"| qwen2.5-7b indices {at} | _fill | 8.3 | 8.0 | BLOCK 128, num_warps 4, " in rows
+    assert "failed: ValueError: not in this test" in rows
+    configurations.take([], "none")
 
 
 # -- report ------------------------------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ Configurations are searched where a caller asks for it, with arguments that look
     with tuning():
         score(...)  # on scratch states: the search runs the kernel many times
 
-and what is found serves all later launches of the same key. Before that, and under Triton's interpreter, a launch takes
-the kernel's default configuration.
+and what is found serves all later launches of the same key, in other processes by way of a file
+(:mod:`~lethe_sglang.kernels.triton.configurations`). Before that, and under Triton's interpreter, a launch takes the
+kernel's default configuration.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 INTEGER = (torch.int32, torch.int64)
 FLOAT = (torch.float32, torch.float16, torch.bfloat16)
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+KERNELS: dict[str, Tuned] = {}
+"""Every kernel by the name of its function, once its module is loaded."""
+
 _search = False
 
 
@@ -64,12 +69,16 @@ class Tuned:
     ----------
     found
         Key -> the best configuration a search found for it.
+    times
+        Key -> microseconds of each of ``configs`` in that search, inf where one cannot run.
     """
 
     def __init__(self, kernel: Any, configs: Sequence[Any]) -> None:
         self.kernel = kernel
         self.configs = list(configs)
         self.found: dict[tuple[Any, ...], Any] = {}
+        self.times: dict[tuple[Any, ...], list[float]] = {}
+        KERNELS[kernel.fn.__name__] = self
 
     def launch(self, grid: Callable[[dict[str, Any]], tuple[int, ...]], key: tuple[Any, ...], *args: Any) -> None:
         """Run the kernel.
@@ -87,6 +96,7 @@ class Tuned:
             search = triton.autotune(configs=self.configs, key=[])(self.kernel)
             search[grid](*args)
             self.found[key] = search.best_config
+            self.times[key] = [1e3 * search.configs_timings[config][0] for config in self.configs]
             return
         self.kernel[grid](*args, **self.found.get(key, self.configs[0]).all_kwargs())
 
