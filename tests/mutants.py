@@ -245,7 +245,7 @@ MUTANTS = {
         "tests/kernels/test_triton_likeness.py -k 32_bits",
     ),
     "what lies in a cell of padding counts": Mutant(
-        PLACES, "read.masked_fill_(~own.mT, 0.0)", "pass", "tests/kernels/test_triton_likeness.py -k references"
+        PLACES, "unit.masked_fill_(absent, 0.0)", "pass", "tests/kernels/test_triton_likeness.py -k references"
     ),
     "a policy sees what lies in a cell of padding": Mutant(
         FEATURES, ".masked_fill_(~valid[:, :, None, None], 0.0)", "", "tests/unit/test_policies.py -k memory"
