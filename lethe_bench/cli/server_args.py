@@ -7,6 +7,9 @@ from collections.abc import Iterable, Mapping
 
 from lethe_sglang.config import ConfigError
 
+REPLICAS = ("--dp-size", "--data-parallel-size")
+"""SGLang's names of a number of replicas: commands read what the first one counts."""
+
 
 def split(text: str, command: str, own: Mapping[str, str]) -> tuple[str, ...]:
     """Split the value of ``--server-args`` as a shell does, and check it.
@@ -32,7 +35,7 @@ def split(text: str, command: str, own: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def check(words: Iterable[str], command: str, own: Mapping[str, str], where: str) -> None:
-    """Refuse arguments that a command sets itself, and every flag of this plugin: the command decides what evicts.
+    """Refuse arguments that a command sets itself, several replicas, and every flag of this plugin.
 
     SGLang takes the beginning of an argument's name for the whole (and ``--model`` for ``--model-path``), so a
     beginning of the command's own is refused as well.
@@ -56,6 +59,10 @@ def check(words: Iterable[str], command: str, own: Mapping[str, str], where: str
     for word in words:
         name = word.partition("=")[0]
         meant = [option for option in own if name.startswith("--") and option.startswith(name)]
+        if len(name) > 3 and any(option.startswith(name) for option in REPLICAS):
+            raise ConfigError(
+                f"{where}: {word!r}: {command} measures one replica, and would report the first; leave it out"
+            )
         if meant or name.startswith("--kv-evict"):
             instead = own[meant[0]] if meant else ""
             raise ConfigError(f"{where}: {word!r} is set by {command}; {instead or 'leave it out'}")

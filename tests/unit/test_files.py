@@ -100,6 +100,12 @@ OWN = {"--model-path": "use --model-path of lethe x", "--port": "", "--kv-evict"
         ("--kv-evict lethe", "'--kv-evict' is set by lethe x; use --policy of lethe x"),
         ("--kv-evict-profile auto", "'--kv-evict-profile' is set by lethe x; leave it out"),
         ("--kv-evict-anything-new", "'--kv-evict-anything-new' is set by lethe x; leave it out"),
+        (
+            "--dp-size 2",
+            "--server-args: '--dp-size': lethe x measures one replica, and would report the first; leave it out",
+        ),
+        ("--dp=2", "'--dp=2': lethe x measures one replica"),
+        ("--data-parallel-size 2", "'--data-parallel-size': lethe x measures one replica"),
         ("'", '--server-args "\'": No closing quotation; quote each argument as in a shell'),
     ],
 )
