@@ -145,6 +145,27 @@ def test_metrics_and_quality_are_of_each_replica(pair):
     assert f"rounds     {told[0]['rounds'] + told[1]['rounds']:,}" in out.stdout and "at the floor of 48" in out.stdout
 
 
+@pytest.mark.proves("data parallelism (--dp-size)")
+def test_ranks_of_each_replica_keep_the_same_cells(start, alone):
+    """Two replicas of two tensor-parallel ranks each: scores are averaged within a replica and nowhere else."""
+    often = {"rounds": {"interval": 8}, "debug": {"shadow": True, "kept_hash": True}}
+    flags = [*FLAGS[:-1], json.dumps(json.loads(SETTINGS) | often)]
+    server = start(*flags, "--dp-size", "2", "--tp", "2").wait()
+    found = server.generate_all(WALKS[:2], 2, tokens=72)
+    assert [reply["text"] for reply in found] == [alone.generate(text, tokens=72)["text"] for text in WALKS[:2]]
+    assert {reply["meta"]["dp_rank"] for reply in found} == {0, 1}
+    assert server.post("/kv_evict", {"budget": {"tokens": 40}})["changed"] == {"budget.tokens": [48, 40]}
+    assert [state["budget_tokens"] for state in states(server)] == [40, 40]
+    later = [ask(server, text, rank, tokens=60)["meta_info"] for rank, text in enumerate(WALKS[2:4])]
+    assert [(meta["dp_rank"], meta["kv_evict"]["share"]) for meta in later] == [(0, 40), (1, 40)]
+    server.check_healthy()
+    kept = re.findall(r"DP(\d) TP(\d)\] KV eviction: kept-set hash (\d+) ([0-9a-f]+)", server.log.read_text())
+    for replica in "01":
+        by_rank = [[line[2:] for line in kept if line[:2] == (replica, rank)] for rank in "01"]
+        assert by_rank[0] == by_rank[1] and len(by_rank[0]) >= 4
+    server.stop()
+
+
 class Router(Forked):
     """SGLang's router in front of servers."""
 
