@@ -53,7 +53,6 @@ ALLOCATOR, BUDGETS = "lethe_sglang/allocation/budgets.py", "tests/unit/test_budg
 LIVE, RULES = "tests/unit/test_reconfigure.py", "lethe_sglang/engine/reconfigure.py"
 POLICIES = "tests/unit/test_policies.py"
 GRAPHS = "tests/engine/test_refusals.py -k decode_graphs"
-FOUND = "lethe_sglang/kernels/triton/configurations.py"
 LAUNCH, DISPATCH = "lethe_sglang/kernels/triton/__init__.py", "tests/kernels/test_dispatch.py"
 GOAL, GOALS = "lethe_bench/gpu/goal.py", "tests/bench/test_gpu_goals.py"
 OBSERVED = "tests/unit/test_observed_backends.py"
@@ -625,20 +624,10 @@ MUTANTS = {
         LAUNCH, "tensor.shape, tensor.stride(), dtypes", "tensor.shape, (1,) * tensor.dim(), dtypes", DISPATCH
     ),
     "checks are made anew in every layer": Mutant(LAUNCH, "maxsize=4096", "maxsize=0", DISPATCH),
-    "what was found before stays beside what is taken": Mutant(
-        FOUND, "kernel.found = taken[name]", "kernel.found |= taken[name]", "tests/kernels/test_configurations.py"
-    ),
-    "what is taken is the default": Mutant(
-        FOUND, "if config.all_kwargs() == wanted), None)", "), None)", "tests/kernels/test_configurations.py"
-    ),
-    "deterministic servers take configurations of a batch's size": Mutant(
-        LIFE, "if runtime.deterministic or torch.device", "if torch.device", "tests/unit/test_backend_factories.py"
-    ),
-    "a slower configuration is kept": Mutant(
-        "lethe_bench/gpu/tune.py",
-        """entry["us"] < (1 - GAIN)""",
-        """entry["us"] < (1 + GAIN)""",
-        "tests/bench/test_gpu.py",
+    "a launch takes the last configuration": Mutant(LAUNCH, "self.configs[0].all", "self.configs[-1].all", DISPATCH),
+    "a configuration that is tried stays": Mutant(LAUNCH, "self.configs = known", "pass", DISPATCH),
+    "a kernel's default is tried beside itself": Mutant(
+        "lethe_bench/gpu/kernels.py", "KERNELS[name].configs[1:]", "KERNELS[name].configs", "tests/bench/test_gpu.py"
     ),
     "a bucket is below its number": Mutant(LAUNCH, "max(n - 1, 0).bit_length()", "n.bit_length() - 1", DISPATCH),
     "ranks do not compare what they kept": Mutant(

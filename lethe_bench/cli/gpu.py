@@ -28,7 +28,6 @@ LIMIT = 480
 
 _DESCRIPTION = """
 lethe gpu kernels    each Triton kernel against its byte floor and a measured copy; attention beside them
-lethe gpu tune       each Triton kernel's configurations, searched; servers take what is faster here (cache directory)
 lethe gpu bench      whole servers on dummy weights: stock, and lethe on each backend
 lethe gpu trace      how often decode steps make the host wait, lethe's beside stock's
 lethe gpu greedy     whether greedy replies of the bundled model depend on how they are served
@@ -54,9 +53,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("goal", nargs="?", choices=tuple(GOALS), help="which one, behind goal")
     parser.add_argument("--dry-run", action="store_true", help="list what would run; needs no GPU")
     parser.add_argument(
-        "--model",
-        choices=tuple(MODELS),
-        help="shapes of one model only, in kernels, tune, bench, trace",
+        "--model", choices=tuple(MODELS), help="shapes of one model only, in kernels, bench and trace (trace: of one)"
     )
     parser.add_argument(
         "--out", metavar="DIR", type=Path, default=OUT, help="folder of the records and of report.md (%(default)s)"

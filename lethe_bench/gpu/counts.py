@@ -26,7 +26,7 @@ from lethe_sglang.cache.rounds import run_round
 from lethe_sglang.config import from_mapping
 from lethe_sglang.kernels import reference
 from lethe_sglang.kernels.common import Cells
-from lethe_sglang.kernels.triton import Tuned, launchers
+from lethe_sglang.kernels.triton import Kernel, launchers
 from lethe_sglang.policies import policy_names
 
 SETTLED = 3
@@ -144,7 +144,7 @@ def count(setting: Setting, policy_name: str = "lethe", **options: Any) -> dict[
     rank, ranking, triton, of_ranking = type(policy).rank, Counted(), list[str](), list[str]()
 
     def launched(self: Any, *rest: Any) -> None:
-        triton.append(self.kernel.__name__)
+        triton.append(self.function.__name__)
 
     def ranked(self: Any, candidates: Any) -> Any:
         before = len(triton)
@@ -155,7 +155,7 @@ def count(setting: Setting, policy_name: str = "lethe", **options: Any) -> dict[
 
     with (
         mock.patch.object(rounds, "kernels_for", lambda device: launchers),
-        mock.patch.object(Tuned, "launch", launched),
+        mock.patch.object(Kernel, "launch", launched),
     ):
         server = Server(setting, policy, "meta")
         for _ in range(SETTLED):

@@ -70,11 +70,11 @@ def floor_of(shape: Shape, point: Point) -> int:
         case "repack":
             return repack_bytes(shape, batch * layers * point.packed)
         case "select":
-            return select_bytes(layers * batch, point.kept + INTERVAL)
+            return select_bytes(layers * batch, point.candidates)
         case "places":
-            return places_bytes(layers * batch, point.kept + INTERVAL)
+            return places_bytes(layers * batch, point.candidates)
         case "likeness":
-            return likeness_bytes(shape, layers * batch, point.kept + INTERVAL)
+            return likeness_bytes(shape, layers * batch, point.candidates)
         case "round":
             return sum(floor_of(shape, point._replace(kernel=half)) for half in ("repack", "select"))
         case "zero":
@@ -90,9 +90,9 @@ def memory_of(shape: Shape, point: Point) -> int:
     if point.kernel in ("repack", "round"):
         return point.batch * shape.layers * point.kept * (2 * cell + 64)
     if point.kernel == "likeness":
-        return point.batch * shape.layers * (point.kept + INTERVAL) * (cell + 32)
+        return point.batch * shape.layers * point.candidates * (cell // 2 + 64)
     if point.kernel == "places":
-        return point.batch * shape.layers * (point.kept + INTERVAL) * 64
+        return point.batch * shape.layers * point.candidates * 64
     if point.kernel in ("score", "score-fp8", "attention"):
         return point.batch * point.length * (cell + 32)
     return point.batch * (point.length + INTERVAL) * 64 * max(1, shape.layers // 4)

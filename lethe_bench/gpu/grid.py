@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 BUDGET, INTERVAL, RECENT = 1024, 128, 0.3
@@ -9,8 +10,8 @@ BUDGET, INTERVAL, RECENT = 1024, 128, 0.3
 
 BATCHES, KEPTS, PREFIXES = (1, 16, 64, 256), (1024, 512, 4096), (0, 4096, 32768)
 
-STEP, ROUND = ("score", "score-fp8", "indices", "zero", "schedule"), ("repack", "select", "places", "likeness")
-"""Kernels of a decode step and of a round; those that change a round's bookkeeping cannot run twice."""
+ROUND = ("repack", "select", "places", "likeness")
+"""Kernels of a round that can run twice; those that change its bookkeeping cannot."""
 
 
 class Point(NamedTuple):
@@ -39,7 +40,7 @@ class Point(NamedTuple):
     @property
     def tail(self) -> int:
         """Tokens of the recent window."""
-        return int(self.kept * RECENT)
+        return math.ceil(self.kept * RECENT)
 
     @property
     def packed(self) -> int:
@@ -52,14 +53,14 @@ class Point(NamedTuple):
         return self.prefix + self.kept
 
     @property
-    def tuned_at(self) -> Point:
-        """The point whose configuration search serves this one: score and lists share theirs over lengths."""
-        return Point(self.kernel, self.batch, BUDGET) if self.kernel in ("score", "score-fp8", "indices") else self
+    def candidates(self) -> int:
+        """Cells that a round of the request chooses from: those packed before, and those that leave the window."""
+        return self.packed + INTERVAL
 
-
-def searched() -> list[Point]:
-    """Return the points at which servers' configurations are searched: each power of two of requests."""
-    return [Point(kernel, 2**n, BUDGET) for kernel in (*STEP, *ROUND) for n in range(10)]
+    @property
+    def tries(self) -> bool:
+        """Whether configurations that servers do not take are timed beside the one that they take."""
+        return self.prefix == 0 and self.kept in (0, BUDGET)
 
 
 def points() -> list[Point]:

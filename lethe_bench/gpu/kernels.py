@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from lethe_bench.gpu.base import Part, in_a_cell
@@ -11,31 +12,37 @@ from lethe_bench.gpu.grid import Point, points
 from lethe_bench.gpu.models import MODELS, Shape
 from lethe_sglang.config import ConfigError
 
+LAUNCHED = {
+    "score": ("_score",),
+    "score-fp8": ("_score",),
+    "indices": ("_fill",),
+    "repack": ("_repack",),
+    "select": ("_select",),
+    "places": ("_sort", "_better_place"),
+    "likeness": ("_likeness",),
+    "zero": ("_start",),
+    "schedule": ("_schedule",),
+}
+"""Which of ``lethe_sglang.kernels.triton.KERNELS`` a point launches."""
+
 
 class Kernels(Part):
     """Every point of the grid, for the shapes of each model."""
 
     name: ClassVar[str] = "kernels"
 
-    def __init__(self) -> None:
-        self._tuned: set[tuple[str, Point]] = set()
-
-    def points(self) -> list[Point]:
-        """Return what is timed."""
-        return points()
-
     def listing(self, model: str | None = None) -> dict[str, str]:
         """See the base class."""
         return {
             f"{name} {point.key}": f"byte floor {floor_of(MODELS[name], point)}"
             for name in ((model,) if model else MODELS)
-            for point in self.points()
+            for point in points()
         }
 
     def measure(self, key: str) -> dict[str, Any]:
         """See the base class."""
         model, _, rest = key.partition(" ")
-        shape, point = MODELS[model], {point.key: point for point in self.points()}[rest]
+        shape, point = MODELS[model], {point.key: point for point in points()}[rest]
         if (needed := memory_of(shape, point)) > 0.9 * _free_bytes():
             return {"status": "skipped", "message": f"needs about {needed / 2**30:.0f} GiB of device memory"}
         try:
@@ -48,14 +55,27 @@ class Kernels(Part):
 
     def _time(self, model: str, shape: Shape, point: Point) -> dict[str, Any]:
         from lethe_bench.gpu.launches import MAKERS
-        from lethe_sglang.kernels.triton import tuning
 
-        at = point.tuned_at
-        if point.kernel != "attention" and (model, at) not in self._tuned:
-            with tuning():
-                MAKERS[at.kernel](shape, at)()
-            self._tuned.add((model, at))
-        return dict(self._bench.measure(MAKERS[point.kernel](shape, point), floor_of(shape, point)))
+        launch = MAKERS[point.kernel](shape, point)
+        found = dict(self._bench.measure(launch, floor_of(shape, point)))
+        return found | ({"others": self._others(point, launch)} if point.tries else {})
+
+    def _others(self, point: Point, launch: Callable[[], object]) -> list[dict[str, Any]]:
+        """Time a launch with each configuration that servers do not take."""
+        from triton.runtime.errors import OutOfResources
+
+        from lethe_sglang.kernels.triton import KERNELS
+
+        found = []
+        for name in LAUNCHED.get(point.kernel, ()):
+            for config in KERNELS[name].configs[1:]:
+                entry = {"kernel": name, "configuration": config.all_kwargs()}
+                try:
+                    with KERNELS[name].taking(config):
+                        found.append({**entry, "median_us": self._bench.time(launch)["median_us"]})
+                except OutOfResources as error:  # of this GPU, by this configuration
+                    found.append({**entry, "message": str(error).splitlines()[0]})
+        return found
 
     @functools.cached_property
     def _bench(self) -> Any:
@@ -67,19 +87,30 @@ class Kernels(Part):
         """See the base class."""
         rows = [
             "Times are medians, in brackets the deciles. A copy of the same bytes, as slow to start as any kernel, is "
-            "what they are set against; the share of a large copy's speed stands beside it.",
+            "what they are set against; the share of a large copy's speed stands beside it. Last comes the fastest of "
+            "the configurations that servers do not take, and its time over theirs.",
             "",
-            "| point | time (us) | floor (MB) | of a copy of its bytes | of a large copy |",
-            "| --- | ---: | ---: | ---: | ---: |",
+            "| point | time (us) | floor (MB) | of a copy of its bytes | of a large copy | another configuration |",
+            "| --- | ---: | ---: | ---: | ---: | --- |",
         ]
         for key, r in records.items():
             if r["status"] != "measured":
-                rows.append(f"| {key} | {in_a_cell(r)} | | | |")
+                rows.append(f"| {key} | {in_a_cell(r)} | | | | |")
                 continue
             spread = f"{r['median_us']:.1f} ({r['p10_us']:.1f} to {r['p90_us']:.1f})"
             shares = f"{r['of_copy']:.0%} | {r['of_peak_copy']:.0%}"
-            rows.append(f"| {key} | {spread} | {r['floor_bytes'] / 1e6:.3g} | {shares} |")
+            rows.append(f"| {key} | {spread} | {r['floor_bytes'] / 1e6:.3g} | {shares} | {_fastest(r)} |")
         return rows
+
+
+def _fastest(record: dict[str, Any]) -> str:
+    """Say which configuration that servers do not take is the fastest, and its time over theirs."""
+    timed = [other for other in record.get("others", []) if "median_us" in other]
+    if not timed:
+        return "-"
+    best = min(timed, key=lambda other: float(other["median_us"]))
+    words = ", ".join(f"{name} {value}" for name, value in best["configuration"].items())
+    return f"{best['median_us'] / record['median_us']:.2f}: {best['kernel']} with {words}"
 
 
 def _free_bytes() -> int:

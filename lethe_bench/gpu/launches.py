@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import torch
 
-from lethe_bench.gpu.grid import BUDGET, INTERVAL, Point
+from lethe_bench.gpu.grid import BUDGET, Point
 from lethe_bench.gpu.models import Shape
 from lethe_sglang.kernels import table
 from lethe_sglang.kernels.common import Attention, Batch, Lists, Schedule, States
@@ -102,16 +103,16 @@ def make_repack(shape: Shape, point: Point) -> Launch:
 
 def make_select(shape: Shape, point: Point) -> Launch:
     """All layers' choices of a round."""
-    size = (shape.layers, point.batch, point.kept + INTERVAL)
+    size = (shape.layers, point.batch, point.candidates)
     rank, valid = torch.rand(size, device="cuda"), torch.ones(size, dtype=torch.bool, device="cuda")
-    pinned = torch.full(size[:2], 4, dtype=torch.int64, device="cuda")
+    pinned = torch.full(size[:2], 4, dtype=torch.int32, device="cuda")  # a server's are columns of its table
     count = torch.full_like(pinned, point.kept)
     return lambda: select(rank, valid, pinned, count)
 
 
 def make_places(shape: Shape, point: Point) -> Launch:
     """All layers' ranks of a round of the default policy."""
-    size = (shape.layers, point.batch, point.kept + INTERVAL)
+    size = (shape.layers, point.batch, point.candidates)
     score, likeness = (torch.rand(size, device="cuda") for _ in range(2))
     valid = torch.ones(size, dtype=torch.bool, device="cuda")
     return lambda: better_place(score, likeness, valid, 0.5)
@@ -119,10 +120,9 @@ def make_places(shape: Shape, point: Point) -> Launch:
 
 def make_likeness(shape: Shape, point: Point) -> Launch:
     """All layers' comparisons of keys of a round of the default policy, over randomly placed cells."""
-    size = (shape.layers, point.batch, point.kept + INTERVAL)
-    number = shape.layers * point.batch * (point.kept + INTERVAL)
-    keys = torch.empty(number, shape.kv_heads, shape.head_dim, device="cuda", dtype=torch.bfloat16).normal_()
-    cells = torch.randperm(number, device="cuda").to(torch.int32).view(size)
+    size = (shape.layers, point.batch, point.candidates)
+    keys = torch.empty(math.prod(size), shape.kv_heads, shape.head_dim, device="cuda", dtype=torch.bfloat16).normal_()
+    cells = torch.randperm(math.prod(size), device="cuda").to(torch.int32).view(size)
     valid = torch.ones(size, dtype=torch.bool, device="cuda")
     return lambda: likeness(keys, cells, valid)
 

@@ -10,10 +10,9 @@ from lethe_bench.gpu.bench import Bench
 from lethe_bench.gpu.greedy import Greedy
 from lethe_bench.gpu.kernels import Kernels
 from lethe_bench.gpu.trace import Trace
-from lethe_bench.gpu.tune import Tune
 from lethe_sglang.files import read_lines
 
-PARTS: dict[str, Part] = {part.name: part for part in (Kernels(), Tune(), Bench(), Trace(), Greedy())}
+PARTS: dict[str, Part] = {part.name: part for part in (Kernels(), Bench(), Trace(), Greedy())}
 """The parts that measure, in the order in which they run and are reported."""
 
 NOT_RUN = "Not yet run on a GPU."

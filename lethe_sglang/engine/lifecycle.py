@@ -231,29 +231,12 @@ def torch_native_backend(runner: Any) -> Any:
 def _attached_on_gpu(runner: Any) -> Runtime:
     """Attach, and say what no GPU has run yet."""
     runtime = attach(runner)
-    _configure_kernels(runtime)
     if used := [what for what, uses in UNPROVEN if uses(runtime)]:
         logger.warning(
             "KV eviction: tested on CPUs only, and not yet run on a GPU: %s; watch the first replies, or do without",
             "; ".join(used),
         )
     return runtime
-
-
-def _configure_kernels(runtime: Runtime) -> None:
-    """Take what ``lethe gpu tune`` found on this GPU, before a graph is captured, and say so."""
-    if runtime.deterministic or torch.device(runtime.pool.device).type != "cuda":
-        return
-    from lethe_sglang.kernels.triton import configurations
-
-    device = torch.cuda.get_device_name(runtime.pool.device)
-    try:
-        number = configurations.use(device)
-    except (OSError, ValueError) as error:
-        logger.warning("KV eviction: kernels take their default configurations: %s", error)
-        return
-    if number:
-        logger.info("KV eviction: %d configurations of kernels from %s", number, configurations.file_of(device))
 
 
 def flashinfer_backend(runner: Any) -> Any:

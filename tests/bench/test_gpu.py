@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from lethe_bench.gpu import bench, check, floors, tune
+from lethe_bench.gpu import bench, check, floors
 from lethe_bench.gpu.base import failure
 from lethe_bench.gpu.grid import Point, points
+from lethe_bench.gpu.kernels import LAUNCHED
 from lethe_bench.gpu.models import MODELS, Shape, write_model
 from lethe_bench.gpu.report import PARTS, report
 from lethe_bench.gpu.results import Results, header
@@ -60,7 +61,7 @@ def test_a_dry_run_imports_no_torch_and_writes_nothing(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "kernels llama-3.1-8b" in done.stdout and not out.exists()
     parts = dict.fromkeys(line.split()[0] for line in done.stdout.splitlines())
-    assert list(parts) == ["kernels", "tune", "bench", "trace", "greedy", "report:"]
+    assert list(parts) == ["kernels", "bench", "trace", "greedy", "report:"]
 
 
 def test_the_grid_of_the_issue_is_listed(capsys):
@@ -132,16 +133,17 @@ def test_byte_floors():
     assert floors.repack_bytes(TINY, cells=10) == 10 * (272 + 32) == 3040
     assert floors.select_bytes(segments=6, candidates=10) == 6 * 78 == 468
     assert floors.places_bytes(segments=6, candidates=10) == 6 * 130 == 780
+    # K 32, its cell 4, a flag and the likeness 4
+    assert floors.likeness_bytes(TINY, segments=6, candidates=10) == 6 * 10 * 41 == 2460
     assert floors.zero_bytes(layers=3, tokens=5) == 5 * 20 == 100
     assert floors.schedule_bytes(batch=4) == 128
     qwen = MODELS["qwen2.5-7b"]  # K of a cell 4 x 128 x 2 = 1024; a request 28 x 260 + 20 = 7300
     assert floors.score_bytes(qwen, 64, 1024) == 64 * (1024 * 1036 + 7300) + 4 == 68_362_500
 
 
-def test_fp8_keys_change_a_points_floor_and_its_search():
+def test_fp8_keys_change_a_points_floor():
     wide, narrow = Point("score", 64, 512), Point("score-fp8", 64, 512)
     assert floors.floor_of(TINY, wide) - floors.floor_of(TINY, narrow) == 64 * 512 * 16
-    assert narrow.tuned_at == Point("score-fp8", 64, 1024)
     assert floors.memory_of(TINY, narrow) == floors.memory_of(TINY, wide), "they are made as bf16"
 
 
@@ -149,7 +151,7 @@ def test_the_floor_of_a_round_is_that_of_its_halves():
     shape = MODELS["llama-3.1-8b"]
     found = {name: floors.floor_of(shape, Point(name, 64, 1024)) for name in ("round", "repack", "select")}
     assert found["round"] == found["repack"] + found["select"]
-    assert found["repack"] == floors.repack_bytes(shape, 64 * 32 * (1024 - 307))
+    assert found["repack"] == floors.repack_bytes(shape, 64 * 32 * (1024 - 308))
 
 
 # -- results -----------------------------------------------------------------------------------------------------------
@@ -250,54 +252,61 @@ def test_a_point_that_does_not_fit_is_skipped(monkeypatch):
     assert PARTS["kernels"].measure(key)["status"] == "skipped"
 
 
+def test_what_servers_take_is_timed_and_every_other_configuration_beside_it(monkeypatch):
+    from triton.runtime.errors import OutOfResources
+
+    from lethe_bench.gpu import launches
+    from lethe_sglang.kernels.triton import KERNELS, launchers
+
+    assert set(LAUNCHED) == set(launches.MAKERS) - {"attention", "round"}
+    assert {name for names in LAUNCHED.values() for name in names} < set(KERNELS) and launchers
+    kernel, part = KERNELS["_score"], type(PARTS["kernels"])()
+
+    class Bench:
+        def time(self, run):
+            config = run()
+            if config is kernel.configs[0] and len(kernel.configs) == 1 and config.kwargs["BLOCK_N"] == 16:
+                raise OutOfResources(300_000, 230_000, "shared memory")
+            return {"median_us": 100.0 - config.kwargs["BLOCK_N"]}
+
+        def measure(self, run, floor):
+            return {
+                "status": "measured",
+                "p10_us": 1,
+                "p90_us": 1,
+                "of_copy": 1,
+                "of_peak_copy": 1,
+                "floor_bytes": floor,
+            } | (self.time(run))
+
+    monkeypatch.setitem(vars(part), "_bench", Bench())
+    monkeypatch.setitem(launches.MAKERS, "score", lambda shape, point: lambda: kernel.configs[0])
+    known = list(kernel.configs)
+    found = part._time("qwen2.5-7b", MODELS["qwen2.5-7b"], Point("score", 16, 1024))
+    assert found["median_us"] == 68 and kernel.configs == known
+    assert [other["configuration"] for other in found["others"]] == [config.all_kwargs() for config in known[1:]]
+    assert [other.get("median_us") for other in found["others"]] == [68, 36, -28, -28, None]
+    assert "shared memory" in found["others"][-1]["message"]
+    assert part.table({"a": found})[-1].endswith(
+        "| -0.41: _score with BLOCK_N 128, num_warps 8, num_ctas 1, num_stages 2 |"
+    )
+    long = part._time("qwen2.5-7b", MODELS["qwen2.5-7b"], Point("score", 16, 1024, 4096))
+    assert "others" not in long and part.table({"a": long})[-1].endswith("| - |")
+
+
+def test_a_points_round_is_that_of_a_server_at_its_defaults():
+    config = from_mapping({"budget": {"tokens": 1024}})
+    point = Point("select", 64, 1024)
+    assert (
+        (point.tail, point.candidates) == (config.recent, 1024 - config.recent + config.rounds.interval) == (308, 844)
+    )
+
+
 def test_a_models_files_are_those_of_the_model(tmp_path):
     folder = write_model(tmp_path / "tiny", TINY)
     config = json.loads((folder / "config.json").read_text())
     assert (config["num_hidden_layers"], config["num_key_value_heads"], config["vocab_size"]) == (3, 2, 100)
     assert len(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]) == 100
-
-
-# -- configurations ----------------------------------------------------------------------------------------------------
-
-
-def test_configurations_are_searched_at_each_size_of_a_batch_and_the_worthy_are_kept(tmp_path, monkeypatch, capsys):
-    import torch
-
-    from lethe_sglang.kernels.triton import KERNELS, configurations
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "TEST GPU")
-    monkeypatch.setattr("lethe_bench.gpu.kernels._free_bytes", lambda: 2**36)
-    for kernel in ("_score", "_fill"):
-        monkeypatch.setattr(KERNELS[kernel], "found", {})
-        monkeypatch.setattr(KERNELS[kernel], "times", {})
-
-    def search(model, shape, point):
-        if point.kernel not in ("score", "indices"):
-            raise ValueError("not in this test")
-        configurations.take([], "none")
-        kernel = KERNELS["_score" if point.kernel == "score" else "_fill"]
-        key = (shape.kv_heads, point.batch, torch.bfloat16)
-        default = 10.0 if point.kernel == "score" else 8.3  # 8 us are less than 5 % less
-        kernel.found[key], kernel.times[key] = kernel.configs[1], [default, 8.0, *[9.0] * (len(kernel.configs) - 2)]
-        return {"status": "measured", "configurations": configurations.found()}
-
-    part = tune.Tune()
-    monkeypatch.setattr(part, "_time", search)
-    found = results(tmp_path / "tune.jsonl", part="tune")
-    part.work(found)
-    assert len(found.records) == 2 * 9 * 10
-    for n in range(10):
-        assert found.records[f"llama-3.1-8b score batch={2**n} kept=1024 prefix=0"]["status"] == "measured"
-    assert configurations.use("TEST GPU") == 2 * 10
-    assert set(KERNELS["_score"].found) == {(heads, 2**n, torch.bfloat16) for heads in (4, 8) for n in range(10)}
-    assert set(KERNELS["_score"].found.values()) == {KERNELS["_score"].configs[1]} and not KERNELS["_fill"].found
-    assert str(configurations.file_of("TEST GPU")) in capsys.readouterr().err
-    rows, at = str(part.table(found.records)), "batch=64 kept=1024 prefix=0"
-    assert f"| qwen2.5-7b score {at} | _score | 10.0 | **8.0** | BLOCK_N 32, num_warps 4, " in rows
-    assert f"| qwen2.5-7b indices {at} | _fill | 8.3 | 8.0 | BLOCK 128, num_warps 4, " in rows
-    assert "failed: ValueError: not in this test" in rows
-    configurations.take([], "none")
 
 
 # -- report ------------------------------------------------------------------------------------------------------------
@@ -341,13 +350,13 @@ def test_the_report_sets_kernels_against_copies_and_servers_against_stock(tmp_pa
     capsys.readouterr()
     assert main(["gpu", "report", "--out", str(tmp_path)]) == 0
     page = (tmp_path / "report.md").read_text()
-    assert "| qwen2.5-7b score batch=64 kept=1024 prefix=0 | 50.0 (50.0 to 50.0) | 0.001 | 90% | 50% |" in page
+    assert "| qwen2.5-7b score batch=64 kept=1024 prefix=0 | 50.0 (50.0 to 50.0) | 0.001 | 90% | 50% | - |" in page
     assert "| qwen2.5-7b full-16k lethe-triton | 250 | 2.50 | 10.00 | 10.0 | 5 | 0.05 | 0 |" in page
     assert "| llama-3.1-8b ample-4k lethe-triton | 98 | - | 10.00 | 10.0 | 1 | - | 0 |" in page
     assert "refused: test / reason" in page and "skipped: needs 1 GiB" in page and "TEST-GPU" in page
     assert page.count("**Unfinished**") == 2 and "## trace\n\nNot yet run on a GPU." in page
     widths = {line.count("|") for line in page.splitlines() if line.startswith("|")}
-    assert widths == {6, 9}
+    assert widths == {7, 9}
 
 
 def test_an_empty_folder_gives_a_page_on_which_nothing_was_run(tmp_path):

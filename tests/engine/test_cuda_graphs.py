@@ -142,13 +142,14 @@ def test_steps_that_are_not_scored_are_replayed_from_graphs_of_their_own(start, 
 
 def survive(server, first):
     """A batch that is retracted, and one that is aborted, leave the graphs as they were."""
+    rounds = server.lethe()["rounds"]
     with ThreadPoolExecutor(3) as pool:
         running = [pool.submit(ask, server, f"x{n}", WALKS[n + 2], 36) for n in range(2)]
         gone = pool.submit(ask, server, "gone", CHAINS[0], 150)
-        server.until_rounds(2)
+        server.until_rounds(rounds + 2, *running)
         with server.paused("retract"):
             pass
-        server.until_rounds(1)
+        server.until_rounds(server.lethe()["rounds"] + 1, *running)
         server.post("/abort_request", {"rid": "gone"})
         assert all(reply.result() for reply in running)
         gone.result()

@@ -354,25 +354,27 @@ def test_grpc_evicts_as_http_does(server):
 
 @pytest.mark.proves("weight updates")
 def test_weights_change_under_requests_that_run(stock, server, model):
-    alone = native(WALKS[0], ABOVE, 60, ignore_eos=True)
+    alone, long = native(WALKS[0], ABOVE, 60, ignore_eos=True), "([a-z]=[0-9];){60}"
     (before,) = ask(server, alone)
-    assert stock.post("/update_weights_from_disk", {"model_path": str(model / "other")})["success"]
-    (expected,) = ask(stock, native(WALKS[0], None, 60, ignore_eos=True))
-    assert said(expected) != said(before), "the other weights say the same"
-    with ThreadPoolExecutor(5) as pool:
-        waiting = [pool.submit(server.post, *native(text, None, 300, ignore_eos=True)) for text in WALKS[:4]]
-        follows = pool.submit(server.post, *native(WALKS[4], None, 200, regex=GRAMMARS["regex"]))
-        server.until_rounds(8)
-        with server.paused("retract"):
-            assert not any(reply.done() for reply in [*waiting, follows])
-            assert server.post("/update_weights_from_disk", {"model_path": str(model / "other")})["success"]
-        replies = [reply.result() for reply in waiting]
-    assert re.fullmatch(GRAMMARS["regex"], follows.result()["text"]) and rounds(follows.result()) >= 2, (
-        "a grammar holds"
-    )
-    assert min(map(rounds, replies)) >= 5 and {r["meta_info"]["completion_tokens"] for r in replies} == {300}
-    assert said(*ask(server, alone)) == said(expected)
-    assert server.post("/update_weights_from_disk", {"model_path": str(model / "model")})["success"]
+    try:
+        assert stock.post("/update_weights_from_disk", {"model_path": str(model / "other")})["success"]
+        (expected,) = ask(stock, native(WALKS[0], None, 60, ignore_eos=True))
+        assert said(expected) != said(before), "the other weights say the same"
+        done = server.lethe()["rounds"]
+        with ThreadPoolExecutor(5) as pool:
+            waiting = [pool.submit(server.post, *native(text, None, 240, ignore_eos=True)) for text in WALKS[:4]]
+            follows = pool.submit(server.post, *native(WALKS[4], None, 300, regex=long))
+            server.until_rounds(done + 8, *waiting, follows)
+            with server.paused("retract"):
+                assert not any(reply.done() for reply in [*waiting, follows])
+                assert server.post("/update_weights_from_disk", {"model_path": str(model / "other")})["success"]
+            replies = [reply.result() for reply in waiting]
+        assert re.fullmatch(long, follows.result()["text"]) and rounds(follows.result()) >= 2, "a grammar holds"
+        assert min(map(rounds, replies)) >= 5 and {r["meta_info"]["completion_tokens"] for r in replies} == {240}
+        assert said(*ask(server, alone)) == said(expected)
+    finally:
+        for each in (stock, server):
+            assert each.post("/update_weights_from_disk", {"model_path": str(model / "model")})["success"]
     assert said(*ask(server, alone)) == said(before)
 
 

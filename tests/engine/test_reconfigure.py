@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
-import threading
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import config
@@ -61,18 +62,14 @@ def refused(server, body, status=400) -> str:
     return message
 
 
+@contextlib.contextmanager
 def in_background(server, *asked):
-    """Put requests that run until they are joined; returns their threads and replies, once all of them decode."""
-    replies = [{} for _ in asked]
-
-    def ask(text, kv_evict, reply):
-        reply.update(server.generate(text, tokens=400, kv_evict=kv_evict, ignore_eos=True))
-
-    threads = [threading.Thread(target=ask, args=(*a, r)) for a, r in zip(asked, replies, strict=True)]
-    for thread in threads:
-        thread.start()
-    server.until(lambda report: report["requests_running"] == len(asked))
-    return threads, replies
+    """Requests that decode while the block runs, and have ended behind it."""
+    with ThreadPoolExecutor(len(asked)) as pool:
+        work = dict(tokens=400, ignore_eos=True)
+        replies = [pool.submit(server.generate, text, kv_evict=kv_evict, **work) for text, kv_evict in asked]
+        server.until(lambda report: report["requests_running"] >= len(asked))
+        yield replies
 
 
 @pytest.mark.parametrize("key", [None, "wrong"])
@@ -135,16 +132,16 @@ def test_a_smaller_budget_is_that_of_the_next_round_of_requests_that_run(server)
         (WALKS[2], {"budget": 2048}),
         (WALKS[3], {"budget": 60}),
     ]
-    threads, replies = in_background(server, *asked)
-    server.until_rounds(6)
-    answer = server.post("/kv_evict", {"budget": {"tokens": 48}, "rounds": {"interval": 8}})
-    assert answer["changed"] == {"budget.tokens": [96, 48], "rounds.interval": [16, 8]}
-    assert answer["effective"] == "next round"
-    server.until_rounds(6)
-    back = server.post("/kv_evict", {"budget": {"tokens": 96}})  # the recent window grows again
-    assert back["changed"] == {"budget.tokens": [48, 96]}
-    for thread in threads:
-        thread.join()
+    rounds = server.lethe()["rounds"]
+    with in_background(server, *asked) as replies:
+        server.until_rounds(rounds + 6, *replies)
+        answer = server.post("/kv_evict", {"budget": {"tokens": 48}, "rounds": {"interval": 8}})
+        assert answer["changed"] == {"budget.tokens": [96, 48], "rounds.interval": [16, 8]}
+        assert answer["effective"] == "next round"
+        server.until_rounds(server.lethe()["rounds"] + 6, *replies)
+        back = server.post("/kv_evict", {"budget": {"tokens": 96}})  # the recent window grows again
+        assert back["changed"] == {"budget.tokens": [48, 96]}
+    replies = [reply.result() for reply in replies]
     assert [r["text"] for r in replies[2:4]] == alone, "a request from which nothing is evicted went wrong"
     log = server.lethe()["kept"]
     budgets = []
@@ -185,12 +182,10 @@ def test_a_budget_that_no_request_can_reach_is_taken_and_said(server):
 
 
 def test_a_policy_changes_on_an_idle_server_only(server):
-    threads, _ = in_background(server, (WALKS[0], None))
-    message = refused(server, {"policy": "h2o", "rounds": {"interval": 8}})
-    assert "policy: changes on an idle server only, and 1 requests are running, 0 waiting; wait" in message
-    assert "retain.sinks: changes on an idle" in refused(server, {"retain": {"sinks": 1}})
-    for thread in threads:
-        thread.join()
+    with in_background(server, (WALKS[0], None)):
+        message = refused(server, {"policy": "h2o", "rounds": {"interval": 8}})
+        assert "policy: changes on an idle server only, and 1 requests are running, 0 waiting; wait" in message
+        assert "retain.sinks: changes on an idle" in refused(server, {"retain": {"sinks": 1}})
     changed = server.post("/kv_evict", {"policy": "h2o"})["changed"]
     assert changed["policy"] == ["lethe", "h2o"] and changed["lethe.half_life"] == [7, None]
 

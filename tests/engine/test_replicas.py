@@ -94,7 +94,7 @@ def test_a_request_is_treated_as_it_asks_on_each_replica(pair):
 def test_a_live_server_changes_on_all_replicas_or_on_none(pair):
     """One replica decodes: what needs an idle server is refused by it, so the idle one does not take it either."""
     reply: dict = {}
-    thread = threading.Thread(target=lambda: reply.update(ask(pair, WALKS[7], rank=1, tokens=600)))
+    thread = threading.Thread(target=lambda: reply.update(ask(pair, WALKS[7], rank=1, tokens=400)))
     thread.start()
     deadline = time.monotonic() + 60
     while not states(pair)[1]["requests_running"]:
@@ -151,6 +151,7 @@ def test_ranks_of_each_replica_keep_the_same_cells(start, alone):
     often = {"rounds": {"interval": 8}, "debug": {"shadow": True, "kept_hash": True}}
     flags = [*FLAGS[:-1], json.dumps(json.loads(SETTINGS) | often)]
     server = start(*flags, "--dp-size", "2", "--tp", "2").wait()
+    alone.wait()
     found = server.generate_all(WALKS[:2], 2, tokens=72)
     assert [reply["text"] for reply in found] == [alone.generate(text, tokens=72)["text"] for text in WALKS[:2]]
     assert {reply["meta"]["dp_rank"] for reply in found} == {0, 1}

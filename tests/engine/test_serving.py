@@ -121,12 +121,11 @@ def test_output_does_not_depend_on_the_batch(server):
 @pytest.mark.proves("radix prefix cache")
 def test_a_sharer_of_a_pruned_requests_prefix_is_unchanged(stock, server):
     server.flush()
-    pruned = threading.Thread(target=server.generate, args=(WALKS[0], TOKENS))
-    pruned.start()
-    time.sleep(0.5)
-    server.until(lambda report: report["rounds"] or not report["requests_running"])
-    sharer = server.generate(WALKS[0], TOKENS, kv_evict="none")
-    pruned.join()
+    rounds = server.lethe()["rounds"]
+    with ThreadPoolExecutor(1) as pool:
+        pruned = pool.submit(server.generate, WALKS[0], TOKENS)
+        server.until_rounds(rounds + 1, pruned)
+        sharer = server.generate(WALKS[0], TOKENS, kv_evict="none")
     again = server.generate(WALKS[0], TOKENS, kv_evict="none")
     assert sharer["text"] == again["text"] == stock[0]["text"]
     if server.page < len(WALKS[0]):
@@ -207,13 +206,15 @@ def test_pause_and_continue_keep_the_output(server):
 
 def paused_in_the_middle(server, mode, expected) -> bool:
     """Whether the pause came before the reply's end, which on a busy machine it need not."""
+    rounds = server.lethe()["rounds"]
     with ThreadPoolExecutor(1) as pool:
         reply = pool.submit(server.generate, WALKS[4], tokens=160)
-        server.until_rounds(2)
+        server.until_rounds(rounds + 2, reply)
         with server.paused(mode):
-            if running := not reply.done():
-                time.sleep(0.3)
-                assert not reply.done(), "it went on in the pause"
+            checks = server.lethe()["shadow"]["checks"]
+            time.sleep(0.3)
+            assert server.lethe()["shadow"]["checks"] == checks, "a step was decoded in the pause"
+            running = not reply.done()
         assert reply.result()["text"] == expected
     return running
 

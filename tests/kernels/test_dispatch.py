@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import triton
 
 from lethe_sglang.kernels import reference
 from lethe_sglang.kernels.dispatch import kernels_for
-from lethe_sglang.kernels.triton import _fits, bucket, expect, launchers
+from lethe_sglang.kernels.triton import Kernel, _fits, bucket, config, expect, launchers
 
 
 def test_cuda_takes_triton_and_a_cpu_the_reference(monkeypatch):
@@ -49,3 +50,21 @@ def test_what_has_passed_is_not_looked_at_again_and_what_differs_is():
 
 def test_buckets_are_tritons_powers_of_two():
     assert [bucket(n) for n in range(-1, 2100)] == [triton.next_power_of_2(max(n, 1)) for n in range(-1, 2100)]
+
+
+def test_a_launch_takes_the_first_configuration_and_another_where_it_is_told(monkeypatch):
+    class Function:
+        fn = test_buckets_are_tritons_powers_of_two
+        seen: ClassVar[list[dict[str, int]]] = []
+
+        def __getitem__(self, grid):
+            return lambda *args, **meta: self.seen.append(meta)
+
+    monkeypatch.setattr("lethe_sglang.kernels.triton.KERNELS", {})
+    kernel = Kernel(Function(), [config(BLOCK=64), config(BLOCK=32, num_warps=8)])
+    kernel.launch(lambda meta: (1,), 0)
+    with pytest.raises(ValueError, match="inside"), kernel.taking(kernel.configs[1]):
+        kernel.launch(lambda meta: (1,), 0)
+        raise ValueError("inside")
+    kernel.launch(lambda meta: (1,), 0)
+    assert [(meta["BLOCK"], meta["num_warps"]) for meta in Function.seen] == [(64, 4), (32, 8), (64, 4)]

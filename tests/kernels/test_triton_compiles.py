@@ -23,8 +23,8 @@ PROGRAM = textwrap.dedent(
     from lethe_sglang.kernels.table import NEVER, ROUND, column
     from lethe_sglang.kernels.triton import indices, likeness, places, repack, rounds, score, select, start_states
 
-    def build(name, tuned, pointers, constants, floats=()):
-        kernel, config = tuned.kernel, tuned.configs[0]
+    def build(name, ours, pointers, constants, floats=()):
+        kernel, config = ours.function, ours.configs[0]
         constants = {name: value for name, value in {**constants, **config.kwargs}.items() if name in kernel.arg_names}
         def kind(argument):
             if argument in constants:

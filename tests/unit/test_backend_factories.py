@@ -37,7 +37,6 @@ def served(request, monkeypatch):
         held["runtime"] = SimpleNamespace(
             pool=runner.token_to_kv_pool,
             ledger=world.ledger,
-            deterministic=True,
             policy=SimpleNamespace(accumulation=SUM),
             budgets=budgets,
             ranks=SimpleNamespace(size=1),
@@ -84,7 +83,6 @@ def test_only_what_no_gpu_has_run_is_warned_of(monkeypatch, caplog, config, rank
     config = from_mapping(config)
     ledger = SimpleNamespace(on_demand=config.rounds.when == "pressure")
     found = SimpleNamespace(ranks=SimpleNamespace(size=ranks), ledger=ledger, config=config, policy=config.built_policy)
-    found.pool, found.deterministic = SimpleNamespace(device="cpu"), False
     monkeypatch.setattr(lifecycle, "attach", lambda runner: found)
     with caplog.at_level("WARNING", "lethe_sglang"):
         assert lifecycle._attached_on_gpu("a runner") is found
@@ -92,47 +90,6 @@ def test_only_what_no_gpu_has_run_is_warned_of(monkeypatch, caplog, config, rank
     assert re.findall(r"\(([^()]*)\)", caplog.text.partition("run on a GPU")[2]) == [
         "--attention-backend torch_native" if part == "torch_native" else part for part in says
     ]
-
-
-@pytest.mark.parametrize(
-    ("device", "deterministic", "result", "level", "says"),
-    [
-        ("cuda", False, 3, "INFO", "3 configurations of kernels from "),
-        ("cuda", False, 0, None, ""),
-        (
-            "cuda",
-            False,
-            ValueError("a file: of another"),
-            "WARNING",
-            "default configurations: a file: of an",
-        ),
-        ("cuda", False, FileNotFoundError(2, "no home"), "WARNING", "no home"),
-        ("cuda", True, 3, None, ""),
-        ("cpu", False, 3, None, ""),
-    ],
-)
-def test_kernels_take_what_was_found_on_this_gpu_before_graphs(
-    monkeypatch, caplog, device, deterministic, result, level, says
-):
-    from lethe_sglang.kernels.triton import configurations
-
-    def use(name):
-        asked.append(name)
-        if isinstance(result, Exception):
-            raise result
-        return result
-
-    asked = []
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
-    monkeypatch.setattr(configurations, "use", use)
-    config, ledger = from_mapping({"policy": "streaming"}), SimpleNamespace(on_demand=False)
-    found = SimpleNamespace(ranks=SimpleNamespace(size=1), ledger=ledger, config=config, policy=config.built_policy)
-    found.pool, found.deterministic = SimpleNamespace(device=device), deterministic
-    monkeypatch.setattr(lifecycle, "attach", lambda runner: found)
-    with caplog.at_level("INFO", "lethe_sglang"):
-        lifecycle._attached_on_gpu("a runner")
-    assert asked == ["NVIDIA H100"] * (device == "cuda" and not deterministic)
-    assert [record.levelname for record in caplog.records] == ([level] if level else []) and says in caplog.text
 
 
 def test_a_backend_of_the_engine_decodes_as_the_portable_one(served):

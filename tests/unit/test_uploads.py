@@ -18,7 +18,7 @@ from lethe_sglang.cache import rounds
 from lethe_sglang.cache.ledger import Ledger
 from lethe_sglang.cache.upload import upload
 from lethe_sglang.config import from_mapping
-from lethe_sglang.kernels.triton import Tuned, launchers
+from lethe_sglang.kernels.triton import Kernel, launchers
 from lethe_sglang.policies import policy_names
 from lethe_sglang.policies.random import RandomPolicy
 
@@ -61,7 +61,7 @@ def launch(policy, rows=(1, 2, 3)):
     req_to_token = world.req_to_token.to("meta")
     with (
         mock.patch.object(rounds, "kernels_for", lambda device: launchers),
-        mock.patch.object(Tuned, "launch", lambda *args, **kwargs: None),
+        mock.patch.object(Kernel, "launch", lambda *args, **kwargs: None),
         Uploads() as uploads,
     ):
         result = rounds.run_round(plans, cells, req_to_token, policy)

@@ -1,16 +1,9 @@
 """Triton kernels of the decode step and of a round; each has its torch reference in ``kernels/reference.py``.
 
 A launcher raises a ``ValueError`` that names the first argument whose dtype, shape, stride or value is not what is
-documented. It reads nothing back from the device, so a CUDA graph can capture it. It never benchmarks on its own:
-during SGLang's warm-up every sequence has one token, and a search would measure nothing.
-Configurations are searched where a caller asks for it, with arguments that look like the load::
-
-    with tuning():
-        score(...)  # on scratch states: the search runs the kernel many times
-
-and what is found serves all later launches of the same key, in other processes by way of a file
-(:mod:`~lethe_sglang.kernels.triton.configurations`). Before that, and under Triton's interpreter, a launch takes the
-kernel's default configuration.
+documented. It reads nothing back from the device, so a CUDA graph can capture it. It takes the kernel's first
+configuration, whatever the load: nothing is searched where servers run, the one round at a server's start compiles all
+that later ones take, and nothing depends on how many requests there are. ``lethe gpu kernels`` tries the others.
 """
 
 from __future__ import annotations
@@ -30,75 +23,46 @@ INTEGER = (torch.int32, torch.int64)
 FLOAT = (torch.float32, torch.float16, torch.bfloat16)
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
-KERNELS: dict[str, Tuned] = {}
+KERNELS: dict[str, Kernel] = {}
 """Every kernel by the name of its function, once its module is loaded."""
 
-_search = False
 
-
-@contextmanager
-def tuning() -> Iterator[None]:
-    """Let the launches inside search their configurations on a CUDA device; the tensors they write are garbage after.
-
-    Raises
-    ------
-    RuntimeError
-        Without a CUDA device, or while a CUDA graph is being captured: the search has to wait for the device.
-    """
-    global _search
-    if not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("configurations are searched on a CUDA device, outside of CUDA graph capture")
-    _search = True
-    try:
-        yield
-    finally:
-        _search = False
-
-
-class Tuned:
+class Kernel:
     """A kernel with its configurations.
 
     Parameters
     ----------
-    kernel
+    function
         What ``triton.jit`` returned.
     configs
-        To search among; the first is the default.
-
-    Attributes
-    ----------
-    found
-        Key -> the best configuration a search found for it.
-    times
-        Key -> microseconds of each of ``configs`` in that search, inf where one cannot run.
+        The first is what launches take, the others what might be better on another GPU.
     """
 
-    def __init__(self, kernel: Any, configs: Sequence[Any]) -> None:
-        self.kernel = kernel
+    def __init__(self, function: Any, configs: Sequence[Any]) -> None:
+        self.function = function
         self.configs = list(configs)
-        self.found: dict[tuple[Any, ...], Any] = {}
-        self.times: dict[tuple[Any, ...], list[float]] = {}
-        KERNELS[kernel.fn.__name__] = self
+        KERNELS[function.fn.__name__] = self
 
-    def launch(self, grid: Callable[[dict[str, Any]], tuple[int, ...]], key: tuple[Any, ...], *args: Any) -> None:
+    def launch(self, grid: Callable[[dict[str, Any]], tuple[int, ...]], *args: Any) -> None:
         """Run the kernel.
 
         Parameters
         ----------
         grid
             Meta-parameters -> programs.
-        key
-            What the best configuration depends on.
         args
             The kernel's arguments but for the meta-parameters, which are its last ones.
         """
-        if _search:
-            search = triton.autotune(configs=self.configs, key=[])(self.kernel)
-            search[grid](*args)
-            self.found[key] = search.best_config
-            self.times[key] = [1e3 * search.configs_timings[config][0] for config in self.configs]
-            return
-        self.kernel[grid](*args, **self.found.get(key, self.configs[0]).all_kwargs())
+        self.function[grid](*args, **self.configs[0].all_kwargs())
+
+    @contextmanager
+    def taking(self, config: Any) -> Iterator[None]:
+        """Let launches inside take another configuration."""
+        known, self.configs = self.configs, [config]
+        try:
+            yield
+        finally:
+            self.configs = known
 
 
 def config(num_warps: int = 4, num_stages: int = 2, **meta: int) -> Any:

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from lethe_sglang.kernels.common import Batch, Lists
 from lethe_sglang.kernels.table import column, layers_of
-from lethe_sglang.kernels.triton import Tuned, bucket, config, expect, expect_batch, expect_lists
+from lethe_sglang.kernels.triton import Kernel, bucket, config, expect, expect_batch, expect_lists
 
 _PROGRAMS = 1024
 """Programs a launch aims at; batches smaller than this are split along the sequence."""
@@ -103,7 +103,7 @@ def _fill(
         tl.store(indices + begin + j, base + tl.load(entries + position, mask=mask, other=0), mask=mask)
 
 
-_KERNEL = Tuned(_fill, [config(BLOCK=256), config(BLOCK=128), config(BLOCK=512), config(BLOCK=1024, num_warps=8)])
+_KERNEL = Kernel(_fill, [config(BLOCK=256), config(BLOCK=128), config(BLOCK=512), config(BLOCK=1024, num_warps=8)])
 
 
 def fill_lists(batch: Batch, layer: int, blocks: int | None, lists: Lists, fill_indptr: bool) -> None:
@@ -136,7 +136,6 @@ def fill_lists(batch: Batch, layer: int, blocks: int | None, lists: Lists, fill_
     splits = max(1, _PROGRAMS // bucket(requests))
     _KERNEL.launch(
         lambda meta: (max(1, min(splits, triton.cdiv(batch.req_to_token.shape[1], meta["BLOCK"]))), requests),
-        (bucket(requests), fill_indptr, blocks is None),
         *batch,
         *lists,
         requests,
@@ -187,7 +186,7 @@ def _pages(
         tl.store(own + page, tl.load(entries + position, mask=mask, other=0) // PAGE, mask=mask)
 
 
-_PAGES = Tuned(_pages, _KERNEL.configs)
+_PAGES = Kernel(_pages, _KERNEL.configs)
 
 
 def fill_pages(batch: Batch, page_size: int, lengths: torch.Tensor, pages: torch.Tensor) -> None:
@@ -217,7 +216,6 @@ def fill_pages(batch: Batch, page_size: int, lengths: torch.Tensor, pages: torch
     splits = max(1, _PROGRAMS // bucket(requests))
     _PAGES.launch(
         lambda meta: (max(1, min(splits, triton.cdiv(pages.shape[1], meta["BLOCK"]))), requests),
-        (bucket(requests), page_size),
         *batch,
         lengths,
         pages,

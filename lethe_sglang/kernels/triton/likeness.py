@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lethe_sglang.kernels.triton import FLOAT, FP8, INTEGER, Tuned, bucket, config, expect, expect_contiguous
+from lethe_sglang.kernels.triton import FLOAT, FP8, INTEGER, Kernel, bucket, config, expect, expect_contiguous
 
 
 @triton.jit
@@ -60,7 +60,7 @@ def _likeness(
             tl.store(likeness + j, before + cosine / KV_HEADS, mask=j < width)
 
 
-_KERNEL = Tuned(
+_KERNEL = Kernel(
     _likeness,
     [  # few large programs: the keys that all programs at work are about to read again have to fit into the cache
         config(BLOCK=8192, STAGES=2, num_warps=8),
@@ -104,7 +104,6 @@ def likeness(keys: torch.Tensor, cells: torch.Tensor, valid: torch.Tensor) -> to
     found = torch.empty(cells.shape, dtype=torch.float32, device=keys.device)
     _KERNEL.launch(
         lambda meta: (batch, layers),
-        (head_dim, kv_heads, bucket(width), bucket(batch), keys.dtype),
         keys,
         cells,
         valid.view(torch.uint8),

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lethe_sglang.kernels.triton import Tuned, bucket, config, expect
+from lethe_sglang.kernels.triton import Kernel, bucket, config, expect
 from lethe_sglang.policies.features import BEHIND
 
 PART = 1024
@@ -87,8 +87,8 @@ def _better_place(
     tl.store(rank + segment * n + j, -better, mask=j < n)
 
 
-_SORT = Tuned(_sort, [config(), config(num_warps=8), config(num_warps=2)])
-_KERNEL = Tuned(_better_place, [config(BLOCK=256), config(BLOCK=512), config(BLOCK=128)])
+_SORT = Kernel(_sort, [config(), config(num_warps=8), config(num_warps=2)])
+_KERNEL = Kernel(_better_place, [config(BLOCK=256), config(BLOCK=512), config(BLOCK=128)])
 
 
 def better_place(score: torch.Tensor, likeness: torch.Tensor, valid: torch.Tensor, share: float) -> torch.Tensor:
@@ -127,11 +127,9 @@ def better_place(score: torch.Tensor, likeness: torch.Tensor, valid: torch.Tenso
     parts = torch.empty(2 * segments * count * size, dtype=torch.int64, device=score.device)
     # As integers: see _keys.
     of_both = score.view(torch.int32), likeness.view(torch.int32), valid.view(torch.uint8), parts
-    key = (bucket(n), bucket(segments))
-    _SORT.launch(lambda meta: (segments, count, 2), key, *of_both, n, log, PART)
+    _SORT.launch(lambda meta: (segments, count, 2), *of_both, n, log, PART)
     _KERNEL.launch(
         lambda meta: (segments, triton.cdiv(n, meta["BLOCK"])),
-        key,
         *of_both,
         rank,
         n,

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lethe_sglang.kernels.triton import INTEGER, Tuned, bucket, config, expect, expect_contiguous
+from lethe_sglang.kernels.triton import INTEGER, Kernel, config, expect, expect_contiguous
 
 _BUFFERS = 5
 _ALIGNMENT = 16
@@ -57,7 +57,7 @@ def _repack(
         column -= columns
 
 
-_KERNEL = Tuned(
+_KERNEL = Kernel(
     _repack,
     [
         config(BLOCK_N=16, BLOCK_W=256),
@@ -138,7 +138,6 @@ def repack(
     for scatter in (False, True):
         _KERNEL.launch(
             lambda meta: (triton.cdiv(n, meta["BLOCK_N"]), sum(triton.cdiv(w, meta["BLOCK_W"]) for w in widths)),
-            (*widths, scatter, bucket(n)),
             words,
             tuple(temporary),
             source,

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from lethe_sglang.kernels.common import Candidate, Cells, Extent
 from lethe_sglang.kernels.table import ROUND
-from lethe_sglang.kernels.triton import INTEGER, Tuned, bucket, config, expect, expect_contiguous
+from lethe_sglang.kernels.triton import INTEGER, Kernel, config, expect, expect_contiguous
 from lethe_sglang.kernels.triton.indices import hole_of
 
 
@@ -221,9 +221,9 @@ def _place(
         tl.store(mass + 2 * segment + 1, after)
 
 
-_GATHER = Tuned(_gather, [config(BLOCK=256), config(BLOCK=128), config(BLOCK=512)])
-_REWRITE = Tuned(_rewrite, [config(BLOCK=1024), config(BLOCK=512)])
-_PLACE = Tuned(_place, [config(BLOCK=512), config(BLOCK=256), config(BLOCK=1024, num_warps=8)])
+_GATHER = Kernel(_gather, [config(BLOCK=256), config(BLOCK=128), config(BLOCK=512)])
+_REWRITE = Kernel(_rewrite, [config(BLOCK=1024), config(BLOCK=512)])
+_PLACE = Kernel(_place, [config(BLOCK=512), config(BLOCK=256), config(BLOCK=1024, num_warps=8)])
 
 
 def _columns(num_layers: int, *names: str) -> list[int]:
@@ -273,7 +273,6 @@ def gather(req_to_token: torch.Tensor, table: torch.Tensor, cells: Cells, extent
     names = ("row", "prefix", "old_packed", "old_tail", "new_tail", "old_kept", "old_excess", "old_holes")
     _GATHER.launch(
         lambda meta: (triton.cdiv(max(extent.candidates, 1), meta["BLOCK"]), batch, layers),
-        (bucket(extent.candidates), bucket(batch)),
         req_to_token,
         table,
         cells.score,
@@ -318,7 +317,6 @@ def rewrite_rows(req_to_token: torch.Tensor, table: torch.Tensor, extent: Extent
     names = ("row", "prefix", "old_packed", "old_tail", "new_packed", "new_tail", "free_start")
     _REWRITE.launch(
         lambda meta: (int(table.shape[0]),),
-        (bucket(int(table.shape[0])),),
         req_to_token,
         table,
         freed,
@@ -376,7 +374,6 @@ def place(
     names = ("row", "prefix", "old_packed", "old_tail", "new_packed", "new_tail", "old_kept", "kept", "excess")
     _PLACE.launch(
         lambda meta: (batch, layers),
-        (bucket(extent.candidates), bucket(batch)),
         req_to_token,
         table,
         candidate.cells,

@@ -21,7 +21,7 @@ from lethe_sglang.kernels.triton import (
     FLOAT,
     FP8,
     INTEGER,
-    Tuned,
+    Kernel,
     bucket,
     config,
     expect,
@@ -161,8 +161,8 @@ def _score(
         tl.store(scores + cell, new, mask=mask)
 
 
-_SCHEDULE = Tuned(_schedule, [config(BLOCK=128), config(BLOCK=256)])
-_SCORE = Tuned(
+_SCHEDULE = Kernel(_schedule, [config(BLOCK=128), config(BLOCK=256)])
+_SCORE = Kernel(
     _score,
     [
         config(BLOCK_N=32),
@@ -187,7 +187,6 @@ def schedule(batch: Batch, accumulation: Accumulation, first: torch.Tensor, deca
     if requests:
         _SCHEDULE.launch(
             lambda meta: (triton.cdiv(requests, meta["BLOCK"]),),
-            (bucket(requests),),
             *batch[1:],
             first,
             decay,
@@ -262,7 +261,6 @@ def score(
     group, splits = heads // kv_heads, _splits(query, splits)
     _SCORE.launch(
         lambda meta: (splits, batch),
-        (head_dim, group, kv_heads, bucket(batch), query.dtype, keys.dtype, rule.rule),
         query,
         keys,
         lse,

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lethe_sglang.kernels.triton import INTEGER, Tuned, bucket, config, expect
+from lethe_sglang.kernels.triton import INTEGER, Kernel, config, expect
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def _select(rank, valid, pinned, count, chosen, n, BLOCK: tl.constexpr):
         left -= tl.sum(equal, axis=0)
 
 
-_KERNEL = Tuned(_select, [config(BLOCK=1024), config(BLOCK=2048, num_warps=8), config(BLOCK=512)])
+_KERNEL = Kernel(_select, [config(BLOCK=1024), config(BLOCK=2048, num_warps=8), config(BLOCK=512)])
 
 
 def select(rank: torch.Tensor, valid: torch.Tensor, pinned: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
@@ -96,7 +96,6 @@ def select(rank: torch.Tensor, valid: torch.Tensor, pinned: torch.Tensor, count:
     if segments and n:
         _KERNEL.launch(
             lambda meta: (segments,),
-            (bucket(n), bucket(segments)),
             rank,
             valid.view(torch.uint8),
             pinned,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from lethe_sglang.kernels.common import States
-from lethe_sglang.kernels.triton import INTEGER, Tuned, bucket, config, expect, expect_contiguous
+from lethe_sglang.kernels.triton import INTEGER, Kernel, config, expect, expect_contiguous
 
 
 @triton.jit(do_not_specialize=["n", "cells"])
@@ -25,7 +25,7 @@ def _start(score, memory, slots, positions, n, cells, blocks, BLOCK: tl.constexp
         tl.store(memory + cell, tl.zeros([BLOCK], tl.float32), mask=mask)
 
 
-_KERNEL = Tuned(_start, [config(BLOCK=256), config(BLOCK=128), config(BLOCK=1024, num_warps=8)])
+_KERNEL = Kernel(_start, [config(BLOCK=256), config(BLOCK=128), config(BLOCK=1024, num_warps=8)])
 
 
 def start_states(states: States, slots: torch.Tensor, positions: torch.Tensor | None, num_layers: int) -> None:
@@ -60,7 +60,6 @@ def start_states(states: States, slots: torch.Tensor, positions: torch.Tensor | 
     cells = num_layers * n
     _KERNEL.launch(
         lambda meta: (triton.cdiv(cells, meta["BLOCK"]),),
-        (bucket(cells),),
         *states,
         slots,
         positions,
