@@ -66,7 +66,7 @@ def refused(server, body, status=400) -> str:
 def in_background(server, *asked):
     """Requests that decode while the block runs, and have ended behind it."""
     with ThreadPoolExecutor(len(asked)) as pool:
-        work = dict(tokens=400, ignore_eos=True)
+        work = dict(tokens=320, ignore_eos=True)
         replies = [pool.submit(server.generate, text, kv_evict=kv_evict, **work) for text, kv_evict in asked]
         server.until(lambda report: report["requests_running"] >= len(asked))
         yield replies
@@ -122,7 +122,7 @@ def test_what_cannot_be_done_is_one_line_and_changes_nothing(server, body, named
 
 def test_a_smaller_budget_is_that_of_the_next_round_of_requests_that_run(server):
     alone = [
-        server.generate(WALKS[i], tokens=400, kv_evict=kv, ignore_eos=True)["text"]
+        server.generate(WALKS[i], tokens=320, kv_evict=kv, ignore_eos=True)["text"]
         for i, kv in ((1, "none"), (2, {"budget": 2048}))
     ]
     asked = [

@@ -148,17 +148,19 @@ def test_metrics_and_quality_are_of_each_replica(pair):
 @pytest.mark.proves("data parallelism (--dp-size)")
 def test_ranks_of_each_replica_keep_the_same_cells(start, alone):
     """Two replicas of two tensor-parallel ranks each: scores are averaged within a replica and nowhere else."""
-    often = {"rounds": {"interval": 8}, "debug": {"shadow": True, "kept_hash": True}}
+    often = {"budget": {"tokens": 24}, "rounds": {"interval": 8}, "debug": {"shadow": True, "kept_hash": True}}
     flags = [*FLAGS[:-1], json.dumps(json.loads(SETTINGS) | often)]
     server = start(*flags, "--dp-size", "2", "--tp", "2").wait()
     alone.wait()
-    found = server.generate_all(WALKS[:2], 2, tokens=72)
-    assert [reply["text"] for reply in found] == [alone.generate(text, tokens=72)["text"] for text in WALKS[:2]]
+    found = server.generate_all(WALKS[:2], 2, tokens=48)
+    assert [reply["text"] for reply in found] == [
+        alone.generate(text, tokens=48, kv_evict={"budget": 24})["text"] for text in WALKS[:2]
+    ]
     assert {reply["meta"]["dp_rank"] for reply in found} == {0, 1}
-    assert server.post("/kv_evict", {"budget": {"tokens": 40}})["changed"] == {"budget.tokens": [48, 40]}
-    assert [state["budget_tokens"] for state in states(server)] == [40, 40]
-    later = [ask(server, text, rank, tokens=60)["meta_info"] for rank, text in enumerate(WALKS[2:4])]
-    assert [(meta["dp_rank"], meta["kv_evict"]["share"]) for meta in later] == [(0, 40), (1, 40)]
+    assert server.post("/kv_evict", {"budget": {"tokens": 20}})["changed"] == {"budget.tokens": [24, 20]}
+    assert [state["budget_tokens"] for state in states(server)] == [20, 20]
+    later = [ask(server, text, rank, tokens=40)["meta_info"] for rank, text in enumerate(WALKS[2:4])]
+    assert [(meta["dp_rank"], meta["kv_evict"]["share"]) for meta in later] == [(0, 20), (1, 20)]
     server.check_healthy()
     kept = re.findall(r"DP(\d) TP(\d)\] KV eviction: kept-set hash (\d+) ([0-9a-f]+)", server.log.read_text())
     for replica in "01":
