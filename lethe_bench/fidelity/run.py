@@ -131,6 +131,8 @@ def load(path: Path) -> Experiment:
             found.append(f"{option}: {finding['msg'].removeprefix('Value error, ')}; expected {legal}")
         raise one_line([f"{path}: {'; '.join(found)}"]) from None
     experiment.configs()
+    if not (experiment.corpora or experiment.trajectories):
+        raise ConfigError(f"{path}: nothing to measure: give corpora some documents, or trajectories a number")
     return experiment
 
 

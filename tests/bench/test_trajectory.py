@@ -188,6 +188,15 @@ def test_every_arm_writes_replies_of_its_own_and_the_report_compares_them(fake, 
     assert rows["lethe"][3:] == ["", ""] and rows["random"][3].startswith("+") and rows["random"][4].startswith("-")
 
 
+def test_trajectories_alone_need_no_documents(fake, tmp_path, capsys):
+    assert fake(WITH.replace("corpora: {prose: 1}", "corpora: {}")) == 0
+    assert list(table(tmp_path)) == ["full", "lethe", "random"]
+    page = (tmp_path / "out" / "fidelity.md").read_text()
+    assert "## Paired" not in page and ".svg" not in page
+    assert fake(WITHOUT.replace("corpora: {prose: 1}", "corpora: {}")) == 2
+    assert "nothing to measure: give corpora some documents, or trajectories a number" in capsys.readouterr().err
+
+
 def test_steps_before_any_round_are_not_counted(tmp_path):
     steps = np.zeros((20, 3), dtype=np.float32)
     steps[:8, K3], steps[8:, K3] = 5.0, 0.25

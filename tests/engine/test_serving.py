@@ -199,7 +199,7 @@ def test_a_prompt_is_kept_through_a_retraction_that_lost_it_from_the_tree(server
 
 @pytest.mark.proves("continuous batching, retraction, abort, pause")
 def test_pause_and_continue_keep_the_output(server):
-    expected = server.generate(WALKS[4], tokens=160)["text"]
+    expected = server.generate(WALKS[4], tokens=130)["text"]
     for mode in ("in_place", "retract"):
         assert any(paused_in_the_middle(server, mode, expected) for _ in range(5)), "it had ended before every pause"
 
@@ -208,7 +208,7 @@ def paused_in_the_middle(server, mode, expected) -> bool:
     """Whether the pause came before the reply's end, which on a busy machine it need not."""
     rounds = server.lethe()["rounds"]
     with ThreadPoolExecutor(1) as pool:
-        reply = pool.submit(server.generate, WALKS[4], tokens=160)
+        reply = pool.submit(server.generate, WALKS[4], tokens=130)
         server.until_rounds(rounds + 2, reply)
         with server.paused(mode):
             checks = server.lethe()["shadow"]["checks"]
