@@ -20,7 +20,10 @@ _IDENTITY = {
 }
 _NUMERICS = {"dtype": "dtype", "quantization": "quantization"}
 
-_VOLATILE = ("_name_or_path", "_commit_hash", "transformers_version", "torch_dtype", "dtype", "use_cache")
+_VOLATILE = (
+    *("_name_or_path", "_commit_hash", "transformers_version", "torch_dtype", "dtype", "use_cache"),
+    *("context_len", "encoder_only", "language_only"),  # SGLang notes these arguments of the server there
+)
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 
 
@@ -38,7 +41,7 @@ class ModelFingerprint(Part):
     name
         For people only; never compared.
     config_hash
-        Of the model's configuration without what varies from copy to copy.
+        Of the model's configuration without what varies from copy to copy and from server to server.
     weights
         ``sampled:`` and a hash of samples of the weight files, or ``revision:`` and the hub's commit. Only values of
         one kind are compared; empty is not known.

@@ -4,6 +4,8 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -11,12 +13,14 @@ import yaml
 from profiles import MODEL, profile
 
 from lethe_sglang.allocation import from_config, layer_budgets
+from lethe_sglang.allocation.fingerprint import fingerprint_of
 from lethe_sglang.allocation.profile import STATISTICS, Fidelity, Rule, load, save
 from lethe_sglang.allocation.rules import RULES, weights
 from lethe_sglang.cli import main as cli
 from lethe_sglang.config import ConfigError, from_mapping, resolve
 from lethe_sglang.files import write_atomically
 
+ROOT = Path(__file__).parents[2]
 FORCED = {"kept": 50, "tokens": 200, "documents": 6}
 HOYER = (0.9, 0.5, 0.7, 0.8)
 
@@ -119,6 +123,21 @@ class TestFingerprint:
         assert message.startswith("budget.profile p.yaml: profile of another model (toy): ")
         assert named in message and "lethe profile --model-path other" in message
         assert MODEL.key != other.key
+
+    def test_the_servers_own_arguments_make_no_other_model(self):
+        config = pytest.importorskip("sglang.srt.configs.model_config")
+        resolved = SimpleNamespace(dtype="auto")
+        found = [
+            fingerprint_of(config.ModelConfig(str(ROOT / "models" / "reasoner"), **options), resolved)
+            for options in ({}, {"context_length": 1000}, {"language_only": True}, {"encoder_only": True})
+        ]
+        assert len({model.key for model in found}) == 1
+        committed = load(ROOT / "docs" / "results" / "allocation" / "profile.yaml")
+        committed.check(found[1], "the profile that the results are of")
+        other = config.ModelConfig(
+            str(ROOT / "models" / "reasoner"), model_override_args=json.dumps({"rope_theta": 9e4, "hidden_act": "gelu"})
+        )
+        assert fingerprint_of(other, resolved).key != found[0].key
 
     def test_the_same_model_under_another_name_or_number_format_is_accepted(self):
         other = MODEL.model_copy(update={"name": "copy", "dtype": "bfloat16", "quantization": "awq"})
