@@ -20,8 +20,8 @@ SUPPORTED = (
     (
         "data parallelism (--dp-size)",
         "yes",
-        "each replica has its own pool and proves at the start that it evicts; tested on a CPU with 2, and with 2 of "
-        "--tp 2 each, not run on GPUs",
+        "each replica has its own pool and proves at the start that it evicts; tested on a CPU with 2 "
+        "(under LETHE_SLOW=1 with 2 of --tp 2 each), not run on GPUs",
     ),
     (
         "several servers behind SGLang's router",

@@ -197,6 +197,7 @@ def test_a_prompt_is_kept_through_a_retraction_that_lost_it_from_the_tree(server
     assert server.lethe()["last_finished"]["rounds"] > 5
 
 
+@pytest.mark.parametrize("server", [1], indirect=True, ids=["page1"])
 @pytest.mark.proves("continuous batching, retraction, abort, pause")
 def test_pause_and_continue_keep_the_output(server):
     expected = server.generate(WALKS[4], tokens=130)["text"]
