@@ -214,7 +214,7 @@ def write(out: Path, reference: str, experiment: Experiment) -> Path:
             numbers["arms"][arm].setdefault("corpora", {})[corpus] = {**documents, **_plain(means)}
     write_atomically(out / "fidelity.json", json.dumps(numbers, indent=1))
     settings = ", ".join(f"{name} {value}" for name, value in results.experiment.items() if name != "base")
-    forced = bool(results.experiment["corpora"])  # else there are own trajectories alone
+    one_table = bool(results.experiment["corpora"]) and not experiment.loads  # not own trajectories alone
     parts = (
         f"# Fidelity to the full cache: {experiment.name}",
         f"Settings: {settings}. Steps from {skip} on; means over documents with 95 % bootstrap intervals.",
@@ -222,9 +222,9 @@ def write(out: Path, reference: str, experiment: Experiment) -> Path:
             f"- {arm}: `{json.dumps(laid_over(experiment.base, options))}`" for arm, options in experiment.arms.items()
         ),
         *(loads.section(out, results, experiment, reference, skip) if experiment.loads else ()),
-        *(draw(out, results, found) if forced and not experiment.loads else ()),
+        *(draw(out, results, found) if one_table else ()),
         table(results, skip),
-        *(("## Paired", against(results, reference, skip)) if forced and not experiment.loads else ()),
+        *(("## Paired", against(results, reference, skip)) if one_table else ()),
         trajectory.section(out, reference, list(experiment.arms), skip),
     )
     path = out / "fidelity.md"
