@@ -7,7 +7,7 @@ from problems import CHAINS, WALKS
 from lethe_sglang.policies import policy_names
 
 POLICIES = policy_names()
-SHORT = {"budget": {"tokens": 24}, "rounds": {"interval": 8}}
+SHORT = {"budget": {"tokens": 16}, "rounds": {"interval": 8}}
 """Many rounds in few tokens."""
 
 
@@ -21,11 +21,11 @@ def switch(server, policy: str) -> None:
 def run(server, policy: str) -> None:
     """Many rounds alone, together and through a retraction; nothing may leak and no output may depend on the batch."""
     prompts = [WALKS[0], CHAINS[1]]
-    work = dict(tokens=56, ignore_eos=True)
+    work = dict(tokens=42, ignore_eos=True)
     switch(server, policy)
     alone = server.generate(prompts[0], **work)["text"]
     last = server.lethe()["last_finished"]
-    assert last["rounds"] >= 3 and min(last["evicted_per_layer"]) >= 24
+    assert last["rounds"] >= 3 and min(last["evicted_per_layer"]) >= 16
     assert server.generate_all(prompts, 2, **work)[0]["text"] == alone
     checks = server.lethe()["shadow"]["checks"]
 

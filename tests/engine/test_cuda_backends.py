@@ -23,7 +23,7 @@ SETTINGS = config(
     debug={"record_kept": True, "shadow": True},
 )
 PROMPTS = CHAINS[:2]
-TOKENS = (26, 54)
+TOKENS = (26, 48)
 """So that the last steps are of one request, which is replayed where there are graphs."""
 HERE = Path(__file__).parent
 ENVIRONMENT = {
@@ -40,7 +40,7 @@ def serve(start, backend):
     """
     server = start(
         "--max-total-tokens",
-        "224",  # what is asked for under pressure does not fit
+        "216",  # what is asked for under pressure does not fit
         "--max-running-requests",
         "4",
         "--attention-backend",
@@ -71,7 +71,7 @@ def serve(start, backend):
     server.check_healthy()
     server.post("/kv_evict", {"rounds": {"when": "pressure"}})
     with ThreadPoolExecutor(len(PROMPTS)) as pool:
-        list(pool.map(ask, range(len(PROMPTS)), (60, 60)))
+        list(pool.map(ask, range(len(PROMPTS)), (52, 52)))
     pressed = server.lethe()
     server.check_healthy()
     server.stop()
@@ -94,7 +94,7 @@ def test_replies_are_those_of_the_portable_backend(portable, interpreted):
 
 
 def test_every_round_kept_the_same_tokens(portable, interpreted):
-    assert len(portable[1]) >= 3 * len(PROMPTS)
+    assert len(portable[1]) >= 5
     assert interpreted[1] == portable[1]
 
 

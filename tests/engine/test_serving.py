@@ -80,7 +80,7 @@ def test_packing_without_evicting_is_bit_identical_to_no_round_at_all(server):
         arms = []
         for arm in ("none", {"budget": 2048}):
             server.flush()
-            arms.append(server.generate(text, tokens=90, kv_evict=arm, logprobs=True))
+            arms.append(server.generate(text, tokens=78, kv_evict=arm, logprobs=True))
         assert arms[0]["ids"] == arms[1]["ids"]
         assert arms[0]["logprobs"] == arms[1]["logprobs"]
     assert server.lethe()["last_finished"]["rounds"] > 2
@@ -90,11 +90,11 @@ def test_packing_without_evicting_is_bit_identical_to_no_round_at_all(server):
 def test_eviction_is_real_bounded_and_answers_stay_right(server):
     server.flush()
     before = server.lethe()
-    problem, answer = walk(3, steps=60)
+    problem, answer = walk(3, steps=48)
     assert server.generate(prompt(problem), tokens=400)["text"] == answer
     after = server.lethe()["last_finished"]
     assert after["rounds"] >= 10
-    assert min(after["evicted_per_layer"]) > 200
+    assert min(after["evicted_per_layer"]) > 150
     prompt_blocks = -(-len(problem) // server.page) * server.page + server.page
     assert after["held_peak"] <= prompt_blocks + 48 + 16 + 2 * server.page
     assert after["held_peak"] <= 0.4 * after["stock_peak"]
@@ -103,17 +103,18 @@ def test_eviction_is_real_bounded_and_answers_stay_right(server):
 
 @pytest.mark.proves("attention backend torch_native")
 def test_every_gathered_cell_equalled_the_uncompressed_one(server):
-    server.generate_all(PROMPTS, 16, tokens=150)
+    before = server.lethe()["shadow"]
+    server.generate_all(PROMPTS[:8], 8, tokens=120)
     shadow = server.lethe()["shadow"]
-    assert shadow["checks"] > 5000 and shadow["cells"] > 300_000
+    assert shadow["checks"] > before["checks"] + 3000 and shadow["cells"] > before["cells"] + 200_000
 
 
 @pytest.mark.proves("continuous batching, retraction, abort, pause")
 def test_output_does_not_depend_on_the_batch(server):
     work = dict(tokens=72, kv_evict={"budget": 24})
-    alone = [server.generate(p, **work)["text"] for p in PROMPTS[:4]]
-    for times, concurrency in ((2, 8), (8, 32)):
-        together = server.generate_all(PROMPTS[:4] * times, concurrency, **work)
+    alone = [server.generate(p, **work)["text"] for p in PROMPTS[:2]]
+    for times, concurrency in ((3, 6), (12, 24)):
+        together = server.generate_all(PROMPTS[:2] * times, concurrency, **work)
         assert [t["text"] for t in together] == alone * times
     assert server.lethe()["last_finished"]["rounds"] >= 3
 
@@ -125,9 +126,9 @@ def test_a_sharer_of_a_pruned_requests_prefix_is_unchanged(stock, server):
     with ThreadPoolExecutor(1) as pool:
         pruned = pool.submit(server.generate, WALKS[0], TOKENS)
         server.until_rounds(rounds + 1, pruned)
-        sharer = server.generate(WALKS[0], TOKENS, kv_evict="none")
-    again = server.generate(WALKS[0], TOKENS, kv_evict="none")
-    assert sharer["text"] == again["text"] == stock[0]["text"]
+        sharer = server.generate(WALKS[0], 110, kv_evict="none")
+    again = server.generate(WALKS[0], 60, kv_evict="none")
+    assert (sharer["text"], again["text"]) == (stock[0]["text"][:110], stock[0]["text"][:60])
     if server.page < len(WALKS[0]):
         assert again["meta"]["cached_tokens"] > 0, "the prompt was not shared"
 
@@ -143,10 +144,10 @@ def test_nothing_with_holes_enters_the_tree(server):
 
 def test_sinks_and_the_recent_window_are_never_evicted(server):
     server.flush()
-    server.generate(WALKS[2], tokens=230)
+    server.generate(WALKS[2], tokens=180)
     report = server.lethe()
     log = [entry for entry in report["kept"] if entry["rid"] == report["last_finished"]["rid"]]
-    assert len(log) >= 10
+    assert len(log) >= 7
     seen = {}
     for entry in log:
         for layer, kept in enumerate(entry["kept"]):
@@ -171,7 +172,7 @@ def test_abort_and_disconnect_in_the_middle_lose_nobody_elses_kv(stock, server):
     results = {}
     for thread in survivors:
         thread.start()
-    for _ in range(6):
+    for _ in range(4):
         with pytest.raises((TimeoutError, OSError)):
             body = {"text": WALKS[5], "sampling_params": {"max_new_tokens": 3000, "ignore_eos": True}}
             server.post("/generate", body, timeout=0.4)
@@ -189,7 +190,7 @@ def test_abort_and_disconnect_in_the_middle_lose_nobody_elses_kv(stock, server):
 
 def test_a_prompt_is_kept_through_a_retraction_that_lost_it_from_the_tree(server):
     """As an update of the weights does: pause, retract, flush the tree, continue."""
-    asked, answers = zip(*(walk(seed) for seed in range(4)), strict=True)
+    asked, answers = zip(*(walk(seed, steps=30) for seed in range(4)), strict=True)
     server.flush()
     flush = functools.partial(server.post, "/flush_cache")
     replies = server.retracted([*map(prompt, asked)], flush, tokens=400, kv_evict={"budget": 20})
@@ -243,15 +244,15 @@ def test_beam_search_is_a_400_and_costs_nobody_a_reply(stock, server, kv_evict):
         server.generate(WALKS[0], tokens=60, kv_evict=kv_evict, beam_width=3)
     assert error.value.code == 400
     assert "leave sampling_params.beam_width out" in json.loads(error.value.read())["error"]["message"]
-    ours = server.generate_all(PROMPTS[:2], 2, tokens=TOKENS, kv_evict={"budget": 2048})
-    assert [o["text"] for o in ours] == [s["text"] for s in stock[:2]]
+    ours = server.generate_all(PROMPTS[:2], 2, tokens=60, kv_evict={"budget": 2048})
+    assert [o["text"] for o in ours] == [s["text"][:60] for s in stock[:2]]
 
 
 def test_a_smaller_budget_of_one_request_is_honoured(server):
     server.flush()
-    server.generate(WALKS[0], tokens=120, kv_evict={"budget": 24})
+    server.generate(WALKS[0], tokens=90, kv_evict={"budget": 24})
     small = server.lethe()["last_finished"]["evicted_per_layer"][0]
-    server.generate(WALKS[0], tokens=120, kv_evict={"budget": 96})
+    server.generate(WALKS[0], tokens=90, kv_evict={"budget": 60})
     assert small > server.lethe()["last_finished"]["evicted_per_layer"][0]
 
 

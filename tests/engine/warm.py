@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -14,40 +18,65 @@ from pathlib import Path
 
 from lethe_sglang.processes import kill_group
 
+PROGRAM = Path(__file__).with_name("zygote.py")
 READ_WHEN_IMPORTED = ("TRITON_INTERPRET",)
 """Variables that are looked at while modules are imported: programs that differ in them have a zygote each."""
 
 
 class Zygote:
-    """A process that has imported SGLang, with some environment."""
+    """A line to a process that has imported SGLang, with some environment; all workers of a test run share it."""
 
-    def __init__(self, environment: dict[str, str]):
+    def __init__(self, python: str, environment: dict[str, str], address: Path):
         self._lock = threading.Lock()
-        self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("zygote.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
+        for _ in range(3):  # one that is about to end hangs up
+            with PROGRAM.open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                self._line = _reached(address) or _begun(python, environment, address)
+            self._answers = self._line.makefile()
+            with contextlib.suppress(OSError, json.JSONDecodeError):
+                return self.ask()
+        raise RuntimeError(f"{python} {PROGRAM} ends before it answers")
 
     def ask(self, **request):
         """Send it a request and return its answer."""
         with self._lock:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-            return json.loads(self._process.stdout.readline())
+            self._line.sendall(json.dumps(request).encode() + b"\n")
+            return json.loads(self._answers.readline())
 
     def stop(self) -> None:
-        """End it; it goes when nobody can ask it any more."""
-        self._process.communicate()
+        """Hang up; it ends when nobody is on the line any more."""
+        self._answers.close()
+        self._line.close()
+
+
+def _reached(address: Path) -> socket.socket | None:
+    """Return a line to a zygote that is there."""
+    line = socket.socket(socket.AF_UNIX)
+    try:
+        line.connect(str(address))
+    except OSError:
+        line.close()
+        return None
+    return line
+
+
+def _begun(python: str, environment: dict[str, str], address: Path) -> socket.socket:
+    """Start a zygote and return a line to it."""
+    address.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(address))
+        listener.listen()
+        number = listener.fileno()
+        command = [python, str(PROGRAM), str(number)]
+        subprocess.Popen(command, env=environment, pass_fds=[number], start_new_session=True)
+    return _reached(address)
 
 
 class Warm:
-    """Starts programs, whose environment is that of this process and what is laid over it."""
+    """Starts programs of an interpreter, whose environment is that of this process and what is laid over it."""
 
-    def __init__(self, environment: dict[str, str]):
-        self._environment = environment
+    def __init__(self, environment: dict[str, str], python: str = sys.executable):
+        self._environment, self._python = environment, python
         self._zygotes: dict[tuple, Zygote] = {}
 
     def start(
@@ -65,10 +94,15 @@ class Warm:
         whole = {**os.environ, **self._environment, **environment}
         early = tuple(whole.get(name) for name in READ_WHEN_IMPORTED)
         if early not in self._zygotes:
-            self._zygotes[early] = Zygote(whole)
+            self._zygotes[early] = Zygote(self._python, whole, self._address(early))
         files = {"out": str(log), "errors": str(errors or log), "folder": str(folder or Path.cwd())}
         zygote = self._zygotes[early]
         return Started(zygote, zygote.ask(command=list(map(str, command)), environment=whole, **files))
+
+    def _address(self, early: tuple) -> Path:
+        run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+        name = hashlib.sha256(repr((run, self._python, early)).encode()).hexdigest()[:16]
+        return Path(tempfile.gettempdir(), f"lethe-zygote-{name}")
 
     def run(
         self, command: Sequence[str], folder: Path | None = None, timeout: float = 300, **environment: str

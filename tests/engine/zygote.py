@@ -17,6 +17,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import ctypes
+import dataclasses
 import fcntl
 import functools
 import gc
@@ -25,13 +26,16 @@ import json
 import multiprocessing.util
 import os
 import runpy
+import selectors
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+
 
 IMPORTED = (
     "sglang.srt.entrypoints.http_server",
@@ -56,25 +60,49 @@ def zygote() -> dict:
     inspect.getsource = functools.cache(inspect.getsource)
     _ask_at_once()
     _propagate_by_index()
+    _wait_for_requests()
     if os.environ.get("TRITON_INTERPRET") == "1":
-        _patch_language_once()
+        _hasten_interpreter()
     for target in json.loads(SOURCES.read_text()):
         with contextlib.suppress(AttributeError):  # of a module that is not imported; it may have to wait for a plugin
             inspect.getsource(inspect.unwrap(functools.reduce(getattr, target.split(".")[1:], sys.modules["sglang"])))
     assert len(os.listdir("/proc/self/task")) == 1, "a thread would not survive a fork"
     assert "lethe_sglang" not in sys.modules
     gc.freeze()
-    for line in sys.stdin:
-        request = json.loads(line)
-        if "poll" in request:
-            pid, status = os.waitpid(request["poll"], os.WNOHANG)
-            answer = os.waitstatus_to_exitcode(status) if pid else None
-        else:
-            answer = os.fork()
-            if not answer:
-                return request
-        print(json.dumps(answer), flush=True)
-    os._exit(0)
+    return _asked(socket.socket(fileno=int(sys.argv[1])))
+
+
+def _asked(listener: socket.socket) -> dict:
+    """Answer whoever is on a line, until nobody is; returns, in a fork, what that fork is to run."""
+    selector, lines = selectors.DefaultSelector(), {}
+    selector.register(listener, selectors.EVENT_READ)
+    while True:
+        for key, _ in selector.select():
+            if key.fileobj is listener:
+                line, _ = listener.accept()
+                lines[line] = line.makefile()
+                selector.register(line, selectors.EVENT_READ)
+                continue
+            asked = lines[key.fileobj].readline()
+            if not asked:
+                selector.unregister(key.fileobj)
+                lines.pop(key.fileobj).close()
+                key.fileobj.close()
+                if not lines:
+                    Path(listener.getsockname()).unlink(missing_ok=True)
+                    os._exit(0)
+                continue
+            request, answer = json.loads(asked), None
+            if "poll" in request:
+                pid, status = os.waitpid(request["poll"], os.WNOHANG)
+                answer = os.waitstatus_to_exitcode(status) if pid else None
+            elif request:
+                answer = os.fork()
+                if not answer:
+                    for file in (selector, listener, *lines.values(), *lines):
+                        file.close()
+                    return request
+            key.fileobj.sendall(json.dumps(answer).encode() + b"\n")
 
 
 def _ask_at_once() -> None:
@@ -106,11 +134,43 @@ def _propagate_by_index() -> None:
     registry._propagate_patch = propagate
 
 
-def _patch_language_once() -> None:
-    """Leave Triton's language as its interpreter has patched it: anew for each launch, that is a fifth of its time."""
+def _wait_for_requests() -> None:
+    """Let the controller of data-parallel replicas sleep until it is asked: it would take a core of two."""
+    controller = import_module("sglang.srt.managers.data_parallel_controller")
+    original = controller.sock_recv
+
+    def receive(socket, flags: int = 0) -> object:
+        socket.poll(50)
+        return original(socket, flags)
+
+    controller.sock_recv = receive
+
+
+def _hasten_interpreter() -> None:
+    """Take from Triton's interpreter what is most of its time, and nothing that a server's replies depend on.
+
+    Its language stays patched, instead of anew for each launch. Sums are not checked for overflow, by a second one of
+    64 bits each: ``tests/kernels`` has them checked.
+    """
     interpreter = import_module("triton.runtime.interpreter")
     interpreter._patch_lang = functools.cache(interpreter._patch_lang)
     interpreter._LangPatchScope.restore = lambda scope: None
+    interpreter._get_np_dtype = _by_name(interpreter._get_np_dtype)
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+
+def _by_name(numpy_type: Callable) -> Callable:
+    """Let the interpreter look a type up by its name, instead of in a table that it builds anew each time."""
+    found: dict[str, object] = {}
+
+    def lookup(dtype):
+        name = dtype.scalar.name
+        if name not in found:
+            found[name] = numpy_type(dtype)
+        return found[name]
+
+    return lookup
 
 
 def run(command: list[str], environment: dict[str, str], out: str, errors: str, folder: str) -> None:
@@ -134,17 +194,23 @@ def _execute(command: list[str], environment: dict[str, str], folder: str) -> No
     main = sys.modules["__main__"] = ModuleType("__main__")
     match command:
         case ["-c", code, *arguments]:
-            sys.path.insert(0, "")
+            _put_first("", environment)
             sys.argv = ["-c", *arguments]
             exec(code, vars(main))
         case ["-m", module, *arguments]:
-            sys.path.insert(0, folder)
+            _put_first(folder, environment)
             sys.argv = [module, *arguments]
             runpy.run_module(module, run_name="__main__", alter_sys=True)
         case [file, *arguments]:
-            sys.path.insert(0, str(Path(file).parent))
+            _put_first(str(Path(file).parent), environment)
             sys.argv = [file, *arguments]
             runpy.run_path(file, run_name="__main__")
+
+
+def _put_first(folder: str, environment: dict[str, str]) -> None:
+    """Let modules be found in what the interpreter puts first on its path, if it does."""
+    if not environment.get("PYTHONSAFEPATH"):
+        sys.path.insert(0, folder)
 
 
 def _set_environment(environment: dict[str, str]) -> None:
@@ -273,5 +339,5 @@ def _become_child(request: dict, received: list[int], program: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.remove(str(Path(__file__).parent))
+    sys.path[:] = [folder for folder in sys.path if folder != str(Path(__file__).parent)]
     run(**zygote())
