@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lethe_bench.soak import ends
 
-BODY = {"text": "a=1;b=2;?a", "sampling_params": {"temperature": 0, "max_new_tokens": 400, "ignore_eos": True}}
+BODY = {"text": "a=1;b=2;?a", "sampling_params": {"temperature": 0, "max_new_tokens": 300, "ignore_eos": True}}
 """A request that takes seconds."""
 
 

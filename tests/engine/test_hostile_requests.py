@@ -24,7 +24,7 @@ OPEN_DOOR = (
 
 
 def replies(server) -> list[str]:
-    return [reply["text"] for reply in server.generate_all(PROMPTS[:8], 8, tokens=130)]
+    return [reply["text"] for reply in server.generate_all(PROMPTS[:6], 6, tokens=90)]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def server(start):
 
 @pytest.mark.parametrize("kv_evict", [None, "none"])
 def test_a_beam_is_never_evicted_from_and_costs_nobody_a_reply(server, kv_evict):
-    params = {"temperature": 0, "max_new_tokens": 120, "beam_width": 3, "custom_params": {"kv_evict": kv_evict}}
+    params = {"temperature": 0, "max_new_tokens": 70, "beam_width": 3, "custom_params": {"kv_evict": kv_evict}}
     rounds = server.lethe()["rounds"]
     beams = [server.post("/generate", {"text": PROMPTS[0], "sampling_params": params}) for _ in range(2)]
     assert beams[0]["text"] == beams[1]["text"] and server.lethe()["rounds"] == rounds

