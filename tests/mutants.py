@@ -434,7 +434,7 @@ MUTANTS = {
         "tests/unit/test_shadow.py",
     ),
     "the shadow passes over prefixes": Mutant(
-        "lethe_bench/observers/shadow.py", "own | ((j < prefix) & followed & there)", "own", OBSERVED
+        "lethe_bench/observers/shadow.py", "own | ((j < prefix) & step.followed & there)", "own", OBSERVED
     ),
     "observers are shown no lists": Mutant(
         "lethe_sglang/attention/scored.py", "self._show_lists(layer, forward_batch, lists, narrow)", "pass", OBSERVED

@@ -21,10 +21,11 @@ class ShadowMismatch(AssertionError):
 
 
 class Step(NamedTuple):
-    """What all layers of a decode step share, on the host, by request ``[B]`` or ``[B, 1]``.
+    """What all layers of a decode step share, on the host, by request ``[B]`` or ``[B, 1]``, and their token lists.
 
-    ``real`` numbers requests that are no padding; ``there`` ``[B, P]`` says which positions of the longest prefix still
-    lie where the prefill left them.
+    ``real`` numbers requests that are no padding; ``kept`` is ``[L, B, 1]``; ``there`` ``[B, P]`` says which positions
+    of the longest prefix still lie where the prefill left them. ``lists`` has each layer's cells ``[B, P]`` and lengths
+    ``[B]``.
     """
 
     real: torch.Tensor
@@ -37,6 +38,7 @@ class Step(NamedTuple):
     followed: np.ndarray
     there: np.ndarray
     newest: torch.Tensor
+    lists: list[tuple[torch.Tensor, torch.Tensor]]
 
 
 def _host(tensor: torch.Tensor) -> np.ndarray:
@@ -116,56 +118,74 @@ class Shadow(Observer):
         there = self.req_to_token[rows, :front] == self.slots[place, :front]
         newest = self.req_to_token[rows, seq_lens - 1].to(torch.int64)
         lengths, places, prefix, tail = (_host(values)[:, None] for values in (seq_lens, place, line.prefix, line.tail))
-        kept, found = _host(line.kept), there.cpu().numpy()
-        return Step(real, _host(rows), lengths, places, prefix, tail, kept, followed, found, newest)
+        kept, found = _host(line.kept).T[:, :, None], there.cpu().numpy()
+        return Step(real, _host(rows), lengths, places, prefix, tail, kept, followed, found, newest, [])
 
     def on_decode_layer(
         self, layer: int, forward_batch: Any, cells: torch.Tensor, length: torch.Tensor, attention: torch.Tensor | None
     ) -> None:
-        """Copy the newest tokens, then compare the cells of every request's token list.
+        """Note a layer's token lists; behind the last layer, compare the cells of all of them.
+
+        No round comes in between, and a layer's cells are written before it attends. Together, because most of the time
+        of a comparison is its operations' own.
 
         Raises
         ------
         ShadowMismatch
             Naming the request's row, layer and logical positions.
         """
-        assert self.store.position is not None
         if layer == 0:
             self.step = self._begin(forward_batch)
         if self.step is None:
             return
-        real, rows, seq_lens, place, prefix, tail, kept, followed, there, newest = self.step
-        cells = cells[real]
-        packed, listed, length = _host(self.store.position[cells]), _host(cells), _host(length[real])[:, None]
-        places, capacity = self.copy.shape[2:4]
-        copy, base = self.copy.flatten(1, 3), (layer * places + place) * capacity
-        at = torch.from_numpy((base + seq_lens - 1)[:, 0]).to(copy.device)
-        written = newest + layer * self.store.blocks
+        self.step.lists.append(
+            (cells[self.step.real], length[self.step.real])
+        )  # copies: the next layer's may lie there
+        if layer == self.store.num_layers - 1:
+            self._compare(self.step)
+
+    def _compare(self, step: Step) -> None:
+        """Copy the newest tokens, then compare the cells of every layer's and request's token list ``[L, B, P]``."""
+        assert self.store.position is not None
+        widest = max(cells.shape[1] for cells, _ in step.lists)
+        pad = torch.nn.functional.pad
+        cells = torch.stack([pad(cells, (0, widest - cells.shape[1])) for cells, _ in step.lists])
+        length = _host(torch.stack([length for _, length in step.lists]))[:, :, None]
+        packed, listed, layers = (
+            _host(self.store.position[cells]),
+            _host(cells),
+            np.arange(len(step.lists))[:, None, None],
+        )
+        _, _, places, capacity, *_ = self.copy.shape
+        copy, base = self.copy.flatten(1, 3), (layers * places + step.place) * capacity
+        at = torch.from_numpy((base + step.seq_lens - 1).ravel()).to(copy.device)
+        written = (step.newest + torch.from_numpy(layers[:, 0] * self.store.blocks).to(copy.device)).flatten()
         copy[0, at], copy[1, at] = self.store.key[written], self.store.value[written]
 
-        kept = kept[:, layer : layer + 1]
-        j = np.arange(listed.shape[1])[None]
-        own = (j >= prefix) & (j < length) & followed
-        position = np.where(own, np.where(j < prefix + kept, packed, tail + j - prefix - kept), 0)
-        ranked = np.sort(np.where(own, position, -1), axis=1)
-        once = ((ranked[:, 1:] > ranked[:, :-1]) | (ranked[:, 1:] < 0)).all(1)
-        whole = (own.sum(1) == (length - prefix)[:, 0]) & (position.max(1) == seq_lens[:, 0] - 1)
-        good = once & (whole | ~followed[:, 0])
+        j, prefix = np.arange(widest), step.prefix
+        own = (j >= prefix) & (j < length) & step.followed
+        position = np.where(own, np.where(j < prefix + step.kept, packed, step.tail + j - prefix - step.kept), 0)
+        ranked = np.sort(np.where(own, position, -1), axis=2)
+        once = ((ranked[..., 1:] > ranked[..., :-1]) | (ranked[..., 1:] < 0)).all(2)
+        whole = (own.sum(2) == (length - prefix)[..., 0]) & (position.max(2) == step.seq_lens[:, 0] - 1)
+        good = once & (whole | ~step.followed[:, 0])
         if not good.all():
-            raise ShadowMismatch(f"rows {rows[~good].tolist()} layer {layer}: a position twice, or the wrong length")
-        there = np.pad(there, ((0, 0), (0, max(j.size - there.shape[1], 0))))[:, : j.size]
-        compared = own | ((j < prefix) & followed & there)
+            layer = int(good.all(1).argmin())
+            at_fault = step.rows[~good[layer]].tolist()
+            raise ShadowMismatch(f"rows {at_fault} layer {layer}: a position twice, or the wrong length")
+        there = np.pad(step.there, ((0, 0), (0, max(widest - step.there.shape[1], 0))))[:, :widest]
+        compared = own | ((j < prefix) & step.followed & there)
         position = np.where(own, position, j)
         where = torch.from_numpy(listed[compared]).to(copy.device)
         at = torch.from_numpy((base + position)[compared]).to(copy.device)
         for name, half, buffer in (("key", copy[0], self.store.key), ("value", copy[1], self.store.value)):
             # ``index_select`` gathers whole rows several times as fast as an index does.
             if not torch.equal(half.index_select(0, at), buffer.index_select(0, where)):
-                wrong = (half[at] != buffer[where]).flatten(1).any(1).cpu().numpy()
-                row = np.broadcast_to(rows[:, None], listed.shape)[compared][wrong][:4].tolist()
-                at_fault = position[compared][wrong][:4].tolist()
-                raise ShadowMismatch(f"rows {row} layer {layer} {name}: positions {at_fault} differ")
-        self.checks += int(followed.sum())
+                wrong = np.argwhere(compared)[(half[at] != buffer[where]).flatten(1).any(1).cpu().numpy()]
+                wrong = wrong[wrong[:, 0] == wrong[0, 0]][:4]
+                row, at_fault = step.rows[wrong[:, 1]].tolist(), position[tuple(wrong.T)].tolist()
+                raise ShadowMismatch(f"rows {row} layer {wrong[0, 0]} {name}: positions {at_fault} differ")
+        self.checks += len(step.lists) * int(step.followed.sum())
         self.cells += int(compared.sum())
 
     def report(self) -> dict[str, Any]:

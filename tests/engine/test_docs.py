@@ -1,8 +1,7 @@
 """Both wheels in a fresh environment, the README's server from them, and what the pages and the examples ask it.
 
 The environment sees the packages of the test environment, so that nothing is downloaded, but neither our own packages
-there nor the checkout: what runs here is what the wheels carry, in forks of that environment's own interpreter where
-it runs SGLang. The offline example alone runs on the checkout.
+there nor the checkout: what runs here is what the wheels carry. The offline example alone runs on the checkout.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import subprocess
 import sys
 import tarfile
 import textwrap
-import time
 import tomllib
 import venv
 import zipfile
@@ -23,7 +21,6 @@ from pathlib import Path
 import pytest
 from conftest import QUIET, ROOT, WARM, Server
 from doc_blocks import blocks, commands
-from warm import Warm
 
 from lethe_bench import servers
 
@@ -54,7 +51,6 @@ class Fresh:
         (self.site / "others.pth").write_text(f"{others}\n")
         self.env = {
             **{name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")},
-            "PYTHONPATH": "",
             **QUIET,  # without the strict checks: what is printed serves without them, and they go through a large pool
             "PATH": f"{self.venv / 'bin'}{os.pathsep}{os.environ['PATH']}",
             "PYTHONSAFEPATH": "1",  # or `python -m` would put the checkout, the working directory, on its path
@@ -63,7 +59,6 @@ class Fresh:
             "PIP_NO_BUILD_ISOLATION": "0",  # pip reads it the wrong way round: no isolation, so hatchling is found
             "PIP_DISABLE_PIP_VERSION_CHECK": "1",
         }
-        self.warm = Warm(self.env, str(self.venv / "bin" / "python"))
 
     def run(self, command: str, timeout: float = 300) -> str:
         """Run a shell command in the copy; it must succeed."""
@@ -82,16 +77,14 @@ class Fresh:
 class InstalledServer(Server):
     """A server of the fresh environment, started by a command of the README."""
 
+    start = servers.Server.start  # as the command says, with nothing imported before
+
     def __init__(self, command: str, fresh: Fresh, log: Path):
         port = servers.some_free_port()
-        self._fresh = fresh
-        servers.Server.__init__(self, [*shlex.split(command), "--port", str(port), "--sleep-on-idle"], port, log)
-        assert self.command[0] == "python"
+        line = f"cd {shlex.quote(str(fresh.checkout))} && exec {command} --port {port} --sleep-on-idle"
+        servers.Server.__init__(self, ["bash", "-c", line], port, log)
+        self.environment = {name: self.environment[name] for name in ("NO_PROXY", "no_proxy")} | fresh.env
         self.start()
-
-    def start(self) -> None:
-        self._started = time.monotonic()
-        self._process = self._fresh.warm.start(self.command[1:], {}, self.log, folder=self._fresh.checkout)
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +101,7 @@ def fresh(tmp_path_factory, readme):
     fresh = Fresh(tmp_path_factory.mktemp("fresh"))
     for command in readme[0]:
         fresh.run(command)
-    yield fresh
-    fresh.warm.stop()
+    return fresh
 
 
 @pytest.fixture(scope="module")
@@ -165,14 +157,11 @@ def test_the_source_distribution_builds_the_same_wheel(fresh):
 
 
 def test_the_installed_programs_run_from_the_wheel(fresh):
-    program = "import lethe_sglang, lethe_cpu; print(lethe_sglang.__file__, lethe_cpu.__file__)"
-    for where in (fresh.run(f"python -c '{program}'"), fresh.warm.run(["-c", program], fresh.checkout).stdout):
-        assert len(where.split()) == 2 and all(str(fresh.site) in path for path in where.split())
+    where = fresh.run("python -c 'import lethe_sglang, lethe_cpu; print(lethe_sglang.__file__, lethe_cpu.__file__)'")
+    assert all(str(fresh.site) in path for path in where.split())
     assert fresh.run("lethe show").startswith("# R = 308 ")
     listed = [line.split()[0] for line in fresh.run("lethe show --presets").splitlines()]
     assert listed == sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
-    there = fresh.warm.run(["-m", "sglang.launch_server", "--help"], fresh.checkout)
-    assert there.returncode == 0 and "--kv-evict " in there.stdout
 
 
 def test_the_server_of_the_readme_evicts(server):

@@ -64,7 +64,7 @@ def test_retraction_storms_leak_nothing_and_gathered_cells_stay_right(start):
     assert sum(o["meta"]["num_retractions"] > 0 for o in outputs) >= 2
 
     # What was generated before a retraction stays the request's own, though no round has pruned it yet.
-    outputs = server.generate_all(WALKS[:2], 2, tokens=100, kv_evict={"budget": 1024})
+    outputs = server.generate_all(WALKS[:2], 2, tokens=60, kv_evict={"budget": 1024})
     assert server.lethe()["last_finished"]["rounds"] == 0
     assert max(o["meta"]["num_retractions"] for o in outputs) > 3
     for text, output in zip(WALKS[:2], outputs, strict=True):

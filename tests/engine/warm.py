@@ -26,16 +26,16 @@ READ_WHEN_IMPORTED = ("TRITON_INTERPRET",)
 class Zygote:
     """A line to a process that has imported SGLang, with some environment; all workers of a test run share it."""
 
-    def __init__(self, python: str, environment: dict[str, str], address: Path):
+    def __init__(self, environment: dict[str, str], address: Path):
         self._lock = threading.Lock()
         for _ in range(3):  # one that is about to end hangs up
             with PROGRAM.open() as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                self._line = _reached(address) or _begun(python, environment, address)
+                self._line = _reached(address) or _begun(environment, address)
             self._answers = self._line.makefile()
             with contextlib.suppress(OSError, json.JSONDecodeError):
                 return self.ask()
-        raise RuntimeError(f"{python} {PROGRAM} ends before it answers")
+        raise RuntimeError(f"{PROGRAM} ends before it answers")
 
     def ask(self, **request):
         """Send it a request and return its answer."""
@@ -60,23 +60,23 @@ def _reached(address: Path) -> socket.socket | None:
     return line
 
 
-def _begun(python: str, environment: dict[str, str], address: Path) -> socket.socket:
+def _begun(environment: dict[str, str], address: Path) -> socket.socket:
     """Start a zygote and return a line to it."""
     address.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(address))
         listener.listen()
         number = listener.fileno()
-        command = [python, str(PROGRAM), str(number)]
+        command = [sys.executable, str(PROGRAM), str(number)]
         subprocess.Popen(command, env=environment, pass_fds=[number], start_new_session=True)
     return _reached(address)
 
 
 class Warm:
-    """Starts programs of an interpreter, whose environment is that of this process and what is laid over it."""
+    """Starts programs, whose environment is that of this process and what is laid over it."""
 
-    def __init__(self, environment: dict[str, str], python: str = sys.executable):
-        self._environment, self._python = environment, python
+    def __init__(self, environment: dict[str, str]):
+        self._environment = environment
         self._zygotes: dict[tuple, Zygote] = {}
 
     def start(
@@ -94,14 +94,14 @@ class Warm:
         whole = {**os.environ, **self._environment, **environment}
         early = tuple(whole.get(name) for name in READ_WHEN_IMPORTED)
         if early not in self._zygotes:
-            self._zygotes[early] = Zygote(self._python, whole, self._address(early))
+            self._zygotes[early] = Zygote(whole, self._address(early))
         files = {"out": str(log), "errors": str(errors or log), "folder": str(folder or Path.cwd())}
         zygote = self._zygotes[early]
         return Started(zygote, zygote.ask(command=list(map(str, command)), environment=whole, **files))
 
     def _address(self, early: tuple) -> Path:
         run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
-        name = hashlib.sha256(repr((run, self._python, early)).encode()).hexdigest()[:16]
+        name = hashlib.sha256(repr((run, early)).encode()).hexdigest()[:16]
         return Path(tempfile.gettempdir(), f"lethe-zygote-{name}")
 
     def run(

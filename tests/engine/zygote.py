@@ -36,7 +36,6 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-
 IMPORTED = (
     "sglang.srt.entrypoints.http_server",
     "sglang.srt.managers.scheduler",
@@ -194,23 +193,17 @@ def _execute(command: list[str], environment: dict[str, str], folder: str) -> No
     main = sys.modules["__main__"] = ModuleType("__main__")
     match command:
         case ["-c", code, *arguments]:
-            _put_first("", environment)
+            sys.path.insert(0, "")
             sys.argv = ["-c", *arguments]
             exec(code, vars(main))
         case ["-m", module, *arguments]:
-            _put_first(folder, environment)
+            sys.path.insert(0, folder)
             sys.argv = [module, *arguments]
             runpy.run_module(module, run_name="__main__", alter_sys=True)
         case [file, *arguments]:
-            _put_first(str(Path(file).parent), environment)
+            sys.path.insert(0, str(Path(file).parent))
             sys.argv = [file, *arguments]
             runpy.run_path(file, run_name="__main__")
-
-
-def _put_first(folder: str, environment: dict[str, str]) -> None:
-    """Let modules be found in what the interpreter puts first on its path, if it does."""
-    if not environment.get("PYTHONSAFEPATH"):
-        sys.path.insert(0, folder)
 
 
 def _set_environment(environment: dict[str, str]) -> None:
@@ -339,5 +332,5 @@ def _become_child(request: dict, received: list[int], program: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.path[:] = [folder for folder in sys.path if folder != str(Path(__file__).parent)]
+    sys.path.remove(str(Path(__file__).parent))
     run(**zygote())

@@ -58,7 +58,7 @@ def test_many_rounds_keep_what_a_dense_reference_keeps(page, prefix, budgets):
     pool = MiniPool(page=page)
     states = {row: pool.admit(row, 37 + row, prefix, budgets) for row in (1, 2, 3)}
     rounds = 0
-    for _ in range(120):
+    for _ in range(84):
         due = [s for s in states.values() if pool.seq[s.row] >= s.due_at]
         if due:
             before = {s.row: s.layout.tail for s in due}
@@ -70,13 +70,14 @@ def test_many_rounds_keep_what_a_dense_reference_keeps(page, prefix, budgets):
                 pool.truth[plan.row] = dense_reference(pool, plan.row, budgets, plan.new_tail, sinks=2)
                 torch.testing.assert_close(mass, torch.stack((gathered, summed(pool, plan)), 1))
         for row, state in states.items():
-            assert [set(p) for p in own_positions(pool, row)] == [t | set(range(prefix)) for t in pool.truth[row]]
-            for positions in own_positions(pool, row):
+            found = own_positions(pool, row)
+            assert [set(p) for p in found] == [t | set(range(prefix)) for t in pool.truth[row]]
+            for positions in found:
                 assert len(positions) == len(set(positions)), "a cell is read twice"
             pool.append(row)
             assert pool.seq[row] < state.due_at + 1 or not due
         pool.check_conservation()
-    assert rounds >= 3 * 10 if page == 1 else rounds >= 3 * 3
+    assert rounds >= (3 * 6 if page == 1 else 3 * 2)
 
 
 def test_a_request_never_holds_more_than_its_bound():
