@@ -40,7 +40,7 @@ REPLAYED = [("lethe-uniform", "flashinfer"), ("snapkv-breakpoint", "flashinfer")
 REPLAYED += [("keydiff-uniform", "flashinfer")]  # nothing is scored
 REPLAYED += [("lethe-pages", "fa3")]  # pages of one token are replayed where every third step is scored
 EVERY = {"lethe": {"score_every": 3}}
-JOBS = [(WALKS[0], 26), (CHAINS[1], 52), (WALKS[1], 36)]
+JOBS = [(WALKS[0], 26), (CHAINS[1], 44), (WALKS[1], 34)]
 LONGER = {name: [(prompt, 3 * tokens // 2) for prompt, tokens in JOBS] for name in ("lethe-pages", "lazy-pages")}
 """Whole pages leave room behind a prompt."""
 
@@ -117,7 +117,7 @@ def test_replayed_steps_answer_and_keep_what_eager_ones_do(start, eager, name, b
     assert server.log.read_text().count("graphs_on_cpu: captured") == 2
     found = replies(server, LONGER.get(name, JOBS))
     assert found[0] == expected[0]
-    assert len(found[1]) >= (6 if SETTINGS[name][1] == "1" else 3) and found[1] == expected[1]
+    assert len(found[1]) >= (5 if SETTINGS[name][1] == "1" else 3) and found[1] == expected[1]
     assert min(compared(server), expected[2]) >= 20_000, "cells that were compared with uncompressed ones"
     if (name, backend) == ("lethe-uniform", "flashinfer"):
         survive(server, expected[0][0])

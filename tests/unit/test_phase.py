@@ -163,7 +163,7 @@ def test_outputs_and_scores_equal_the_portable_backend(name, graph, by_length, r
     mine, reference = Server(BACKENDS[name](rule), **options), Server(portable_backend(rule), **options)
     if graph:
         mine.capture()
-    compare(mine, reference, steps=24)
+    compare(mine, reference, steps=18)
 
 
 def test_whatever_a_request_has_written_starts_before_its_own_next_scored_step():
