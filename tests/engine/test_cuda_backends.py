@@ -100,7 +100,7 @@ def test_every_round_kept_the_same_tokens(portable, interpreted):
 
 @pytest.mark.proves("attention backends flashinfer and triton, CUDA graphs")
 def test_every_cell_that_a_kernel_read_was_the_uncompressed_one(portable, interpreted):
-    assert min(portable[2], interpreted[2]) >= 20_000
+    assert min(portable[2], interpreted[2]) >= 15_000
 
 
 def test_a_full_pool_is_shared_whatever_the_backend(interpreted):
