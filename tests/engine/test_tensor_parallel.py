@@ -99,7 +99,7 @@ def test_under_pressure_both_ranks_take_as_much_from_the_same_requests(server):
     server.post("/kv_evict", {"rounds": {"when": "pressure"}, "retain": {"prompt": "keep"}})
     server.generate_all(PROMPTS[:8], 8, tokens=190, ignore_eos=True)
     report = server.lethe()
-    fewest = 4 if server.get("/server_info")["page_size"] == 1 else 2  # a share is in whole pages
+    fewest = 3 if server.get("/server_info")["page_size"] == 1 else 2  # a share is in whole pages
     assert report["pressure"]["events"] >= fewest and report["pressure"]["share"] > 48
     assert report["requests_retracted"] == before["requests_retracted"]
     assert agreed(server) >= rounds + report["pressure"]["events"]
