@@ -79,7 +79,7 @@ def test_every_policy_gives_under_pressure(pressed, policy):
     pressed.flush()
     pressed.post("/kv_evict", {"policy": policy})
     before = pressed.lethe()
-    pressed.generate_all(WALKS, 8, tokens=110, ignore_eos=True)
+    pressed.generate_all(WALKS, 8, tokens=150, ignore_eos=True)
     report = pressed.lethe()
     assert report["policy"] == policy and report["rounds"] >= before["rounds"] + 4
     assert report["requests_retracted"] == before["requests_retracted"]
