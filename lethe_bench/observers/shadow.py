@@ -126,8 +126,8 @@ class Shadow(Observer):
     ) -> None:
         """Note a layer's token lists; behind the last layer, compare the cells of all of them.
 
-        No round comes in between, and a layer's cells are written before it attends. Together, because most of the time
-        of a comparison is its operations' own.
+        They may wait for it: no round comes in between, and no later layer writes this one's cells. Together they take
+        a fraction of the operations, which on a CPU are most of the time.
 
         Raises
         ------
@@ -138,9 +138,8 @@ class Shadow(Observer):
             self.step = self._begin(forward_batch)
         if self.step is None:
             return
-        self.step.lists.append(
-            (cells[self.step.real], length[self.step.real])
-        )  # copies: the next layer's may lie there
+        real = self.step.real
+        self.step.lists.append((cells[real], length[real]))  # copies: the next layer's may lie there
         if layer == self.store.num_layers - 1:
             self._compare(self.step)
 
@@ -151,11 +150,8 @@ class Shadow(Observer):
         pad = torch.nn.functional.pad
         cells = torch.stack([pad(cells, (0, widest - cells.shape[1])) for cells, _ in step.lists])
         length = _host(torch.stack([length for _, length in step.lists]))[:, :, None]
-        packed, listed, layers = (
-            _host(self.store.position[cells]),
-            _host(cells),
-            np.arange(len(step.lists))[:, None, None],
-        )
+        packed, listed = _host(self.store.position[cells]), _host(cells)
+        layers = np.arange(len(step.lists))[:, None, None]
         _, _, places, capacity, *_ = self.copy.shape
         copy, base = self.copy.flatten(1, 3), (layers * places + step.place) * capacity
         at = torch.from_numpy((base + step.seq_lens - 1).ravel()).to(copy.device)

@@ -34,7 +34,8 @@ class Zygote:
                 self._line = _reached(address) or _begun(environment, address)
             self._answers = self._line.makefile()
             with contextlib.suppress(OSError, json.JSONDecodeError):
-                return self.ask()
+                self.ask()
+                return
         raise RuntimeError(f"{PROGRAM} ends before it answers")
 
     def ask(self, **request):
